@@ -1,0 +1,195 @@
+"""The layers DN-B and DN-C, as configs name them, and the state they hold."""
+import torch
+import torch.fx
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .functional import dynamic_norm
+from .sc import SC
+
+# A graph traced by torch.fx holds one call per layer: the shape checks and the
+# choice by mode inside need values that a trace does not have.
+torch.fx.wrap('dynamic_norm')
+
+# What a BatchNorm checkpoint holds for a layer of the same name.
+BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+
+
+class _DynamicNorm(nn.Module):
+    r"""Dynamic Normalization: a BatchNorm whose scale and shift follow the input.
+
+    Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. The paper's
+    public text leaves the SC module's layers open; see :class:`SC`.
+
+    .. math::
+        y = (1 + g) \, z + h, \qquad z = w \frac{x - \mu}{\sqrt{var + eps}} + b
+
+    ``z`` is the output of the inner norm ``bn``. DN-B makes ``g, h`` per sample
+    and channel from the mean and std of that sample's channel; DN-C makes one
+    pair per channel from the statistics of the batch. A fresh layer has
+    ``g = h = 0`` and computes what BatchNorm does.
+
+    In training ``mu, var`` are batch statistics, in eval mode the running ones;
+    the mode that counts is that of ``bn``, so that frozen statistics
+    (``norm_eval``, ``momentum=0``, ``track_running_stats=False``) mean what they
+    mean in torch. SC adapts to each input in both.
+
+    The layer contains a BatchNorm instead of being one, because frameworks fold,
+    convert and bypass subclasses of ``_BatchNorm`` without regard to what a
+    subclass adds. A BatchNorm checkpoint loads by name and leaves SC at identity.
+
+    Args:
+        num_features (int): channels C of the input.
+        eps (float): added to variances before the square root.
+        momentum (float | None): step of the running averages; None averages
+            cumulatively.
+        affine (bool): whether the inner norm has ``w`` and ``b``.
+        track_running_stats (bool): whether it keeps running averages.
+        reduction (int): SC's hidden layer has ``C // reduction`` units,
+        min_channels (int): but never fewer than this.
+        inputs (str): ``'raw'`` or ``'standardized'`` statistics for SC. DN-C has
+            no batch to be relative to and takes only ``'raw'``.
+        bound (float | None): ``g`` and ``h`` lie in (-bound, bound).
+        bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
+            trainable. (mmcv's own ``requires_grad=False`` freezes both.)
+        device, dtype: of all parameters and buffers.
+
+    Raises:
+        ValueError: an argument out of range, or an input of wrong shape.
+        TypeError: an argument that does not exist.
+    """
+
+    _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
+    bn_type: type[nn.Module]
+    batch_shared: bool
+    ndims: tuple[int, ...]
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
+                 track_running_stats=True, reduction=32, min_channels=8, inputs='raw',
+                 bound=0.5, bn_requires_grad=True, device=None, dtype=None):
+        super().__init__()
+        if self.batch_shared and inputs != 'raw':
+            raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
+                             f"the batch statistics themselves: expected 'raw', got "
+                             f'{inputs!r}')
+        self.sc = SC(num_features, reduction, min_channels, inputs, bound, device, dtype)
+        self.bn = self.bn_type(num_features, eps, momentum, affine, track_running_stats,
+                               device=device, dtype=dtype)
+        self.bn_requires_grad = bn_requires_grad
+        self.bn.requires_grad_(bn_requires_grad)
+        self._register_load_state_dict_pre_hook(self._accept_batch_norm_checkpoint)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dynamic_norm(x, self.bn, self.sc, batch_shared=self.batch_shared,
+                            ndims=self.ndims)
+
+    def parameters(self, recurse=True):
+        """As in torch, but for those that ``bn_requires_grad=False`` keeps frozen.
+
+        mmcv's `build_norm_layer` sets ``requires_grad`` on all that this yields,
+        after the layer is made, and would thaw them. A model's own ``parameters()``
+        does not come through here and misses none.
+        """
+        for name, parameter in self.named_parameters(recurse=recurse):
+            if self.bn_requires_grad or not name.startswith('bn.'):
+                yield parameter
+
+    def _accept_batch_norm_checkpoint(self, state_dict, prefix, *_):
+        """Lets the keys of a BatchNorm of this layer's name stand for those of `bn`."""
+        found = [key for key in BATCH_NORM_KEYS if prefix + key in state_dict]
+        if not found:
+            return
+        for key in found:
+            state_dict[f'{prefix}bn.{key}'] = state_dict.pop(prefix + key)
+        if not any(key.startswith(f'{prefix}sc.') for key in state_dict):
+            state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.'))
+
+    def extra_repr(self):
+        return '' if self.bn_requires_grad else 'bn_requires_grad=False'
+
+    # Code that reads a norm layer (DetectoRS' constant_init, pruning, logging)
+    # expects BatchNorm's attributes on it. Read-only: they belong to `bn`.
+    weight = property(lambda self: self.bn.weight)
+    bias = property(lambda self: self.bn.bias)
+    running_mean = property(lambda self: self.bn.running_mean)
+    running_var = property(lambda self: self.bn.running_var)
+    num_batches_tracked = property(lambda self: self.bn.num_batches_tracked)
+    eps = property(lambda self: self.bn.eps)
+    momentum = property(lambda self: self.bn.momentum)
+    num_features = property(lambda self: self.sc.num_features)
+    affine = property(lambda self: self.bn.affine)
+    track_running_stats = property(lambda self: self.bn.track_running_stats)
+
+
+def _register(cls):
+    """Registers in mmengine's root registry, which every OpenMMLab scope falls back to.
+
+    Importing this file anew replaces its own classes; a class of the same name
+    from elsewhere is left in place and mmengine's error names it.
+    """
+    existing = MODELS.module_dict.get(cls.__name__)
+    own = existing is not None and existing.__module__ == cls.__module__
+    MODELS.register_module(module=cls, force=own)
+    return cls
+
+
+class _DNB(_DynamicNorm):
+    batch_shared = False
+
+
+class _DNC(_DynamicNorm):
+    batch_shared = True
+
+
+@_register
+class DNB(_DNB):
+    """DN-B over (N, C, H, W); see :class:`_DynamicNorm`.
+
+    Example:
+        >>> layer = DNB(16)
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 16, 8, 8])
+    """
+    bn_type, ndims = nn.BatchNorm2d, (4, )
+
+
+@_register
+class DNB1d(_DNB):
+    """DN-B over (N, C) or (N, C, L)."""
+    bn_type, ndims = nn.BatchNorm1d, (2, 3)
+
+
+@_register
+class DNB3d(_DNB):
+    """DN-B over (N, C, D, H, W)."""
+    bn_type, ndims = nn.BatchNorm3d, (5, )
+
+
+@_register
+class SyncDNB(_DNB):
+    """DN-B over (N, C, ...), its batch statistics reduced over all processes."""
+    bn_type, ndims = nn.SyncBatchNorm, ()
+
+
+@_register
+class DNC(_DNC):
+    """DN-C over (N, C, H, W)."""
+    bn_type, ndims = nn.BatchNorm2d, (4, )
+
+
+@_register
+class DNC1d(_DNC):
+    """DN-C over (N, C) or (N, C, L)."""
+    bn_type, ndims = nn.BatchNorm1d, (2, 3)
+
+
+@_register
+class DNC3d(_DNC):
+    """DN-C over (N, C, D, H, W)."""
+    bn_type, ndims = nn.BatchNorm3d, (5, )
+
+
+@_register
+class SyncDNC(_DNC):
+    """DN-C over (N, C, ...), its batch statistics reduced over all processes."""
+    bn_type, ndims = nn.SyncBatchNorm, ()

@@ -1,0 +1,106 @@
+"""The SC module: scale and shift made from the features' own mean and std."""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INPUTS = ('raw', 'standardized')
+
+
+def _no_autocast(device_type):
+    """float16 linears would overflow on raw statistics and lose what float32 kept."""
+    if device_type == 'meta':  # has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+class SC(nn.Module):
+    r"""Makes the relative scale ``g`` and the shift ``h`` of Dynamic Normalization.
+
+    .. math::
+        (g, h) = \text{bound} \cdot \tanh(W_{out}\,
+                 \text{relu}(W_{in} [m', s'] + b_{in}) + b_{out})
+
+    The paper (Liu, Gao, Lv, arXiv 2101.06073) names this module and its two
+    inputs; its layers and its initialisation are this project's own design.
+    ``W_out`` and ``b_out`` start at zero, so that a fresh module gives
+    ``g = h = 0`` and the layer around it is plain BatchNorm.
+
+    The parameters are plain ``nn.Parameter`` and none is called ``weight`` or
+    ``bias``: the initialisers of mmengine and mmdet walk over ``Linear`` and
+    ``Conv2d`` modules and over children's ``weight`` and ``bias``, and would
+    overwrite the zero start.
+
+    Args:
+        num_features (int): channels C of the normalised feature map.
+        reduction (int): the hidden layer has ``C // reduction`` units, but
+        min_channels (int): never fewer than this.
+        inputs (str): ``'raw'``, the mean and std themselves (the abstract's
+            words), or ``'standardized'``, relative to the batch statistics.
+            Stored here; the caller prepares what it passes.
+        bound (float | None): outputs lie in (-bound, bound); ``None`` leaves
+            them unbounded, which diverges at high learning rates.
+
+    Shape:
+        - mean, std: (N, C), floating point of one dtype (float32 or wider)
+        - output: two tensors (N, C) of that dtype
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> g, h = SC(16)(torch.randn(4, 16), torch.rand(4, 16))
+        >>> g.shape, float(g.abs().max()), float(h.abs().max())
+        (torch.Size([4, 16]), 0.0, 0.0)
+    """
+
+    def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw',
+                 bound=0.5, device=None, dtype=None):
+        super().__init__()
+        for name, value in (('num_features', num_features), ('reduction', reduction),
+                            ('min_channels', min_channels)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
+        if inputs not in INPUTS:
+            raise ValueError(f'inputs: expected one of {INPUTS}, got {inputs!r}')
+        if bound is not None and not bound > 0:
+            raise ValueError(f'bound: expected a number above 0, or None for no bound, '
+                             f'got {bound!r}')
+        self.num_features = num_features
+        self.inputs = inputs
+        self.bound = bound
+        hidden = max(num_features // reduction, min_channels)
+        factory = dict(device=device, dtype=dtype)
+        self.w_in = nn.Parameter(torch.empty(hidden, 2 * num_features, **factory))
+        self.b_in = nn.Parameter(torch.empty(hidden, **factory))
+        self.w_out = nn.Parameter(torch.empty(2 * num_features, hidden, **factory))
+        self.b_out = nn.Parameter(torch.empty(2 * num_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """He initialisation of the first linear, zero for the last."""
+        nn.init.kaiming_normal_(self.w_in, nonlinearity='relu')
+        for zero in (self.b_in, self.w_out, self.b_out):
+            nn.init.zeros_(zero)
+
+    def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        w_in, b_in, w_out, b_out = (
+            p.to(mean.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+        with _no_autocast(mean.device.type):
+            hidden = F.relu(F.linear(torch.cat((mean, std), dim=1), w_in, b_in))
+            out = F.linear(hidden, w_out, b_out)
+        if self.bound is not None:
+            out = self.bound * torch.tanh(out)
+        return out.chunk(2, dim=1)
+
+    def identity_state_dict(self, prefix: str = '') -> dict[str, Tensor]:
+        """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0."""
+        state = {prefix + name: tensor.clone() for name, tensor in self.state_dict().items()}
+        for name in ('w_out', 'b_out'):
+            state[prefix + name].zero_()
+        return state
+
+    def extra_repr(self):
+        return (f'{self.num_features}, hidden={len(self.b_in)}, inputs={self.inputs!r}, '
+                f'bound={self.bound}')
