@@ -4,10 +4,14 @@ Importing this package registers the layers, so that a config can say
 ``norm_cfg=dict(type='DNB')`` after
 ``custom_imports = dict(imports=['dn_mmdet'])``.
 """
-from .functional import dynamic_norm
-from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
-from .sc import SC
+from .environment import check_mmengine
+
+check_mmengine()
+
+from .functional import dynamic_norm  # noqa: E402
+from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC  # noqa: E402
+from .sc import SC  # noqa: E402
+from .version import __version__  # noqa: E402
 
 __all__ = ['DNB', 'DNB1d', 'DNB3d', 'DNC', 'DNC1d', 'DNC3d', 'SC', 'SyncDNB', 'SyncDNC',
-           'dynamic_norm']
-__version__ = '0.1.0'
+           '__version__', 'dynamic_norm']

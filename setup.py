@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+namespace = {}
+exec((root / 'dn_mmdet' / 'version.py').read_text(), namespace)
+
+setup(
+    name='dn_mmdet',
+    version=namespace['__version__'],
+    description='Dynamic Normalization (DN-B, DN-C) as norm layers for MMDetection',
+    long_description=(root / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['dn_mmdet', 'dn_mmdet.*']),
+    python_requires='>=3.10',
+    # Neither torch nor a framework: pip would replace the ones that are installed.
+    install_requires=['pycocotools', 'rich', 'scikit-learn'],
+    extras_require={
+        # The pure-Python parts of the two tested stacks. MMCV has to be compiled against
+        # the installed torch with --no-build-isolation, which an extra cannot ask for.
+        'onedl': ['onedl-mmengine==0.10.12', 'onedl-mmdetection==3.5.1'],
+        'openmmlab': ['mmengine==0.10.7', 'mmdet==3.3.0'],
+        'export': ['onnx', 'onnxruntime', 'onnxscript'],
+        'tests': ['hypothesis', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy',
+                  'timm'],
+    },
+)
