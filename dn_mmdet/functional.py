@@ -53,7 +53,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     m, v = reference.moments(x)
     mu, var, count = statistics(bn, m, v, x)
     sigma = torch.sqrt(var + bn.eps)
-    z = reference.normalize(x, mu, sigma, *affine_parameters(bn, m.dtype))
+    z = reference.normalize(x, mu, sigma, *affine_parameters(bn, m))
     g, h = generate(sc, m, torch.sqrt(v + bn.eps), mu, sigma, batch_shared)
     if count is not None:
         update_running_averages(bn, mu, var, count)
@@ -115,13 +115,11 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     return mu, (share * (variances + (means - mu).square())).sum(0), total
 
 
-def affine_parameters(bn: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """bn's w and b (C,), or ones and zeros where it has none."""
-    if bn.affine:
-        return bn.weight.to(dtype), bn.bias.to(dtype)
-    device = next(bn.buffers()).device if bn.track_running_stats else None
-    return (torch.ones(bn.num_features, dtype=dtype, device=device),
-            torch.zeros(bn.num_features, dtype=dtype, device=device))
+def affine_parameters(bn: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """bn's w and b (C,), or ones and zeros where it has none, in the dtype of `like`."""
+    if bn.weight is None:
+        return like.new_ones(bn.num_features), like.new_zeros(bn.num_features)
+    return bn.weight.to(like.dtype), bn.bias.to(like.dtype)
 
 
 def generate(sc: nn.Module, m: Tensor, s: Tensor, mu: Tensor, sigma: Tensor,
