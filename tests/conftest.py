@@ -1,0 +1,29 @@
+"""What all tests share: one table of tolerances, seeds, and one thread."""
+import pytest
+import torch
+
+# The error allowed when a result is compared with a float64 reference. float64:
+# rounding in another order; the others: a few units in the last place of what the
+# result is stored in. One table, so that no test can be loosened on its own.
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-10, atol=1e-10),
+    torch.float32: dict(rtol=1e-5, atol=1e-5),
+    torch.float16: dict(rtol=2e-3, atol=2e-3),
+    torch.bfloat16: dict(rtol=1.6e-2, atol=1.6e-2),
+}
+
+
+@pytest.fixture
+def close():
+    """Asserts that two tensors of one dtype agree within that dtype's tolerance."""
+
+    def assert_close(actual, expected, dtype=None):
+        torch.testing.assert_close(actual, expected,
+                                   **TOLERANCE[dtype or torch.as_tensor(actual).dtype])
+
+    return assert_close
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
