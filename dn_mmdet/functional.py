@@ -85,8 +85,14 @@ def statistics(bn: nn.Module, m: Tensor, v: Tensor, x: Tensor):
     if count == 1:
         raise ValueError(f'Expected more than 1 value per channel when training, got input '
                          f'size {tuple(x.shape)}; use larger batches or inputs, or eval()')
-    mu = m.mean(0)
-    return mu, v.mean(0) + (m - mu).square().mean(0), count
+    return *batch_statistics(m, v), count
+
+
+def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """mu, var (C,) by equations (1) and (2); zeros, not NaN, of an empty batch."""
+    samples = max(len(m), 1)
+    mu = m.sum(0) / samples
+    return mu, (v + (m - mu).square()).sum(0) / samples
 
 
 def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
@@ -95,15 +101,13 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     Every process writes (count, mean, variance) into its own row of a table of
     zeros; one differentiable all-reduce of the table then tells all of them.
     Combining variances about the common mean keeps channels with |mean| >> std
-    accurate, which a sum of squares would not.
+    accurate, which a sum of squares would not. A process with an empty batch takes
+    part with weight 0.
 
     Returns:
         mu (C,), var (C,), count (0-d tensor).
     """
-    samples = max(len(m), 1)  # an empty batch still takes part, with weight 0
-    local_mu = m.sum(0) / samples
-    local_var = (v + (m - local_mu).square()).sum(0) / samples
-    row = torch.cat((m.new_full((1, ), count), local_mu, local_var))
+    row = torch.cat((m.new_full((1, ), count), *batch_statistics(m, v)))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     table = torch.zeros(world_size, len(row), dtype=row.dtype, device=row.device)
     table = torch.cat((table[:rank], row[None], table[rank + 1:]))
@@ -144,6 +148,8 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
     if isinstance(count, Tensor):  # no process had a value: leave the averages
         momentum = momentum * (count > 0)
         unbiased = var * count / (count - 1).clamp(min=1)
+    elif count == 0:
+        return
     else:
         unbiased = var * (count / (count - 1))
     for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
@@ -162,7 +168,9 @@ def _check_shape(x, num_features, ndims):
 
 
 def _uses_running_statistics(bn):
-    return not bn.training and getattr(bn, 'running_mean', None) is not None
+    never_updates = not hasattr(bn, 'momentum')  # mmdet's and torchvision's FrozenBatchNorm2d
+    return (getattr(bn, 'running_mean', None) is not None
+            and (never_updates or not bn.training))
 
 
 def _process_group(bn):
@@ -181,8 +189,7 @@ def _around_another_norm(x, norm, sc, batch_shared):
     if _uses_running_statistics(norm):
         mu, var = norm.running_mean.to(m.dtype), norm.running_var.to(m.dtype)
     else:
-        mu = m.mean(0)
-        var = v.mean(0) + (m - mu).square().mean(0)
+        mu, var = batch_statistics(m, v)
     z = reference.widen(norm(x))
     g, h = generate(sc, m, torch.sqrt(v + eps), mu, torch.sqrt(var + eps), batch_shared)
     return reference.modulate(z, g, h).to(x.dtype)

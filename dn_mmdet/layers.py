@@ -84,14 +84,16 @@ class _DynamicNorm(nn.Module):
                             ndims=self.ndims)
 
     def parameters(self, recurse=True):
-        """As in torch, but for those that ``bn_requires_grad=False`` keeps frozen.
+        """As in torch, but without those that ``bn_requires_grad=False`` froze.
 
         mmcv's `build_norm_layer` sets ``requires_grad`` on all that this yields,
         after the layer is made, and would thaw them. A model's own ``parameters()``
-        does not come through here and misses none.
+        does not come through here and misses none; nor does this any longer, once
+        they were thawed (``layer.bn.requires_grad_()``, ``model.requires_grad_()``).
         """
         for name, parameter in self.named_parameters(recurse=recurse):
-            if self.bn_requires_grad or not name.startswith('bn.'):
+            if (self.bn_requires_grad or parameter.requires_grad
+                    or not name.startswith('bn.')):
                 yield parameter
 
     def _accept_batch_norm_checkpoint(self, state_dict, prefix, *_):

@@ -11,12 +11,14 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each sample's channel, in float32 at least.
 
     Shape: x (N, C, ...) -> m, v (N, C). A 2-d x has one value per channel, so
-    its variance is zero.
+    its variance is zero; of no value at all, both are zero.
     """
     x = widen(x)
     if x.dim() == 2:
         return x, torch.zeros_like(x)
     spatial = tuple(range(2, x.dim()))
+    if x.numel() == 0:  # sums, not NaN, and still part of the graph
+        return x.sum(spatial), x.sum(spatial)
     return x.mean(spatial), x.var(spatial, correction=0)
 
 

@@ -64,7 +64,7 @@ class SC(nn.Module):
                 raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
         if inputs not in INPUTS:
             raise ValueError(f'inputs: expected one of {INPUTS}, got {inputs!r}')
-        if bound is not None and not bound > 0:
+        if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
             raise ValueError(f'bound: expected a number above 0, or None for no bound, '
                              f'got {bound!r}')
         self.num_features = num_features
