@@ -1,0 +1,2 @@
+# DN-C. eps and momentum stay those of the norm that it replaces.
+norm_cfg = dict(type='DNC')
