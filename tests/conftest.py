@@ -1,6 +1,11 @@
-"""What all tests share: one table of tolerances, seeds, and one thread."""
+"""What all tests share: one table of tolerances, seeds, one thread, an awake SC."""
 import pytest
 import torch
+from torch import nn
+
+from dn_mmdet import SC
+
+torch.set_num_threads(1)  # two workers on two cores
 
 # The error allowed when a result is compared with a float64 reference. float64:
 # rounding in another order; the others: a few units in the last place of what the
@@ -27,3 +32,16 @@ def close():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def awake(module, std=0.5):
+    """The module with every SC in it away from identity, as after training.
+
+    A fresh SC gives g = h = 0 whatever its input, so a test that leaves it fresh
+    cannot tell Dynamic Normalization from BatchNorm.
+    """
+    for child in module.modules():
+        if isinstance(child, SC):
+            for parameter in child.parameters():
+                nn.init.normal_(parameter, std=std)
+    return module
