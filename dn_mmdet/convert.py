@@ -1,0 +1,254 @@
+"""BatchNorm -> Dynamic Normalization, for a model, a config and a checkpoint.
+
+A converted layer computes what the BatchNorm did, until its SC is trained.
+"""
+import fnmatch
+import itertools
+import sys
+import warnings
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .functional import is_torch_batch_norm
+from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC, _DynamicNorm
+
+# A BatchNorm's class says what inputs it takes through this method. Synchronised
+# ones, and those that a reverted SyncBatchNorm becomes, take any.
+_CHECKS = {nn.BatchNorm1d._check_input_dim: 0, nn.BatchNorm2d._check_input_dim: 1,
+           nn.BatchNorm3d._check_input_dim: 2}
+FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, SyncDNC)}
+
+# The rest of a layer's arguments is the BatchNorm's own.
+ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad')
+
+
+class DNBAct(DNB):
+    """DN-B in place of timm's BatchNormAct2d: norm, then drop, then activation."""
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class DNCAct(DNC):
+    """DN-C in place of timm's BatchNormAct2d: norm, then drop, then activation."""
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
+                 sc_requires_grad: bool = True, **args) -> nn.Module:
+    """Puts Dynamic Normalization in the place of every BatchNorm of a model.
+
+    The layer takes the BatchNorm's name and holds the BatchNorm itself: weights,
+    running statistics, eps, momentum, mode, device, dtype and ``requires_grad``
+    are kept, a module used twice stays one, and the model's output is unchanged.
+    1d, 2d, 3d and synchronised norms each get their kind; frozen ones
+    (FrozenBatchNorm2d) stay frozen inside. Convert before an optimizer or DDP
+    takes the parameters, else they miss the new ones.
+
+    Args:
+        model: any torch model, or a BatchNorm.
+        norm: ``'DNB'`` or ``'DNC'``.
+        only, skip: patterns (one string or several) of the norms to convert and
+            to leave, as in file names: ``'backbone.*'``, ``'*.bn3'``. A pattern
+            that matches a module's name stands for all inside it: ``'neck'``.
+        sc_requires_grad: False leaves SC at identity until it is thawed.
+        **args: ``reduction, min_channels, inputs, bound``, see :class:`DNB`, and
+            ``bn_requires_grad`` to freeze or thaw all inner norms.
+
+    Returns:
+        the model, changed in place (the new layer, if it was a BatchNorm itself).
+
+    Raises:
+        ValueError: an unknown norm, a pattern that matches nothing, no BatchNorm
+            at all, or one that cannot be converted: with a forward of its own,
+            with forward or backward hooks, or lazy. Nothing was changed then.
+        TypeError: an argument that does not exist.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert_norm(model, 'DNB')[1]
+        DNB(
+          (sc): SC(8, hidden=8, inputs='raw', bound=0.5)
+          (bn): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        )
+    """
+    family = _family(norm)
+    _check_arguments(args)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError('expected a plain model, got one inside DistributedDataParallel, which '
+                         'would not synchronise the new parameters: convert it first')
+    found = batch_norms(model)
+    layers = dn_layers(model)
+    chosen = _choose(found, layers, only, skip)
+    if not chosen:
+        if not layers:
+            raise ValueError(f'found no BatchNorm to convert in {type(model).__name__}'
+                             f'{_norms_in_words(model)}')
+        warnings.warn(f'{type(model).__name__} is already converted: it holds {len(layers)} '
+                      f'DN layers and no BatchNorm to convert; nothing was changed',
+                      stacklevel=2)
+        return model
+    for name, bn in chosen.items():
+        _check_convertible(name, bn)
+    new = {bn: _layer_around(bn, family, model, args) for bn in dict.fromkeys(chosen.values())}
+    for bn, layer in new.items():
+        _adopt(layer, bn, args)
+        layer.sc.requires_grad_(sc_requires_grad)
+    if model in new:
+        return new[model]
+    for name, bn in chosen.items():
+        parent, _, child = name.rpartition('.')
+        setattr(model.get_submodule(parent), child, new[bn])
+    for name in _folded_wrongly(model):
+        warnings.warn(f'{name}: this BatchNorm follows a converted norm inside one module, and '
+                      f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
+                      f'it as well, or do not fuse this model', stacklevel=2)
+    return model
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorms of a model by name, except those inside DN layers."""
+    inside = set(dn_layers(model))
+    return {name: module for name, module in model.named_modules(remove_duplicate=False)
+            if _is_batch_norm(module) and name.rpartition('.')[0] not in inside}
+
+
+def dn_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The DN layers of a model by name."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, _DynamicNorm)}
+
+
+def _is_batch_norm(module):
+    return isinstance(module, _BatchNorm) or _is_frozen(module)
+
+
+def _is_frozen(module):
+    """torchvision's, mmdet's and detectron2's classes share the name alone."""
+    return type(module).__name__ == 'FrozenBatchNorm2d'
+
+
+def _is_timm_norm_act(module):
+    timm_layers = sys.modules.get('timm.layers')
+    return timm_layers is not None and type(module) is timm_layers.BatchNormAct2d
+
+
+def _family(norm):
+    if norm not in FAMILIES:
+        raise ValueError(f'norm: expected one of {tuple(FAMILIES)} (dimension and '
+                         f'synchronisation follow each BatchNorm), got {norm!r}')
+    return FAMILIES[norm]
+
+
+def _check_arguments(args):
+    for name in args:
+        if name not in ARGUMENTS:
+            raise TypeError(f'{name}: no such argument; expected some of {ARGUMENTS}, all '
+                            f'else is kept from each BatchNorm')
+
+
+def _choose(found, layers, only, skip):
+    """The norms that the patterns leave, each pattern checked to match something."""
+    chosen = found
+    for patterns, keep in ((only, True), (skip, False)):
+        if patterns is None:
+            continue
+        matched = set()
+        for pattern in (patterns, ) if isinstance(patterns, str) else patterns:
+            names = {name for name in itertools.chain(found, layers) if _matches(name, pattern)}
+            if not names:
+                some = ', '.join(itertools.islice(itertools.chain(found, layers), 5))
+                raise ValueError(f'{"only" if keep else "skip"}: {pattern!r} matches none of '
+                                 f'{len(found) + len(layers)} norms ({some}, ...)')
+            matched |= names
+        chosen = {name: bn for name, bn in chosen.items() if (name in matched) == keep}
+    return chosen
+
+
+def _matches(name, pattern):
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f'{pattern}.*')
+
+
+def _norms_in_words(model):
+    """', which holds 12 LayerNorm': why there is nothing to convert."""
+    kinds = [type(module).__name__ for module in model.modules()
+             if 'Norm' in type(module).__name__ and list(module.parameters(recurse=False))]
+    counts = ', '.join(f'{kinds.count(kind)} {kind}' for kind in sorted(set(kinds)))
+    return f', which holds {counts}' if counts else ''
+
+
+def _check_convertible(name, bn):
+    what = f'{name or "the model"}: {type(bn).__module__}.{type(bn).__qualname__}'
+    instead = f'leave it out with skip={name!r}'
+    if isinstance(bn, LazyModuleMixin):
+        raise ValueError(f'{what} does not know its channels yet: run the model once on an '
+                         f'input before converting it, or {instead}')
+    own_forward = not (is_torch_batch_norm(bn) or _is_frozen(bn) or _is_timm_norm_act(bn))
+    if own_forward or 'forward' in vars(bn):
+        raise ValueError(f'{what} has a forward of its own, which conversion would lose: '
+                         f'use a plain BatchNorm there, or {instead}')
+    if (bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks
+            or bn._backward_pre_hooks):
+        raise ValueError(f'{what} has hooks on its forward or backward, which a DN layer does '
+                         f'not call: remove them and register them on the converted layer, '
+                         f'or {instead}')
+
+
+def _layer_around(bn, family, model, args):
+    """A DN layer for bn's channels, inputs, device and dtype."""
+    if _is_timm_norm_act(bn):
+        cls = DNBAct if family is FAMILIES['DNB'] else DNCAct
+    elif _is_frozen(bn):
+        cls = family[1]
+    else:
+        cls = family[_CHECKS.get(type(bn)._check_input_dim, 3)]
+    tensor = next(itertools.chain(bn.parameters(), bn.buffers(), model.parameters()), None)
+    factory = {} if tensor is None else dict(device=tensor.device, dtype=tensor.dtype)
+    num_features = len(bn.weight) if _is_frozen(bn) else bn.num_features
+    return cls(num_features, **args, **factory)
+
+
+def _adopt(layer, bn, args):
+    """Makes bn the layer's inner norm, with all that it carries."""
+    layer.train(bn.training)
+    if _is_timm_norm_act(bn):
+        layer.drop, layer.act = bn.drop, bn.act
+        bn = _plain_batch_norm(bn)
+    if 'bn_requires_grad' in args:
+        bn.requires_grad_(args['bn_requires_grad'])
+    layer.bn_requires_grad = all(p.requires_grad for p in bn.parameters())
+    layer.bn = bn
+
+
+def _plain_batch_norm(norm_act):
+    """A BatchNorm2d that shares the parameters and buffers of timm's BatchNormAct2d."""
+    bn = nn.BatchNorm2d(norm_act.num_features, norm_act.eps, norm_act.momentum,
+                        norm_act.affine, norm_act.track_running_stats)
+    bn.train(norm_act.training)
+    for name, tensor in itertools.chain(norm_act.named_parameters(recurse=False),
+                                        norm_act.named_buffers(recurse=False)):
+        setattr(bn, name, tensor)
+    return bn
+
+
+def _folded_wrongly(model):
+    """Names of BatchNorms that mmcv's fuse_conv_bn folds into a convolution before a DN layer.
+
+    It remembers a module's last convolution until a BatchNorm comes, and knows
+    no other norm that could have come between.
+    """
+    for parent_name, parent in model.named_modules():
+        last_conv, norm_between = None, False
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d):
+                last_conv, norm_between = child, False
+            elif isinstance(child, _DynamicNorm):
+                norm_between = True
+            elif isinstance(child, _BatchNorm) and last_conv is not None:
+                if norm_between:
+                    yield f'{parent_name}.{name}' if parent_name else name
+                last_conv = None
