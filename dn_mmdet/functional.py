@@ -17,18 +17,33 @@ of each sample's channel and ``s = sqrt(v + eps)``::
 ``s / sigma - 1`` (``'standardized'``). Where the inner BatchNorm would use its
 running statistics, they stand for mu and var.
 """
+from typing import Any, NamedTuple
+
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
+from .kernels import torch_ops
+
+BACKENDS = ('auto', 'reference', 'torch')
+FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
-                 ndims: tuple[int, ...] = ()) -> Tensor:
+                 ndims: tuple[int, ...] = (), backend: str = 'auto') -> Tensor:
     """Normalises x by equations (1) to (6) and updates bn's running averages.
+
+    Every backend computes the same. The fused ones keep only x for the backward
+    pass and read it as often as BatchNorm does. The reference runs in their place
+    wherever autograd has to see each operation (`torch.compile`, tracing, export,
+    `torch.func` transforms, double backward), and around an inner norm that is not
+    a torch BatchNorm.
 
     Args:
         x: the feature map, of any floating-point dtype.
@@ -38,6 +53,8 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         sc: the SC module.
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
+        backend: ``'reference'`` (plain autograd), ``'torch'`` (fused, from stock
+            operators) or ``'auto'``, which chooses by device.
 
     Shape:
         - x: (N, C, ...)
@@ -45,19 +62,36 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
 
     Raises:
         ValueError: x has a wrong number of dimensions or of channels, or one
-            value per channel where batch statistics are needed.
+            value per channel where batch statistics are needed; or backend is
+            unknown.
     """
+    check_backend(backend)
     _check_shape(x, sc.num_features, ndims)
     if not is_torch_batch_norm(bn):
         return _around_another_norm(x, bn, sc, batch_shared)
-    m, v = reference.moments(x)
-    mu, var, count = statistics(bn, m, v, x)
-    sigma = torch.sqrt(var + bn.eps)
-    z = reference.normalize(x, mu, sigma, *affine_parameters(bn, m))
-    g, h = generate(sc, m, torch.sqrt(v + bn.eps), mu, sigma, batch_shared)
-    if count is not None:
-        update_running_averages(bn, mu, var, count)
-    return reference.modulate(z, g, h).to(x.dtype)
+    call = _Call(bn, _running_statistics(bn), _process_group(bn), sc, batch_shared)
+    _check_count(x, call)
+    ops = _primitives(x, sc, backend)
+    if ops is None:
+        y, *observed = _reference(call, x, bn.weight, bn.bias)
+        update_running_averages(bn, *observed)
+        return y
+    planes = x if x.dim() > 2 else x.unsqueeze(2)
+    if torch.is_grad_enabled():
+        names, parameters = zip(*sc.named_parameters(), strict=True)
+        y = _FusedNorm.apply(call, ops, names, planes, bn.weight, bn.bias, *parameters)
+    else:
+        m, v = ops.moments(planes)
+        a, c, *observed = coefficients(call, m, v, planes, bn.weight, bn.bias)
+        update_running_averages(bn, *observed)
+        y = ops.affine(planes, m, a, c)
+    return y if x.dim() > 2 else y.squeeze(2)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise ValueError(f'backend: expected one of {BACKENDS}, got {backend!r}')
 
 
 def is_torch_batch_norm(bn: nn.Module) -> bool:
@@ -70,21 +104,140 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     return type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def statistics(bn: nn.Module, m: Tensor, v: Tensor, x: Tensor):
-    """mu, var (C,) that bn would use, and the number of values behind them.
+class _Call(NamedTuple):
+    """What a call read from the layer's modules, for a backward that comes later."""
+    bn: nn.Module
+    running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
+    group: Any  # of processes over which to reduce batch statistics, or None
+    sc: nn.Module
+    batch_shared: bool
+
+
+class _FusedNorm(torch.autograd.Function):
+    """``y = a (x - m) + c``, which keeps x and what is (N, C) small.
+
+    Forward computes a and c from m, v and the parameters under autograd; backward
+    reduces dy to da and dc, lets autograd take them through that small graph, and
+    needs one more pass for
+
+        dx = a dy + p (x - m) + q,    p = 2 dv / S,    q = (dm - a dc) / S    (8)
+
+    with dm, dv the gradients of m and v through a and c, and S the values behind
+    each of them. A backward that is itself to be differentiated goes through the
+    reference.
+    """
+
+    @staticmethod
+    def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
+        m, v = ops.moments(x)
+        # Aliases, so that gradient hooks on the parameters run once, in the outer graph.
+        leaves = [None if t is None else t.detach().requires_grad_(needed)
+                  for t, needed in zip((m, v, w, b, *sc_parameters),
+                                       ctx.needs_input_grad[3:4] + ctx.needs_input_grad[3:],
+                                       strict=True)]
+        with torch.enable_grad():
+            a, c, *observed = coefficients(call, *leaves[:2], x, *leaves[2:4],
+                                           dict(zip(names, leaves[4:], strict=True)))
+        update_running_averages(call.bn, *observed)
+        if call.running is not None:  # they may have moved when backward comes
+            call = call._replace(running=tuple(t.clone() for t in call.running))
+        ctx.save_for_backward(x, w, b, *sc_parameters)
+        ctx.call, ctx.ops, ctx.names, ctx.small_graph = call, ops, names, (leaves, a, c)
+        return ops.affine(x, m, a, c)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, None, None, *_differentiable_backward(
+                ctx.call, ctx.names, ctx.needs_input_grad[3:], dy, x, *parameters)
+        leaves, a, c = ctx.small_graph
+        m = leaves[0].detach()
+        da, dc = ctx.ops.reduce(dy, x, m)
+        through = [(t, dt) for t, dt in ((a, da), (c, dc)) if t.requires_grad]
+        dm, dv, *rest = _gradients(*zip(*through, strict=True), leaves)
+        dx = None
+        if ctx.needs_input_grad[3]:
+            size = x.numel() // m.numel()
+            p = torch.zeros_like(m) if dv is None else dv * (2 / size)
+            q = (dm - a.detach() * dc) / size
+            dx = ctx.ops.input_gradient(dy, x, m, a.detach(), p, q)
+        return None, None, None, dx, *rest
+
+
+def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
+    aliases = [t.view_as(t) if needs else t
+               for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)]
+    y, *_ = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
+    wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
+    return _gradients((y, ), (dy, ), wanted, create_graph=True)
+
+
+def _gradients(outputs, output_gradients, inputs, create_graph=False):
+    """`torch.autograd.grad`, with None for each input that is None or needs none.
+
+    The graph is kept: a caller may come back with `retain_graph`.
+    """
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True,
+                                     create_graph=create_graph, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _primitives(x, sc, backend):
+    """The module with the fused primitives to run on x, or None for the reference."""
+    if (backend == 'reference' or _autograd_must_see(x) or x.numel() == 0
+            or x.dtype not in FUSED_DTYPES or x.device.type not in ('cpu', 'cuda')
+            or getattr(sc, '_is_replica', False)):  # nn.DataParallel's have no parameters
+        return None
+    return torch_ops
+
+
+def _autograd_must_see(x):
+    """Whether something looks at, or transforms, the operations one by one."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or is_in_torch_dispatch_mode()
+            or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided)
+
+
+def _reference(call, x, w, b, sc_parameters=None):
+    """y by equations (1) to (6), and the mu, var, count that it was computed with."""
+    m, v = reference.moments(x)
+    mu, var, count = statistics(call, m, v, x)
+    sigma = torch.sqrt(var + call.bn.eps)
+    z = reference.normalize(x, mu, sigma, *_affine_parameters(w, b, like=mu))
+    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
+    return reference.modulate(z, g, h).to(x.dtype), mu, var, count
+
+
+def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
+                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None):
+    """a, c (N, C) with which equation (6) reads ``y = a (x - m) + c`` (7); mu, var, count.
+
+    Of x only the shape is used.
+    """
+    mu, var, count = statistics(call, m, v, x)
+    sigma = torch.sqrt(var + call.bn.eps)
+    w, b = _affine_parameters(w, b, like=mu)
+    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
+    scale = 1 + g
+    a = scale * (w / sigma)
+    c = torch.addcmul(h, scale, b) + a * (m - mu)
+    return a.expand_as(m), c, mu, var, count
+
+
+def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
+    """mu, var (C,) that the inner BatchNorm uses, and the number of values behind them.
 
     The count is None where the statistics are the running ones, and a tensor
     where they were reduced over processes.
     """
-    if _uses_running_statistics(bn):
-        return bn.running_mean.to(m.dtype), bn.running_var.to(m.dtype), None
-    group = _process_group(bn)
-    if group is not None:
-        return synchronized_statistics(m, v, x.numel() // x.shape[1], group)
-    count = x.numel() // x.shape[1]
-    if count == 1:
-        raise ValueError(f'Expected more than 1 value per channel when training, got input '
-                         f'size {tuple(x.shape)}; use larger batches or inputs, or eval()')
+    if call.running is not None:
+        return *(t.to(m.dtype) for t in call.running), None
+    count = _values_per_channel(x)
+    if call.group is not None:
+        return synchronized_statistics(m, v, count, call.group)
     return *batch_statistics(m, v), count
 
 
@@ -119,21 +272,18 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     return mu, (share * (variances + (means - mu).square())).sum(0), total
 
 
-def affine_parameters(bn: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """bn's w and b (C,), or ones and zeros where it has none, in the dtype of `like`."""
-    if bn.weight is None:
-        return like.new_ones(bn.num_features), like.new_zeros(bn.num_features)
-    return bn.weight.to(like.dtype), bn.bias.to(like.dtype)
+def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps: float,
+             batch_shared: bool, parameters: dict[str, Tensor] | None = None):
+    """g, h by equation (4), (N, C) each, or (5), (1, C) each.
 
-
-def generate(sc: nn.Module, m: Tensor, s: Tensor, mu: Tensor, sigma: Tensor,
-             batch_shared: bool) -> tuple[Tensor, Tensor]:
-    """g, h by equation (4), (N, C) each, or (5), (1, C) each."""
+    ``parameters``, where given, stand in for SC's own.
+    """
     if batch_shared:
-        return sc(mu[None], sigma[None])
-    if sc.inputs == 'standardized':
-        return sc((m - mu) / sigma, s / sigma - 1)
-    return sc(m, s)
+        inputs = mu[None], sigma[None]
+    else:
+        s = torch.sqrt(v + eps)
+        inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
+    return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
 
 
 @torch.no_grad()
@@ -167,10 +317,29 @@ def _check_shape(x, num_features, ndims):
                          f'where the layer is built')
 
 
-def _uses_running_statistics(bn):
+def _check_count(x, call):
+    if call.running is None and call.group is None and _values_per_channel(x) == 1:
+        raise ValueError(f'Expected more than 1 value per channel when training, got input '
+                         f'size {tuple(x.shape)}; use larger batches or inputs, or eval()')
+
+
+def _values_per_channel(x):
+    return x.numel() // x.shape[1]
+
+
+def _affine_parameters(w, b, like):
+    """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
+    if w is None:
+        return torch.ones_like(like), torch.zeros_like(like)
+    return w.to(like.dtype), b.to(like.dtype)
+
+
+def _running_statistics(bn):
+    """The running mean and variance where bn normalises by them, or None."""
     never_updates = not hasattr(bn, 'momentum')  # mmdet's and torchvision's FrozenBatchNorm2d
-    return (getattr(bn, 'running_mean', None) is not None
-            and (never_updates or not bn.training))
+    if getattr(bn, 'running_mean', None) is None or (bn.training and not never_updates):
+        return None
+    return bn.running_mean, bn.running_var
 
 
 def _process_group(bn):
@@ -186,10 +355,8 @@ def _around_another_norm(x, norm, sc, batch_shared):
     """Equation (6) with z from an inner norm of unknown type."""
     m, v = reference.moments(x)
     eps = getattr(norm, 'eps', 1e-5)
-    if _uses_running_statistics(norm):
-        mu, var = norm.running_mean.to(m.dtype), norm.running_var.to(m.dtype)
-    else:
-        mu, var = batch_statistics(m, v)
+    running = _running_statistics(norm)
+    mu, var = batch_statistics(m, v) if running is None else (t.to(m.dtype) for t in running)
     z = reference.widen(norm(x))
-    g, h = generate(sc, m, torch.sqrt(v + eps), mu, torch.sqrt(var + eps), batch_shared)
+    g, h = generate(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
     return reference.modulate(z, g, h).to(x.dtype)

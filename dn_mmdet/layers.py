@@ -4,7 +4,7 @@ import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .functional import dynamic_norm
+from .functional import check_backend, dynamic_norm
 from .sc import SC
 
 # A graph traced by torch.fx holds one call per layer: the shape checks and the
@@ -52,6 +52,8 @@ class _DynamicNorm(nn.Module):
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound).
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
+        backend (str): which implementation runs; see :func:`dynamic_norm`. All
+            compute the same.
         device, dtype: of all parameters and buffers.
 
     Raises:
@@ -66,7 +68,7 @@ class _DynamicNorm(nn.Module):
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
                  track_running_stats=True, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.5, bn_requires_grad=True, device=None, dtype=None):
+                 bound=0.5, bn_requires_grad=True, backend='auto', device=None, dtype=None):
         super().__init__()
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
@@ -75,13 +77,15 @@ class _DynamicNorm(nn.Module):
         self.sc = SC(num_features, reduction, min_channels, inputs, bound, device, dtype)
         self.bn = self.bn_type(num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
+        check_backend(backend)
+        self.backend = backend
         self.bn_requires_grad = bn_requires_grad
         self.bn.requires_grad_(bn_requires_grad)
         self._register_load_state_dict_pre_hook(self._accept_batch_norm_checkpoint)
 
     def forward(self, x: Tensor) -> Tensor:
         return dynamic_norm(x, self.bn, self.sc, batch_shared=self.batch_shared,
-                            ndims=self.ndims)
+                            ndims=self.ndims, backend=self.backend)
 
     def parameters(self, recurse=True):
         """As in torch, but without those that ``bn_requires_grad=False`` froze.
@@ -107,7 +111,10 @@ class _DynamicNorm(nn.Module):
             state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.'))
 
     def extra_repr(self):
-        return '' if self.bn_requires_grad else 'bn_requires_grad=False'
+        shown = [] if self.bn_requires_grad else ['bn_requires_grad=False']
+        if self.backend != 'auto':
+            shown.append(f'backend={self.backend!r}')
+        return ', '.join(shown)
 
     # Code that reads a norm layer (DetectoRS' constant_init, pruning, logging)
     # expects BatchNorm's attributes on it. Read-only: they belong to `bn`.

@@ -1,0 +1,146 @@
+"""The four primitives from stock PyTorch operators; see the package's docstring.
+
+BatchNorm's own kernels, in eval mode on a view with one channel per sample's channel,
+are the fastest stock operators for these passes: each is one pass over all cores.
+"""
+import torch
+from torch import Tensor
+
+from dn_mmdet.reference import widen
+
+# A sum of squares is added up in blocks of this many values, so that its rounding does
+# not grow with the size of the map.
+BLOCK = 1024
+# Where m^2 exceeds this many times v, mean(x^2) - m^2 has cancelled too many digits.
+CANCELLATION = 4
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    n, c = x.shape[:2]
+    x = _dense(x)
+    if not x.is_contiguous():
+        if not x.is_cpu:
+            var, mean = torch.var_mean(widen(x), tuple(range(2, x.dim())), correction=0)
+            return mean, var
+        pairs = [torch.batch_norm_update_stats(sample, None, None, 0.) for sample in x.split(1)]
+        return tuple(torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    x = x.view(n * c, -1)
+    if x.is_cpu:
+        m, v = _row_moments(x)
+    else:
+        v, m = torch.var_mean(widen(x), 1, correction=0)
+    return m.view(n, c), v.view(n, c)
+
+
+def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
+    x = _dense(x)
+    if _is_strided_on_gpu(x):
+        m, a, c = (_over(x, t) for t in (m, a, c))
+        return (a * (widen(x) - m) + c).to(x.dtype)
+    y = torch.empty_like(x)
+    unused = m.new_empty(0)
+    for x_part, y_part, m_part, a_part, c_part in _parts(x, y, m, a, c):
+        torch.ops.aten.native_batch_norm.out(
+            x_part, a_part, c_part, m_part, torch.ones_like(m_part), False, 0., 0.,
+            out=y_part, save_mean=unused, save_invstd=unused)
+    return y
+
+
+def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    x = _dense(x)
+    dy = _like(x, dy)
+    if _is_strided_on_gpu(x):
+        spatial = tuple(range(2, x.dim()))
+        dy = widen(dy)
+        return (dy * (widen(x) - _over(x, m))).sum(spatial), dy.sum(spatial)
+    da, dc = [], []
+    unused = m.new_empty(0)
+    for x_part, dy_part, m_part in _parts(x, dy, m):
+        one = torch.ones_like(m_part)
+        _, da_part, dc_part = torch.ops.aten.native_batch_norm_backward(
+            dy_part, x_part, one, m_part, one, unused, unused, False, 0., (False, True, True))
+        da.append(da_part)
+        dc.append(dc_part)
+    return torch.cat(da).view_as(m), torch.cat(dc).view_as(m)
+
+
+def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
+                   q: Tensor) -> Tensor:
+    x = _dense(x)
+    dy = _like(x, dy)
+    m, a, p, q = (_over(x, t) for t in (m, a, p, q))
+    return (a * widen(dy) + (p * (widen(x) - m) + q)).to(x.dtype)
+
+
+def _row_moments(x):
+    """Mean and population variance (R,) of the rows of x (R, S), on the CPU.
+
+    `torch.var_mean` is accurate and 50 times slower here than `mean` and
+    `vector_norm`, which cancel where |mean| >> std. Such rows are done again, centred.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = x.shape[1]
+    m = x.mean(1, dtype=wide)
+    if size == 1:
+        return m, torch.zeros_like(m)
+    v = (_square_sum(x, wide) / size).addcmul_(m, m, value=-1)
+    cancelled = (m.square() <= CANCELLATION * v).logical_not_()  # NaN is cancelled
+    if cancelled.any():
+        rows = cancelled.nonzero().squeeze(1)
+        centred = x[rows].to(wide).sub_(m[rows, None])
+        rest = centred.mean(1)
+        v[rows] = (_square_sum(centred, wide) / size).addcmul_(rest, rest, value=-1)
+        m[rows] += rest
+    return m, v
+
+
+def _square_sum(x, wide):
+    whole = x.shape[1] // BLOCK * BLOCK
+    total = 0
+    if whole:
+        blocks = x[:, :whole].unflatten(1, (-1, BLOCK))
+        total = torch.linalg.vector_norm(blocks, dim=2, dtype=wide).square_().sum(1)
+    if whole < x.shape[1]:
+        total = torch.linalg.vector_norm(x[:, whole:], dim=1, dtype=wide).square_() + total
+    return total
+
+
+def _dense(x):
+    """x, or a contiguous copy where it is neither contiguous nor channels_last."""
+    return x if x.is_contiguous(memory_format=_memory_format(x)) else x.contiguous()
+
+
+def _like(x, dy):
+    return dy.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x):
+    if not x.is_contiguous():
+        for memory_format, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
+                return memory_format
+    return torch.contiguous_format
+
+
+def _is_strided_on_gpu(x):
+    """channels_last on a GPU, where a launch per sample would cost more than it saves."""
+    return not (x.is_cpu or x.is_contiguous())
+
+
+def _parts(x, *others):
+    """Views in which BatchNorm's kernels find one channel per sample's channel.
+
+    All of it (1, N C, S) where x is contiguous, each sample (1, C, ...) where it is
+    channels_last. Coefficients (N, C) become (N C,) or (C,).
+    """
+    if x.is_contiguous():
+        planes = (1, x.shape[0] * x.shape[1], -1)
+        yield (x.view(planes), *(t.reshape(-1) if t.dim() == 2 else t.view(planes)
+                                 for t in others))
+    else:
+        for i in range(len(x)):
+            yield (x[i:i + 1], *(t[i] if t.dim() == 2 else t[i:i + 1] for t in others))
+
+
+def _over(x, t):
+    return t.view(*t.shape, *(1, ) * (x.dim() - 2))

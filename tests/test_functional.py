@@ -1,0 +1,91 @@
+"""Every backend computes what the reference does: outputs, gradients and state."""
+import copy
+
+import pytest
+import torch
+from conftest import awake
+from torch import nn
+
+from dn_mmdet import DNB, DNC, DNB1d, DNB3d
+
+FUSED = ('torch', )
+LAYERS = {'dnb-raw': (DNB, dict(inputs='raw')),
+          'dnb-standardized': (DNB, dict(inputs='standardized')),
+          'dnc': (DNC, {})}
+SHAPES = [(3, 5, 7, 3), (2, 3, 40, 40), (1, 4, 2, 2), (4, 6, 1, 1), (13, 1, 11, 5)]
+LAYOUTS = {'contiguous': lambda x: x,
+           'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+           'transposed': lambda x: x.mT.contiguous().mT,
+           'sliced': lambda x: torch.cat((x, x), 1)[:, :x.shape[1]]}
+
+
+def trained(layer):
+    """The layer with every parameter and buffer away from its initial value."""
+    awake(layer)
+    if layer.bn.weight is not None:
+        nn.init.normal_(layer.bn.weight)
+        nn.init.normal_(layer.bn.bias)
+    if layer.bn.running_mean is not None:
+        nn.init.normal_(layer.bn.running_mean)
+        nn.init.uniform_(layer.bn.running_var, 0.5, 2)
+    return layer
+
+
+def twins(cls, *args, backend, dtype=torch.float64, **kwargs):
+    """Two equal layers: one of this backend, and the reference."""
+    layer = trained(cls(*args, backend=backend, **kwargs)).to(dtype)
+    other = copy.deepcopy(layer)
+    other.backend = 'reference'
+    return layer, other
+
+
+def step(layer, x, dy):
+    """All that a training step shows: output, gradients, buffers."""
+    x = x.clone().requires_grad_()
+    parameters = list(dict(layer.named_parameters()).values())
+    y = layer(x)
+    buffers = [buffer.to(x.dtype) for buffer in layer.buffers()]  # one of them counts
+    return y, *torch.autograd.grad(y, (x, *parameters), dy), *buffers
+
+
+@pytest.mark.parametrize('backend', FUSED)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_equals_the_reference(kind, training, shape, layout, backend, close):
+    cls, kwargs = LAYERS[kind]
+    layer, expected = twins(cls, shape[1], backend=backend, **kwargs)
+    layer.train(training)
+    expected.train(training)
+    x = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64) + 0.5)
+    dy = torch.randn(shape, dtype=torch.float64)
+    for actual, wanted in zip(step(layer, x, dy), step(expected, x, dy), strict=True):
+        close(actual, wanted)
+    with torch.no_grad():
+        close(layer.eval()(x), expected.eval()(x))
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+def test_gradients_of_gradients(kind, training):
+    cls, kwargs = LAYERS[kind]
+    layer = trained(cls(3, backend='torch', **kwargs)).double().train(training)
+    names, parameters = zip(*dict(layer.named_parameters()).items(), strict=True)
+
+    def run(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+    assert torch.autograd.gradgradcheck(run, (x, *parameters))
+
+
+@pytest.mark.parametrize('cls, shape', [(DNB1d, (5, 3)), (DNB1d, (2, 3, 7)),
+                                        (DNB3d, (2, 3, 3, 4, 5))], ids=str)
+@pytest.mark.parametrize('backend', FUSED)
+def test_other_numbers_of_dimensions(cls, shape, backend, close):
+    layer, expected = twins(cls, 3, backend=backend)
+    x, dy = torch.randn(2, *shape, dtype=torch.float64)
+    for actual, wanted in zip(step(layer, x, dy), step(expected, x, dy), strict=True):
+        close(actual, wanted)
