@@ -2,11 +2,16 @@
 
 A converted layer computes what the BatchNorm did, until its SC is trained.
 """
+import copy
 import fnmatch
+import inspect
 import itertools
 import sys
 import warnings
 
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -123,8 +128,157 @@ def dn_layers(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(module, _DynamicNorm)}
 
 
+def swap_norm(cfg: Config, norm: str = 'DNB', **args) -> Config:
+    """Puts Dynamic Normalization in the place of BatchNorm in a config of MMDetection.
+
+    Every dict of the model whose ``type`` is a BatchNorm is changed, and where a
+    model's class has one for a default that the config leaves out (ResNet, most
+    YOLO necks), it is written out and changed. eps, momentum and the like are
+    kept. ``requires_grad=False`` would freeze SC at identity for ever, so it
+    becomes ``bn_requires_grad=False``. The model is built once to count what came
+    of it; BatchNorms that mmdet's classes create whatever the config says stay,
+    and are named in the log.
+
+    Args:
+        cfg: a whole config; left as it is.
+        norm: ``'DNB'`` or ``'DNC'``.
+        **args: as in :func:`convert_norm`, for every norm.
+
+    Returns:
+        a new config, complete in itself, which imports dn_mmdet when loaded.
+
+    Raises:
+        ValueError: an unknown norm, no model, or no BatchNorm that a config reaches.
+        TypeError: an argument that does not exist.
+    """
+    family = _family(norm)
+    _check_arguments(args)
+    if not isinstance(cfg.get('model'), dict):
+        raise ValueError(f'expected a config with a model, found only '
+                         f'{", ".join(cfg) or "nothing"}')
+    cfg = copy.deepcopy(cfg)
+    with _scope(cfg):
+        found = list(_norm_cfgs(cfg.model, 'model'))
+        for _, node in found:
+            _swap(node, family, args)
+        model = MODELS.build(copy.deepcopy(cfg.model))
+    _report(model, norm, found, cfg.model)
+    if found:
+        imports = cfg.get('custom_imports') or dict(allow_failed_imports=False)
+        names = imports.get('imports', [])
+        names = [names] if isinstance(names, str) else list(names)
+        cfg.custom_imports = dict(imports, imports=list(dict.fromkeys([*names, 'dn_mmdet'])))
+    return cfg
+
+
+def _scope(cfg):
+    """Where the types in a config are looked up: mmdet, unless the config says otherwise."""
+    return DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet')
+
+
+def _norm_cfgs(node, path):
+    """Path and dict of every BatchNorm in a model's config, its classes' defaults written out."""
+    if isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            yield from _norm_cfgs(child, f'{path}.{i}')
+    if not isinstance(node, dict):
+        return
+    cls = _class_of(node)
+    if _is_batch_norm_class(cls):
+        yield path, node
+        return
+    for name, default in _defaults(cls):
+        if name not in node and isinstance(default, dict) and _is_batch_norm_class(
+                _class_of(default)):
+            node[name] = copy.deepcopy(default)
+    for key, child in node.items():
+        if key != 'init_cfg':  # its types are names of layers to initialise
+            yield from _norm_cfgs(child, f'{path}.{key}')
+
+
+def _class_of(node):
+    kind = node.get('type')
+    if not isinstance(kind, str):
+        return kind  # a config in the new style names the class itself
+    with MODELS.switch_scope_and_registry(None) as registry:
+        try:
+            return registry.get(kind)
+        except RuntimeError:  # of another registry, as an assigner
+            return None
+
+
+def _is_batch_norm_class(cls):
+    """torch's BatchNorms, and MMCV's synchronised one, which shares the name alone."""
+    return inspect.isclass(cls) and (issubclass(cls, _BatchNorm)
+                                     or cls.__name__ == 'SyncBatchNorm')
+
+
+def _defaults(cls):
+    """Arguments of a class with their defaults, as far up as ``**kwargs`` hands them."""
+    if not inspect.isclass(cls):
+        return
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        yield from ((p.name, p.default) for p in parameters)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+
+
+def _swap(node, family, args):
+    """Changes one norm_cfg in place."""
+    cls = _class_of(node)
+    synchronised = not issubclass(cls, _BatchNorm) or issubclass(cls, nn.SyncBatchNorm)
+    if not synchronised and cls.forward is not _BatchNorm.forward:
+        raise ValueError(f'{cls.__module__}.{cls.__qualname__} has a forward of its own, which '
+                         f"conversion would lose: use type='BN' there")
+    layer = family[3 if synchronised else _CHECKS.get(cls._check_input_dim, 3)]
+    if node.pop('requires_grad', True) is False:
+        node['bn_requires_grad'] = False
+    node.update(args, type=layer.__name__)
+
+
+def _report(model, norm, found, model_cfg):
+    """Says what became of the norms of a model that a swapped config builds."""
+    layers, left = dn_layers(model), list(batch_norms(model))
+    owners = [_config_path(name, model_cfg) for name in left]
+    hard_coded = '; '.join(
+        f'{owners.count(owner)} in {type(model.get_submodule(owner)).__name__} '
+        f'(as {left[owners.index(owner)]})' for owner in dict.fromkeys(owners))
+    if not found and layers:
+        print_log(f'already converted: this config builds {len(layers)} DN layers; nothing was '
+                  f'changed', logger='current')
+    elif not found:
+        raise ValueError('found no BatchNorm that this config could change' + (
+            f': {len(left)} are hard-coded, {hard_coded}; use dn_mmdet.convert.convert_norm on '
+            f'the model' if left else f' in {type(model).__name__}{_norms_in_words(model)}'))
+    else:
+        print_log(f'{norm} in place of BatchNorm in {len(layers)} layers, by '
+                  f'{", ".join(path for path, _ in found)}', logger='current')
+    frozen = ', '.join(path for path, node in found if node.get('bn_requires_grad') is False)
+    if frozen:
+        print_log(f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
+                  f'frozen, SC trains', logger='current')
+    if left:
+        print_log(f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}',
+                  logger='current')
+
+
+def _config_path(name, model_cfg):
+    """The name of the module around the norm ``name`` that a dict of the config builds."""
+    parts, node = [], model_cfg
+    for part in name.split('.')[:-1]:
+        node = node[int(part)] if isinstance(node, (list, tuple)) else node.get(part)
+        if not isinstance(node, (dict, list, tuple)):
+            break
+        parts.append(part)
+    return '.'.join(parts)
+
+
 def _is_batch_norm(module):
-    return isinstance(module, _BatchNorm) or _is_frozen(module)
+    return isinstance(module, _BatchNorm) or _is_frozen(module) or (
+        type(module).__name__ == 'SyncBatchNorm')
 
 
 def _is_frozen(module):

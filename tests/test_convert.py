@@ -1,6 +1,10 @@
 """Conversion keeps everything that a BatchNorm carries, and says what it cannot keep."""
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +12,17 @@ import torch.distributed as dist
 import torchvision
 from conftest import awake
 from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, SyncDNB
-from dn_mmdet.convert import batch_norms, convert_norm, dn_layers
+from dn_mmdet.convert import batch_norms, convert_norm, dn_layers, swap_norm
+
+ROOT = Path(__file__).parents[1]
 
 
 def used(model):
@@ -328,3 +338,120 @@ def test_a_model_inside_ddp_is_refused():
             convert_norm(nn.parallel.DistributedDataParallel(small_net()), 'DNB')
     finally:
         dist.destroy_process_group()
+
+
+def zoo(name):
+    return get_config(f'mmdet::{name}.py')
+
+
+def build(cfg):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
+@pytest.fixture
+def log(caplog, request):
+    """What mmengine's logger says, which hands nothing up to pytest's."""
+    MMLogger.get_instance(request.node.name).addHandler(caplog.handler)  # the newest is used
+    return lambda: '\n'.join(record.getMessage() for record in caplog.records)
+
+
+def test_a_swapped_config_builds_dn_layers_and_the_original_is_left():
+    cfg = zoo('retinanet/retinanet_r50_fpn_1x_coco')
+    before = cfg.pretty_text
+    swapped = swap_norm(cfg, 'DNB', min_channels=4)
+    assert cfg.pretty_text == before
+    assert swapped.model.backbone.norm_cfg == dict(type='DNB', min_channels=4)
+    model = build(swapped)
+    assert len(dn_layers(model)) == 53 and not batch_norms(model)
+
+
+def test_defaults_that_a_config_leaves_out_are_written_out():
+    cfg = zoo('retinanet/retinanet_r50_fpn_1x_coco')
+    del cfg.model.backbone.norm_cfg
+    assert swap_norm(cfg, 'DNC').model.backbone.norm_cfg == dict(type='DNC')
+    darknet = swap_norm(zoo('yolo/yolov3_d53_8xb8-320-273e_coco'), 'DNB')
+    assert darknet.model.neck.norm_cfg == dict(type='DNB')
+
+
+def test_arguments_of_each_norm_and_its_synchronisation_are_kept():
+    swapped = swap_norm(zoo('yolox/yolox_tiny_8xb8-300e_coco'), 'DNB')
+    assert swapped.model.neck.norm_cfg == dict(type='DNB', momentum=0.03, eps=0.001)
+    rtmdet = swap_norm(zoo('rtmdet/rtmdet_tiny_8xb32-300e_coco'), 'DNB').model
+    assert rtmdet.backbone.norm_cfg == dict(type='SyncDNB')
+
+
+def test_frozen_norms_keep_a_trainable_sc_and_that_is_said(log):
+    swapped = swap_norm(zoo('detr/detr_r50_8xb2-150e_coco'), 'DNB')
+    assert swapped.model.backbone.norm_cfg == dict(type='DNB', bn_requires_grad=False)
+    assert 'bn_requires_grad=False in model.backbone.norm_cfg' in log()
+    layer = build(swapped).backbone.layer2[0].bn1
+    assert not layer.bn.weight.requires_grad and layer.sc.w_in.requires_grad
+
+
+def test_norms_that_no_config_reaches_are_counted_and_named(log):
+    swap_norm(zoo('yolof/yolof_r50-c5_8xb8-1x_coco'), 'DNB')
+    assert 'DNB in place of BatchNorm in 59 layers' in log()
+    assert '14 BatchNorms stay, which no config reaches: 14 in DilatedEncoder (as ' \
+        'neck.lateral_norm)' in log()
+
+
+@pytest.mark.slow
+def test_a_dumped_config_reloads_in_a_process_that_never_heard_of_dn_mmdet(tmp_path):
+    cfg = zoo('yolox/yolox_tiny_8xb8-300e_coco')
+    cfg.custom_imports = dict(imports='json')
+    swapped = swap_norm(cfg, 'DNB')
+    swapped.dump(tmp_path / 'dumped.py')
+    code = ('from mmdet.apis import init_detector\n'
+            'model = init_detector("dumped.py", device="cpu")\n'
+            'print(sum(type(m).__name__ == "DNB" for m in model.modules()))')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, text=True,
+                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(len(dn_layers(build(swapped)))) == '74'
+
+
+def test_a_config_in_the_new_style_names_classes(tmp_path):
+    (tmp_path / 'new_style.py').write_text('''
+from mmdet.models import FPN, RetinaHead, RetinaNet, ResNet
+from torch.nn import BatchNorm2d
+model = dict(type=RetinaNet, backbone=dict(type=ResNet, depth=18,
+                                           norm_cfg=dict(type=BatchNorm2d, eps=1e-3)),
+             neck=dict(type=FPN, in_channels=[64, 128, 256, 512], out_channels=8, num_outs=5,
+                       norm_cfg=dict(type='BN')),
+             bbox_head=dict(type=RetinaHead, num_classes=3, in_channels=8, feat_channels=8))
+''')
+    swapped = swap_norm(Config.fromfile(tmp_path / 'new_style.py', lazy_import=True), 'DNB')
+    assert swapped.model.backbone.norm_cfg == dict(type='DNB', eps=1e-3)
+    swapped.dump(tmp_path / 'dumped.py')
+    model = build(Config.fromfile(tmp_path / 'dumped.py'))
+    assert len(dn_layers(model)) == 28 and not batch_norms(model)
+
+
+def test_a_bn_checkpoint_gives_a_swapped_model_bns_output(close):
+    cfg = zoo('yolox/yolox_tiny_8xb8-300e_coco')
+    source = used(build(cfg)).double().eval()
+    model = build(swap_norm(cfg, 'DNB')).double().eval()
+    model.load_state_dict(source.state_dict())
+    x = torch.randn(1, 3, 64, 64).double()
+    with torch.no_grad():
+        close(torch.cat([level.flatten() for kind in model(x, mode='tensor') for level in kind]),
+              torch.cat([level.flatten() for kind in source(x, mode='tensor') for level in kind]))
+
+
+def test_swapping_twice_changes_nothing_and_says_so(log):
+    once = swap_norm(zoo('yolox/yolox_tiny_8xb8-300e_coco'), 'DNB')
+    assert swap_norm(once, 'DNB').pretty_text == once.pretty_text
+    assert 'already converted: this config builds 74 DN layers' in log()
+
+
+def test_configs_that_cannot_be_swapped_say_why():
+    with pytest.raises(ValueError, match=r"expected one of \('DNB', 'DNC'\).*got 'BN'"):
+        swap_norm(zoo('ssd/ssd300_coco'), 'BN')
+    with pytest.raises(ValueError, match='no BatchNorm that this config could change in '
+                                         'SingleStageDetector, which holds 1 L2Norm'):
+        swap_norm(zoo('ssd/ssd300_coco'), 'DNB')
+    with pytest.raises(ValueError, match='expected a config with a model, found only a, b'):
+        swap_norm(Config(dict(a=1, b=2)), 'DNB')
+    with pytest.raises(TypeError, match='requires_grad: no such argument'):
+        swap_norm(zoo('ssd/ssd300_coco'), 'DNB', requires_grad=False)
