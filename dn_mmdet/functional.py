@@ -296,7 +296,7 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
     if momentum is None:  # cumulative average
         momentum = 1 / bn.num_batches_tracked.item()
     if isinstance(count, Tensor):  # no process had a value: leave the averages
-        momentum = momentum * (count > 0)
+        momentum = momentum * (count > 0).to(count.dtype)  # a bool tensor would round it
         unbiased = var * count / (count - 1).clamp(min=1)
     elif count == 0:
         return
