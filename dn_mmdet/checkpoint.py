@@ -1,0 +1,290 @@
+"""Opening checkpoints without executing them, and whether one fits a model.
+
+A checkpoint is a pickle, and a pickle can call any function. torch refuses those
+with ``weights_only=True``, but upstream mmengine cannot open its own checkpoints
+that way (torch >= 2.6), and onedl-mmengine falls back to executing what was
+refused. Here what mmengine writes is on an allow-list, and the rest is refused.
+"""
+import contextlib
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from urllib.parse import urlparse
+
+import mmengine.runner.checkpoint as mmengine_loaders
+import numpy as np
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from .layers import _DynamicNorm
+
+REMEDY = ('If you trust whoever made it as you trust a program that you run, pass '
+          '--trust-checkpoint.')
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, refused, or of another model."""
+
+
+def _history_statistic(owner, name):
+    """Stands for `getattr` in a checkpoint: mmengine's logs name their four statistics by it.
+
+    The real one reaches anything from anything.
+    """
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r})')
+
+
+def _allowed():
+    """What an mmengine checkpoint holds beyond tensors and plain containers.
+
+    Numbers and arrays of numbers and strings; numpy 1 and 2 name two functions
+    differently. Arrays of objects are not among them.
+    """
+    array = np.empty(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?SU'
+    return [
+        HistoryBuffer, (_history_statistic, 'builtins.getattr'), slice,
+        np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes},
+        *((function, f'numpy.{core}.multiarray.{name}')
+          for core in ('core', '_core')
+          for function, name in ((array, '_reconstruct'), (scalar, 'scalar'))),
+    ]
+
+
+def open_checkpoint(path, map_location='cpu', trust=False) -> dict:
+    """The content of a checkpoint file, of which nothing is executed unless ``trust``.
+
+    ``meta.config``, a text which mmengine would run as Python code on resume, is
+    left out. (mmengine 0.10 writes ``meta.cfg``, which nothing runs.)
+
+    Args:
+        path (str | Path): a local file.
+        map_location: as in `torch.load`.
+        trust (bool): execute whatever the file asks for.
+
+    Raises:
+        CheckpointError: no such file, damaged, not a checkpoint, or refused.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f'{path}: no such checkpoint file (current folder: {Path.cwd()})')
+    try:
+        with torch.serialization.safe_globals(_allowed()):
+            checkpoint = torch.load(path, map_location=map_location, weights_only=not trust)
+    except OSError as error:
+        if error.errno is not None:  # torch's zip reader raises some without
+            raise CheckpointError(f'{path}: cannot be read: {error.strerror}') from error
+        raise CheckpointError(_damaged(path, error)) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refused(path, error)) from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise CheckpointError(_damaged(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path}: expected a checkpoint (a dict), it holds a '
+                              f'{type(checkpoint).__name__}')
+    if not trust and isinstance(checkpoint.get('meta'), dict):
+        checkpoint['meta'].pop('config', None)
+    return checkpoint
+
+
+def _damaged(path, error):
+    size = path.stat().st_size
+    return (f'{path}: cannot be read as a checkpoint ({size:,} bytes; '
+            f'{_first_sentence(error)}): truncated, damaged or something else. Copy it anew or '
+            f'use an earlier one')
+
+
+def _refused(path, error):
+    match = re.search(r'GLOBAL (\S+)|function (.+)|(getattr\(.+\))', str(error))
+    if match is None:
+        return _damaged(path, error)
+    named = next(group for group in match.groups() if group)
+    return (f'{path}: refused and not executed: it holds more than weights and logs, namely '
+            f'{named}. {REMEDY}')
+
+
+def _first_sentence(error):
+    return re.split(r'\. |\n', str(error) or type(error).__name__)[0]
+
+
+@contextlib.contextmanager
+def safe_loading(trust=False):
+    """While this context lasts, all that mmengine loads goes through `open_checkpoint`.
+
+    That is ``load_from``, resuming, ``init_cfg=dict(type='Pretrained')`` and
+    `DetInferencer`, each from local files, http(s), ``torchvision://`` and
+    ``open-mmlab://``. The other schemes are refused. It uses mmengine's own
+    registry of loaders, whose entries it restores.
+    """
+
+    def load_from_local(filename, map_location=None):
+        return open_checkpoint(filename, map_location, trust)
+
+    def load_from_http(filename, map_location=None):
+        return open_checkpoint(_download(filename), map_location, trust)
+
+    def load_from_torchvision(filename, map_location=None):
+        url = _look_up(filename, mmengine_loaders.get_torchvision_models())
+        return open_checkpoint(_download(url), map_location, trust)
+
+    def load_from_openmmlab(filename, map_location=None):
+        url = _look_up(filename, mmengine_loaders.get_external_models())
+        return open_checkpoint(_download(url), map_location, trust)
+
+    def load_from_elsewhere(filename, map_location=None):
+        raise CheckpointError(f'{filename}: this scheme has no safe loader: download the file '
+                              f'and name it by its path')
+
+    schemes = (
+        ('', load_from_local, mmengine_loaders.load_from_local),
+        (('http://', 'https://'), load_from_http, mmengine_loaders.load_from_http),
+        (('modelzoo://', 'torchvision://'), load_from_torchvision,
+         mmengine_loaders.load_from_torchvision),
+        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab,
+         mmengine_loaders.load_from_openmmlab),
+        ('pavi://', load_from_elsewhere, mmengine_loaders.load_from_pavi),
+        ([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_from_elsewhere,
+         mmengine_loaders.load_from_ceph),
+        ('mmcls://', load_from_elsewhere, mmengine_loaders.load_from_mmcls),
+    )
+    for prefixes, ours, _ in schemes:
+        CheckpointLoader.register_scheme(prefixes, ours, force=True)
+    try:
+        yield
+    finally:
+        for prefixes, _, theirs in schemes:
+            CheckpointLoader.register_scheme(prefixes, theirs, force=True)
+
+
+def is_remote(filename) -> bool:
+    return '://' in str(filename)
+
+
+def _look_up(filename, urls):
+    name = filename.split('://', 1)[1]
+    if not is_remote(urls.get(name, '')):
+        raise CheckpointError(f'{filename}: mmengine knows no web address of that name')
+    return urls[name]
+
+
+def _download(url):
+    """The path of a url's file in torch's cache; the main process fetches it first."""
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    if is_main_process():
+        _fetch(url, path)
+    barrier()
+    _fetch(url, path)  # on a machine that does not share the main process's cache
+    return path
+
+
+def _fetch(url, path):
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise CheckpointError(f'{url}: cannot be fetched: {error}. Download it elsewhere and '
+                              f'name the file, or leave it out') from error
+
+
+def weights(checkpoint, path) -> dict:
+    """The state dict in a checkpoint, ``module.`` stripped as mmengine does.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor)
+                                              for v in state.values()):
+        raise CheckpointError(f'{path}: expected weights under "state_dict", found '
+                              f'{", ".join(map(str, list(checkpoint)[:8])) or "nothing"}')
+    stripped = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
+    if hasattr(state, '_metadata'):
+        stripped._metadata = state._metadata
+    return stripped
+
+
+def check_resumable(checkpoint, path) -> None:
+    """Raises CheckpointError where the state of training is missing."""
+    missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter')
+                if key not in checkpoint.get('meta', {})]
+    if missing:
+        raise CheckpointError(f'{path}: cannot be resumed, it lacks {", ".join(missing)}. To '
+                              f'start a new training from its weights: --cfg-options '
+                              f'load_from={path}')
+
+
+def check_fits(model: nn.Module, checkpoint: dict, path, whole=True) -> None:
+    """Loads the weights into ``model`` and raises CheckpointError where they do not fit.
+
+    A BatchNorm checkpoint fits a DN model of the same shape; that is said in the log.
+
+    Args:
+        whole (bool): every weight has to find its place, as testing, predicting
+            and resuming need. Otherwise some are enough, as when a detector is
+            trained on from another's weights.
+    """
+    state = weights(checkpoint, path)
+    ours = {key: value for key, value in model.state_dict().items()
+            if 'num_batches_tracked' not in key}
+    sizes = [key for key in state.keys() & ours.keys()
+             if getattr(state[key], 'shape', None) != ours[key].shape]
+    _check_norms(model, checkpoint, state, path, whole)
+    for key in sizes:
+        del state[key]
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: the weights do not fit the model of the config: '
+                              f'{error}') from error
+    missing = sorted(key for key in missing
+                     if key not in sizes and 'num_batches_tracked' not in key)
+    fitting = len(ours) - len(missing) - len(sizes)
+    if not fitting or whole and (missing or unexpected or sizes):
+        kinds = [(len(keys), what, min(keys)) for keys, what in (
+            (missing, 'missing'), (unexpected, 'not in the model'),
+            (sizes, 'of another size')) if keys]
+        found = '; '.join(f'{count} {what} (as {key})' for count, what, key in kinds)
+        raise CheckpointError(f'{path}: the weights are not of the model that the config '
+                              f'builds, which has {len(ours)}: {found}. Use the config it was '
+                              f'trained with{_experiment(checkpoint)}')
+
+
+def _check_norms(model, checkpoint, state, path, whole):
+    """Dynamic against batch normalization, and DN-B against DN-C, which share their keys."""
+    theirs = {key.removesuffix('.sc.w_in') for key in state if key.endswith('.sc.w_in')}
+    ours = {name for name, module in model.named_modules() if isinstance(module, _DynamicNorm)}
+    modules = dict(model.named_modules())
+    plain = sorted(name for name in theirs - ours if name in modules)
+    if plain:
+        raise CheckpointError(
+            f'{path}: trained with Dynamic Normalization in {len(theirs)} layers, but the config '
+            f'builds {type(modules[plain[0]]).__name__} in {len(plain)} of them, as {plain[0]}. '
+            f"Set their norm_cfg to type='DNB' (or what it was trained with), or use its own "
+            f'config{_experiment(checkpoint)}')
+    if ours and not theirs and whole:
+        print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
+                  f'compute what BatchNorm does', logger='current', level=30)
+    text = (checkpoint.get('meta') or {}).get('cfg')
+    trained = set(re.findall(r"'(?:Sync)?DN([BC])(?:1d|3d)?'", text or ''))
+    built = {'C' if module.batch_shared else 'B'
+             for module in modules.values() if isinstance(module, _DynamicNorm)}
+    if whole and theirs and trained and built and trained != built:
+        raise CheckpointError(
+            f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
+            f'{" and DN-".join(sorted(built))}: the weights have the same names and another '
+            f'meaning. Use the config it was trained with{_experiment(checkpoint)}')
+
+
+def _experiment(checkpoint):
+    name = (checkpoint.get('meta') or {}).get('experiment_name')
+    return f' (experiment {name})' if isinstance(name, str) else ''

@@ -1,0 +1,268 @@
+import functools
+import http.server
+import io
+import logging
+import pickle
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hostile import write_hostile
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModule
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner.checkpoint import load_from_http, load_from_local
+from torch import nn
+
+from dn_mmdet import DNB, DNC
+from dn_mmdet.checkpoint import (
+    CheckpointError,
+    check_fits,
+    check_resumable,
+    open_checkpoint,
+    safe_loading,
+    weights,
+)
+
+HOSTILE = ('zip', 'legacy', 'pickle')
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint with all that mmengine puts into one."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    content = dict(
+        meta=dict(epoch=1, iter=2, cfg='norm_cfg=dict(type="BN")', experiment_name='one',
+                  dataset_meta=dict(classes=('cat', 'dog'), palette=[(1, 2, 3)])),
+        state_dict=net(nn.BatchNorm2d).state_dict(),
+        message_hub=dict(log_scalars=dict(loss=history), resumed_keys=dict(loss=True),
+                         runtime_info=dict(best=np.float64(0.5), count=np.int64(3),
+                                           flag=np.bool_(True),
+                                           names=np.array(['a', 'bc']))),
+        optimizer=torch.optim.SGD(net(DNB).parameters(), 0.1).state_dict(),
+        param_schedulers=[dict(last_step=2, milestones=slice(1, 2))])
+    path = tmp_path / 'epoch_1.pth'
+    torch.save(content, path)
+    return path
+
+
+def net(norm):
+    return nn.Sequential(nn.Conv2d(3, 8, 1), norm(8))
+
+
+def test_opens_all_that_mmengine_writes(saved):
+    opened = open_checkpoint(saved)
+    info = opened['message_hub']['runtime_info']
+    assert (info['best'], info['count'], info['flag']) == (0.5, 3, True)
+    assert info['names'].tolist() == ['a', 'bc']
+    assert opened['message_hub']['log_scalars']['loss'].statistics('mean') == 1.5
+    assert opened['param_schedulers'][0]['milestones'] == slice(1, 2)
+    assert opened['meta']['dataset_meta']['classes'] == ('cat', 'dog')
+
+
+@pytest.mark.parametrize('name', ['numpy.core', 'numpy._core'])
+def test_opens_what_numpy_1_and_2_write(saved, tmp_path, name):
+    other = tmp_path / 'other.pth'
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(other, 'w') as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith('data.pkl'):
+                for core in (b'numpy._core', b'numpy.core'):
+                    data = data.replace(core + b'.multiarray', name.encode() + b'.multiarray')
+                assert name.encode() in data
+            new.writestr(entry.filename, data)
+    assert open_checkpoint(other)['message_hub']['runtime_info']['count'] == 3
+
+
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_a_hostile_checkpoint_is_refused_and_not_executed(tmp_path, kind):
+    executed = write_hostile(tmp_path / 'x.pth', kind)
+    with pytest.raises(CheckpointError, match='x.pth'):
+        open_checkpoint(tmp_path / 'x.pth')
+    assert not executed.exists()
+
+
+def test_the_refusal_names_what_would_have_run(tmp_path):
+    write_hostile(tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'not executed.*posix\.mkdir.*--trust-checkpoint'):
+        open_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('kind', ['zip', 'legacy'])
+def test_trust_executes(tmp_path, kind):
+    """Without this the tests above would prove nothing."""
+    executed = write_hostile(tmp_path / 'x.pth', kind)
+    open_checkpoint(tmp_path / 'x.pth', trust=True)
+    assert executed.is_dir()
+
+
+def test_getattr_in_a_checkpoint_reaches_nothing_but_statistics(tmp_path):
+
+    class Reach:
+
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, '__init__')
+
+    torch.save(dict(x=Reach()), tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match='not executed.*__init__'):
+        open_checkpoint(tmp_path / 'x.pth')
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    torch.save(dict(x=np.array([None, {}], dtype=object)), tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / 'x.pth')
+
+
+def test_text_that_mmengine_would_run_on_resume_is_left_out(tmp_path):
+    torch.save(dict(meta=dict(config='import os', cfg='kept')), tmp_path / 'x.pth')
+    assert open_checkpoint(tmp_path / 'x.pth')['meta'] == dict(cfg='kept')
+
+
+def _script():
+    file = io.BytesIO()
+    torch.save([1], file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'truncated'), (b'hello\n', 'truncated'), (bytes(range(256)) * 9, 'truncated'),
+    (pickle.dumps({}), 'truncated'), (_script(), 'expected a checkpoint'),
+], ids=['empty', 'text', 'noise', 'pickle', 'list'])
+def test_what_is_no_checkpoint_is_told(tmp_path, content, message):
+    (tmp_path / 'x.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('share', [0.2, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_told(saved, share):
+    data = saved.read_bytes()
+    saved.write_bytes(data[:int(share * len(data))])
+    with pytest.raises(CheckpointError, match='truncated'):
+        open_checkpoint(saved)
+
+
+def test_a_missing_checkpoint_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match='no such checkpoint file'):
+        open_checkpoint(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('kind', HOSTILE)
+def test_mmengine_loads_safely_within_the_context(saved, tmp_path, kind):
+    executed = write_hostile(tmp_path / 'x.pth', kind)
+    with safe_loading():
+        assert load_checkpoint(net(nn.BatchNorm2d), str(saved), strict=True)['meta']['epoch'] == 1
+        with pytest.raises(CheckpointError):
+            load_checkpoint(net(nn.BatchNorm2d), str(tmp_path / 'x.pth'))
+        with pytest.raises(CheckpointError):
+            BaseModule(dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth'))).init_weights()
+    assert not executed.exists()
+
+
+def test_the_context_restores_the_loaders():
+    with pytest.raises(KeyError), safe_loading():
+        raise KeyError
+    assert CheckpointLoader._get_checkpoint_loader('x.pth') is load_from_local
+    assert CheckpointLoader._get_checkpoint_loader('https://x.pth') is load_from_http
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address at which tmp_path is served; downloads go to a cache of the test's own."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    with http.server.ThreadingHTTPServer(
+            ('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path)) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+        thread.join()
+
+
+def test_downloads_are_opened_safely(saved, tmp_path, server):
+    executed = write_hostile(tmp_path / 'x.pth')
+    with safe_loading():
+        assert load_checkpoint(net(nn.BatchNorm2d), f'{server}/{saved.name}')['meta']['iter'] == 2
+        with pytest.raises(CheckpointError, match='posix.mkdir'):
+            load_checkpoint(net(nn.BatchNorm2d), f'{server}/x.pth')
+        with pytest.raises(CheckpointError, match='cannot be fetched'):
+            load_checkpoint(net(nn.BatchNorm2d), f'{server}/absent.pth')
+    assert not executed.exists()
+    assert not (tmp_path / 'hub' / 'checkpoints' / 'absent.pth').exists()
+
+
+@pytest.mark.parametrize('address', ['torchvision://no_such_net', 'open-mmlab://no_such_net',
+                                     'pavi://x', 's3://bucket/x.pth', 'mmcls://resnet'])
+def test_addresses_without_a_safe_loader_are_refused(address):
+    with safe_loading(), pytest.raises(CheckpointError, match=address):
+        load_checkpoint(net(nn.BatchNorm2d), address)
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, DNB, DNC])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_weights_fit_their_own_model(norm, prefix):
+    state = {prefix + key: value for key, value in net(norm).state_dict().items()}
+    check_fits(net(norm), dict(state_dict=state), 'x.pth')
+    check_fits(net(norm), state, 'x.pth')
+
+
+@pytest.mark.parametrize('norm', [DNB, DNC])
+def test_batch_norm_weights_fit_a_dn_model_and_that_is_said(norm, caplog):
+    from mmengine.logging import MMLogger
+    logger = MMLogger.get_instance(f'fits{norm.__name__}')
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        check_fits(net(norm), net(nn.BatchNorm2d).state_dict(), 'x.pth')
+    assert 'x.pth holds no SC weights' in caplog.text
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_dn_weights_do_not_fit_a_bn_model(whole):
+    checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(experiment_name='one_2026'))
+    with pytest.raises(CheckpointError, match="BatchNorm2d.*norm_cfg to type='DNB'.*one_2026"):
+        check_fits(net(nn.BatchNorm2d), checkpoint, 'x.pth', whole=whole)
+
+
+def test_dnb_and_dnc_weights_are_told_apart_by_the_config_that_they_carry():
+    meta = dict(cfg="norm_cfg=dict(eps=0.001, type='DNC')")
+    checkpoint = dict(state_dict=net(DNC).state_dict(), meta=meta)
+    check_fits(net(DNC), checkpoint, 'x.pth')
+    with pytest.raises(CheckpointError, match='trained with DN-C, the config builds DN-B'):
+        check_fits(net(DNB), checkpoint, 'x.pth')
+
+
+@pytest.mark.parametrize('other, message', [
+    (nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)), r'6 of another size'),
+    (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(as 1.bias\)'),
+    (nn.Sequential(*net(nn.BatchNorm2d), nn.Conv2d(8, 8, 1)), r'2 not in the model'),
+], ids=['size', 'missing', 'unexpected'])
+def test_weights_of_another_architecture_do_not_fit(other, message):
+    with pytest.raises(CheckpointError, match='not of the model'):
+        check_fits(net(nn.BatchNorm2d), other.state_dict(), 'x.pth')
+
+
+def test_training_may_start_from_a_part_of_the_weights_but_not_from_none():
+    part = nn.Sequential(nn.Conv2d(3, 8, 1))
+    check_fits(net(DNB), part.state_dict(), 'x.pth', whole=False)
+    with pytest.raises(CheckpointError, match='not of the model'):
+        check_fits(net(DNB), nn.Linear(2, 2).state_dict(), 'x.pth', whole=False)
+
+
+def test_a_file_without_weights_is_told():
+    with pytest.raises(CheckpointError, match='found classes, epoch'):
+        weights(dict(classes=3, epoch=1), 'x.pth')
+
+
+def test_weights_alone_cannot_be_resumed(saved):
+    check_resumable(open_checkpoint(saved), saved)
+    with pytest.raises(CheckpointError, match='lacks meta, .*load_from=x.pth'):
+        check_resumable(dict(state_dict={}), 'x.pth')

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Evaluates a checkpoint: mmdet's tools/test.py, with checks before anything is written."""
+import argparse
+import sys
+from pathlib import Path
+
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+
+from dn_mmdet import command_line, preflight
+from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='Evaluate a checkpoint.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='folder for the log with the metrics (default: '
+                        '<work folder of the training>/test)')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to a pickle file')
+    parser.add_argument('--show-dir', help='folder, inside <work folder>/<time>, for pictures '
+                        'with the detections drawn')
+    command_line.add_common_arguments(parser)
+    command_line.add_launcher_arguments(parser)
+    parser.set_defaults(show=False)  # mmdet's trigger_visualization_hook asks for it
+    args = parser.parse_args(argv)
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out: expected a file name in .pkl or .pickle, got {args.out}')
+    return parser, args
+
+
+def configure(args):
+    cfg = command_line.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    else:  # not the training's own, whose config file it would replace
+        training = cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem)
+        cfg.work_dir = str(Path(training, 'test'))
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show_dir:
+        if 'visualization' not in cfg.get('default_hooks', {}):
+            raise preflight.ConfigError("--show-dir: expected in the config default_hooks."
+                                        "visualization=dict(type='DetVisualizationHook')")
+        cfg = trigger_visualization_hook(cfg, args)
+    return cfg
+
+
+def check(cfg, args):
+    command_line.check_launcher(args.launcher)
+    model = preflight.check_model(cfg)
+    preflight.check_evaluation(model)
+    preflight.check_data(cfg, 'test', model)
+    if not is_remote(args.checkpoint):
+        checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+        check_fits(model, checkpoint, args.checkpoint)
+    preflight.make_folder(cfg.work_dir, '--work-dir')
+    if args.out:
+        preflight.make_folder(Path(args.out).parent, '--out')
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    command_line.set_local_rank(args.local_rank)
+    with command_line.one_message(parser), safe_loading(args.trust_checkpoint):
+        cfg = configure(args)
+        if command_line.is_first_process(args.launcher):
+            check(cfg, args)
+        runner = command_line.build_runner(cfg)
+        if args.out:
+            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        runner.test()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

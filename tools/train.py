@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Trains a detector: mmdet's tools/train.py, with checks before anything is written."""
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from dn_mmdet import command_line, preflight
+from dn_mmdet.checkpoint import (
+    check_fits,
+    check_resumable,
+    is_remote,
+    open_checkpoint,
+    safe_loading,
+)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='Train a detector.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: that of '
+                        'the config, or work_dirs/<name of the config>)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate from auto_scale_lr.base_batch_size to the '
+                        'real batch size')
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                       help='continue a training: from the last checkpoint in the work folder, '
+                       'or from the one named. An empty folder starts from the beginning')
+    again.add_argument('--overwrite', action='store_true',
+                       help='train anew in a folder that holds checkpoints. They are removed '
+                       'when training starts; other files stay')
+    parser.add_argument('--seed', type=int, help='of all random numbers (default: that of the '
+                        'config, or a random one, which the log names)')
+    parser.add_argument('--deterministic', action='store_true',
+                        help='the same result for the same seed, where torch can')
+    command_line.add_common_arguments(parser)
+    command_line.add_launcher_arguments(parser)
+    return parser, parser.parse_args(argv)
+
+
+def configure(args):
+    cfg = command_line.load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise preflight.ConfigError(
+                f'--auto-scale-lr: {args.config} does not say for which batch size its '
+                f'learning rate is. Set auto_scale_lr.base_batch_size')
+        cfg.auto_scale_lr.enable = True
+    randomness = dict(cfg.get('randomness', {}))
+    if args.seed is not None:
+        randomness['seed'] = args.seed
+    if args.deterministic:
+        randomness['deterministic'] = True
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS refuses without
+    if randomness:
+        cfg.randomness = randomness
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.overwrite:
+        cfg.resume = False
+    return cfg
+
+
+def check(cfg, args):
+    command_line.check_launcher(args.launcher)
+    preflight.check_amp(cfg)
+    model = preflight.check_model(cfg)
+    if cfg.get('val_dataloader'):
+        preflight.check_evaluation(model)
+    for split in ('train', 'val'):
+        preflight.check_data(cfg, split, model)
+    resume = preflight.resumes(cfg)
+    path = preflight.checkpoint_to_resume(cfg.work_dir, resume) if resume else cfg.get('load_from')
+    if path and not is_remote(path):
+        checkpoint = open_checkpoint(path, trust=args.trust_checkpoint)
+        if resume:
+            check_resumable(checkpoint, path)
+        check_fits(model, checkpoint, path, whole=bool(resume))
+        if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
+            raise preflight.ConfigError(f'--overwrite would remove {path}, from which training '
+                                        f'starts: move it, or choose another --work-dir')
+    return resume
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    command_line.set_local_rank(args.local_rank)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(command_line.one_message(parser))
+        stack.enter_context(safe_loading(args.trust_checkpoint))
+        cfg = configure(args)
+        if command_line.is_first_process(args.launcher):
+            resume = check(cfg, args)
+            stack.enter_context(preflight.reserved(cfg.work_dir, resume, args.overwrite))
+        runner = command_line.build_runner(cfg)
+        if args.overwrite:
+            runner.register_hook(command_line.RemoveOldCheckpoints(), priority='VERY_HIGH')
+        runner.train()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
