@@ -8,16 +8,29 @@ import inspect
 import itertools
 import sys
 import warnings
+from collections import OrderedDict
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .functional import is_torch_batch_norm
-from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC, _DynamicNorm
+from .layers import (
+    BATCH_NORM_KEYS,
+    DNB,
+    DNC,
+    DNB1d,
+    DNB3d,
+    DNC1d,
+    DNC3d,
+    SyncDNB,
+    SyncDNC,
+    _DynamicNorm,
+)
+from .sc import SC
 
 # A BatchNorm's class says what inputs it takes through this method. Synchronised
 # ones, and those that a reverted SyncBatchNorm becomes, take any.
@@ -92,7 +105,7 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
     if not chosen:
         if not layers:
             raise ValueError(f'found no BatchNorm to convert in {type(model).__name__}'
-                             f'{_norms_in_words(model)}')
+                             f'{norms_in_words(model)}')
         warnings.warn(f'{type(model).__name__} is already converted: it holds {len(layers)} '
                       f'DN layers and no BatchNorm to convert; nothing was changed',
                       stacklevel=2)
@@ -252,7 +265,7 @@ def _report(model, norm, found, model_cfg):
     elif not found:
         raise ValueError('found no BatchNorm that this config could change' + (
             f': {len(left)} are hard-coded, {hard_coded}; use dn_mmdet.convert.convert_norm on '
-            f'the model' if left else f' in {type(model).__name__}{_norms_in_words(model)}'))
+            f'the model' if left else f' in {type(model).__name__}{norms_in_words(model)}'))
     else:
         print_log(f'{norm} in place of BatchNorm in {len(layers)} layers, by '
                   f'{", ".join(path for path, _ in found)}', logger='current')
@@ -274,6 +287,75 @@ def _config_path(name, model_cfg):
             break
         parts.append(part)
     return '.'.join(parts)
+
+
+def convert_checkpoint(checkpoint: dict, model: nn.Module | None = None, reduction: int = 32,
+                       min_channels: int = 8) -> dict:
+    """Turns the checkpoint of a BatchNorm model into one of the same model with DN layers.
+
+    Works on keys alone, so it takes detectors as well as the backbones of
+    torchvision and mmpretrain; DN-B and DN-C have the same keys. What is stored
+    beside the weights is kept, except the state of optimizer and schedulers, which
+    knows nothing of SC's parameters.
+
+    Args:
+        checkpoint: as `torch.load` gives it: weights, or a dict with them under
+            ``state_dict`` (and an average of them under ``ema_state_dict``).
+        model: with DN layers; says which BatchNorms to convert and what their SC
+            is like. Without one all are converted,
+        reduction, min_channels: with SCs of this kind; see :class:`SC`.
+
+    Returns:
+        a new checkpoint; the tensors are shared.
+
+    Raises:
+        ValueError: it holds no weights, no BatchNorm, or DN layers already.
+    """
+    args = dict(reduction=reduction, min_channels=min_channels)
+    sc = {} if model is None else {name: layer.sc for name, layer in dn_layers(model).items()}
+    if 'state_dict' not in checkpoint:
+        return _convert_state(checkpoint, sc, args, model is None)
+    converted = {key: value for key, value in checkpoint.items()
+                 if key not in ('optimizer', 'param_schedulers')}
+    for key in ('state_dict', 'ema_state_dict'):
+        if key in checkpoint:
+            converted[key] = _convert_state(checkpoint[key], sc, args, model is None)
+    return converted
+
+
+def _convert_state(state, sc, args, everywhere):
+    """One state dict; ``sc`` gathers the SC of each layer that comes without one."""
+    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f'expected weights, or a dict with weights under "state_dict", found '
+                         f'{", ".join(map(str, list(state)[:8])) or "nothing"}')
+    if any(f'.{key}'.endswith('.sc.w_in') for key in state):
+        raise ValueError(
+            'this checkpoint holds Dynamic Normalization already. There is no way back to '
+            'BatchNorm either: the scale and shift that a trained SC makes differ from image to '
+            "image, and BatchNorm's are constants")
+    new, metadata = OrderedDict(), dict(getattr(state, '_metadata', {}))
+    started = set()
+    for key, value in state.items():
+        prefix, _, leaf = key.rpartition('.')
+        name = prefix.removeprefix('module.')
+        mean = state.get(f'{prefix}.running_mean')
+        if mean is None or leaf not in BATCH_NORM_KEYS or not (everywhere or name in sc):
+            new[key] = value
+            continue
+        if name not in sc:
+            sc[name] = SC(len(mean), **args, dtype=mean.dtype)
+        if prefix not in started:
+            started.add(prefix)
+            new.update(sc[name].identity_state_dict(f'{prefix}.sc.'))
+            if prefix in metadata:  # the version by which torch's BatchNorm reads its keys
+                metadata[f'{prefix}.bn'] = metadata.pop(prefix)
+        new[f'{prefix}.bn.{leaf}'] = value
+    if not started:
+        raise ValueError(f'found no BatchNorm to convert among {len(state)} weights (as '
+                         f'{next(iter(state))})')
+    if metadata:
+        new._metadata = metadata
+    return new
 
 
 def _is_batch_norm(module):
@@ -327,7 +409,7 @@ def _matches(name, pattern):
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f'{pattern}.*')
 
 
-def _norms_in_words(model):
+def norms_in_words(model):
     """', which holds 12 LayerNorm': why there is nothing to convert."""
     kinds = [type(module).__name__ for module in model.modules()
              if 'Norm' in type(module).__name__ and list(module.parameters(recurse=False))]

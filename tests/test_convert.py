@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, SyncDNB
-from dn_mmdet.convert import batch_norms, convert_norm, dn_layers, swap_norm
+from dn_mmdet.convert import batch_norms, convert_checkpoint, convert_norm, dn_layers, swap_norm
 
 ROOT = Path(__file__).parents[1]
 
@@ -455,3 +455,45 @@ def test_configs_that_cannot_be_swapped_say_why():
         swap_norm(Config(dict(a=1, b=2)), 'DNB')
     with pytest.raises(TypeError, match='requires_grad: no such argument'):
         swap_norm(zoo('ssd/ssd300_coco'), 'DNB', requires_grad=False)
+
+
+def test_a_converted_checkpoint_loads_strictly_and_computes_bns_output(close):
+    source = used(torchvision.models.resnet18(weights=None)).eval()
+    model = convert_norm(torchvision.models.resnet18(weights=None), 'DNB', reduction=16).eval()
+    converted = convert_checkpoint(source.state_dict(), reduction=16)
+    assert converted.keys() == model.state_dict().keys()
+    model.load_state_dict(converted)
+    x = torch.randn(1, 3, 64, 64)
+    close(model(x), source(x))
+
+
+def test_meta_and_averaged_weights_are_kept_and_the_optimizer_is_not():
+    state = small_net().state_dict()
+    checkpoint = dict(meta=dict(epoch=3), state_dict=state, optimizer=dict(state={}),
+                      param_schedulers=[], message_hub=dict(log_scalars={}),
+                      ema_state_dict={'steps': torch.tensor(7),
+                                      **{f'module.{k}': v + 1 for k, v in state.items()}})
+    before = copy.deepcopy(checkpoint)
+    converted = convert_checkpoint(checkpoint)
+    assert set(converted) == {'meta', 'state_dict', 'message_hub', 'ema_state_dict'}
+    assert converted['meta'] == dict(epoch=3)
+    assert 'module.1.bn.weight' in converted['ema_state_dict']
+    assert torch.equal(converted['ema_state_dict']['module.1.sc.w_in'],
+                       converted['state_dict']['1.sc.w_in'])
+    assert list(checkpoint['state_dict']) == list(before['state_dict'])
+
+
+def test_only_the_layers_of_a_given_model_are_converted():
+    model = convert_norm(small_net(), 'DNC', only='4', min_channels=2)
+    converted = convert_checkpoint(small_net().state_dict(), model)
+    model.load_state_dict(converted)
+    assert '1.weight' in converted and '4.bn.weight' in converted
+
+
+@pytest.mark.parametrize('checkpoint, message', [
+    (dict(state_dict=nn.GroupNorm(1, 2).state_dict()), 'no BatchNorm to convert among 2 weights'),
+    (dict(meta=1, model=2), 'expected weights.*found meta, model'),
+    (DNB(4).state_dict(), 'already. There is no way back to BatchNorm')])
+def test_checkpoints_that_cannot_be_converted_say_why(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(checkpoint)

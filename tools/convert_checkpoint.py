@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Turns a BatchNorm checkpoint into one with Dynamic Normalization that computes the same."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dn_mmdet import command_line, preflight
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.convert import convert_checkpoint, dn_layers
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='of a detector, or of a backbone from torchvision or '
+                        'mmpretrain')
+    parser.add_argument('out', help='file to write; must not exist')
+    parser.add_argument('--config', help='a config with DN layers: only its layers are '
+                        'converted, the result is checked to fit it, and it is stored beside '
+                        'the weights')
+    parser.add_argument('--reduction', type=int, default=32,
+                        help='of SC, without --config (default: %(default)s)')
+    parser.add_argument('--min-channels', type=int, default=8,
+                        help='of SC, without --config (default: %(default)s)')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='open a checkpoint that holds more than weights and logs. Such a '
+                        'file can run any program as you')
+    return parser, parser.parse_args(argv)
+
+
+def convert(args):
+    out = Path(args.out)
+    if out.exists():
+        raise preflight.ConfigError(f'{out}: exists already; name another file')
+    checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    if args.config is None:
+        converted = convert_checkpoint(checkpoint, None, args.reduction, args.min_channels)
+    else:
+        cfg = command_line.load_config(args.config)
+        model = preflight.check_model(cfg)
+        if not dn_layers(model):
+            raise preflight.ConfigError(f'{args.config}: builds no DN layers; set norm_cfg to '
+                                        f"dict(type='DNB')")
+        converted = convert_checkpoint(checkpoint, model)
+        check_fits(model, converted, args.checkpoint)
+        if 'meta' in converted:
+            converted['meta'] = dict(converted['meta'], cfg=cfg.pretty_text)
+    preflight.make_folder(out.parent, 'out')
+    part = out.with_name(f'{out.name}.part')
+    torch.save(converted, part)
+    os.replace(part, out)
+    keys = list(converted.get('state_dict', converted))
+    layers = sum(key.endswith('.sc.w_in') for key in keys)
+    left = sum(key.endswith('running_mean') for key in keys) - layers
+    print(f'{out}: {layers} BatchNorms converted, {left} left')
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with command_line.one_message(parser):
+        convert(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
