@@ -2,23 +2,33 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hooks import Hook
+from mmengine.hub import get_config
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from .checkpoint import CheckpointError
-from .preflight import ConfigError, remove_checkpoints
+from .environment import check_mmdet
+
+check_mmdet()  # every tool imports this file before mmdet
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo  # noqa: E402
+
+from .preflight import ConfigError, remove_checkpoints  # noqa: E402
 
 # Set by torchrun, srun and mpirun.
 RANK_VARIABLES = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,16 +53,20 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(path, options=None) -> Config:
     """A config file with ``--cfg-options`` merged into it.
 
+    ``mmdet::yolox/yolox_tiny_8xb8-300e_coco.py`` names one that mmdet ships.
     A config that names something of dn_mmdet gets the ``custom_imports`` that it
     needs, so that what is written into the work folder works with every tool.
 
     Raises:
         ConfigError: it cannot be read or lacks a model.
     """
-    if not Path(path).is_file():
+    package, shipped, _ = str(path).partition('::')
+    found = (package.isidentifier() and importlib.util.find_spec(package) if shipped
+             else Path(path).is_file())
+    if not found:
         raise ConfigError(f'{path}: no such config file (current folder: {Path.cwd()})')
     try:
-        cfg = Config.fromfile(path)
+        cfg = get_config(path) if shipped else Config.fromfile(path)
     except Exception as error:  # a config is a program and can raise anything
         raise ConfigError(f'{path}: cannot be read as a config: {type(error).__name__}: '
                           f'{error}') from error
@@ -72,9 +86,10 @@ def _import_what_it_names(cfg):
     imports = cfg.get('custom_imports') or dict(imports=[])
     listed = imports['imports']
     listed = [listed] if isinstance(listed, str) else list(listed)
-    needed = {'dn_mmdet'} if _names(cfg.model) & _plugin_names() else set()
+    needed = {module for name, module in _plugin_names().items() if name in _names(cfg.model)}
     if needed - set(listed):
         cfg.custom_imports = dict(imports, imports=[*listed, *sorted(needed - set(listed))])
+        import_modules_from_strings(**cfg.custom_imports)
 
 
 def _names(node):
@@ -88,8 +103,10 @@ def _names(node):
 
 
 def _plugin_names():
-    return {name for name, cls in MODELS.module_dict.items()
-            if cls.__module__ == 'dn_mmdet.layers'}
+    """The module to import for each name that this package registers for models."""
+    layers = {name: 'dn_mmdet' for name, cls in MODELS.module_dict.items()
+              if cls.__module__ == 'dn_mmdet.layers'}
+    return dict(layers, SSDLiteHead='dn_mmdet.ssdlite_head')
 
 
 def check_launcher(launcher: str) -> None:
@@ -109,7 +126,8 @@ def join_without_gpu(cfg: Config) -> None:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         dist.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False))
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False)))
 
 
 def set_local_rank(local_rank: int) -> None:
@@ -131,14 +149,20 @@ def build_runner(cfg: Config):
 
 
 class RemoveOldCheckpoints(Hook):
-    """Empties the work folder of checkpoints once training is about to start.
+    """Empties the work folder of checkpoints after the first step of training.
 
-    Not earlier: whatever is wrong with the config or the data shows before.
+    Not earlier: most of what can be wrong with the model or the data shows before.
     """
 
-    def before_train(self, runner):
-        if runner.rank == 0:
+    priority = 'VERY_HIGH'  # before a checkpoint of that step is written
+
+    def __init__(self):
+        self.done = False
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if not self.done and runner.rank == 0:
             remove_checkpoints(runner.work_dir)
+        self.done = True
 
 
 @contextlib.contextmanager
@@ -151,7 +175,7 @@ def one_message(parser: argparse.ArgumentParser):
     except KeyboardInterrupt:
         _exit(parser, 130, 'interrupted')
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in FULL_OR_FORBIDDEN:
             raise
         _exit(parser, 2, f'{error.filename or "a file"}: {error.strerror}. Make room or choose '
                          f'another folder; a training continues from its last whole checkpoint '

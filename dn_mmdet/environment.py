@@ -15,7 +15,7 @@ def check_mmengine() -> None:
                 raise
             raise ImportError(
                 f'dn_mmdet needs {module}, which is not installed here. In a clone of dn_mmdet '
-                f'`make .venv` installs everything; into an environment of your own: install '
+                f'`make setup` installs everything; into an environment of your own: install '
                 f"torch and torchvision, then `pip install -e '.[onedl]'` (maintained forks) or "
                 f"`pip install -e '.[openmmlab]'`, then MMCV as the README says") from None
 
@@ -28,14 +28,15 @@ def check_mmdet() -> None:
     """
     try:
         importlib.import_module('mmcv.ops')
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # absent, or of another torch
         raise ImportError(
             f"MMCV's compiled operators cannot be imported ({error}). Build them against the "
             f'torch that is installed: `pip cache remove "*mmcv*"; pip install --force-reinstall '
             f'--no-deps --no-build-isolation {_mmcv_requirement()}`') from None
     try:
         importlib.import_module('mmdet')
-    except (ImportError, AssertionError) as error:  # mmdet asserts its MMCV versions
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        # mmdet asserts its MMCV versions; torchvision needs the torch it was built for
         raise ImportError(
             f"MMDetection cannot be imported ({error}). Install it: `pip install -e '.[onedl]'` "
             f"or `pip install -e '.[openmmlab]'`") from None

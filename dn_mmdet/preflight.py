@@ -36,6 +36,10 @@ NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # The names that mmengine's CheckpointHook gives.
 CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
 
+# What mmdet and pycocotools read from each entry.
+COCO_KEYS = dict(images={'id', 'file_name', 'height', 'width'}, categories={'id', 'name'},
+                 annotations={'id', 'image_id', 'category_id', 'bbox', 'area'})
+
 
 class ConfigError(ValueError):
     """A config, an option or a folder that a tool cannot go on with."""
@@ -80,6 +84,8 @@ def check_norm(option: str, norm_cfg: dict) -> None:
                           f'{dict(norm_cfg)}')
     cls = name
     if not inspect.isclass(cls):
+        if not isinstance(name, str):
+            raise ConfigError(f"{option}.type: expected a name, as 'DNB', got {name!r}")
         with MODELS.switch_scope_and_registry(None) as registry:
             cls = registry.get(name)
             if cls is None:
@@ -159,7 +165,10 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
         path = evaluator.get('ann_file')
         if path and not is_remote(path) and not evaluator.get('backend_args') \
                 and not _is_made(loader.dataset):
-            _check_exists(f'{split}_evaluator.ann_file', path, Path.is_file, 'annotation file')
+            option = f'{split}_evaluator.ann_file'
+            _check_exists(option, path, Path.is_file, 'annotation file')
+            if path.endswith('.json'):
+                _read_json(option, path)
 
 
 def _dataset_cfgs(node, option):
@@ -214,19 +223,21 @@ def _check_exists(option, path, exists, what):
 
 def _check_annotations(option, dataset, split):
     path = dataset.ann_file
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-    except (ValueError, OSError) as error:  # ValueError: no json, or no text
-        raise ConfigError(f'{path}: cannot be read as json ({error}); set by '
-                          f'{option}.ann_file. Copy or make it anew') from error
+    content = _read_json(f'{option}.ann_file', path)
     if type(dataset).load_data_list is not CocoDataset.load_data_list:
         return
-    parts = ('images', 'categories') + (('annotations', ) if split == 'train' else ())
-    for part in parts:
-        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+    for part, keys in COCO_KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if entries is None and part == 'annotations' and split != 'train':
+            continue
+        if not isinstance(entries, list):
             raise ConfigError(f'{path}: expected COCO annotations, with a list of {part}; set '
                               f'by {option}.ann_file')
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not keys <= entry.keys():
+                raise ConfigError(f'{path}: expected COCO annotations, with '
+                                  f'{", ".join(sorted(keys))} in each of {part}; number {index} '
+                                  f'is {str(entry)[:200]}. It is set by {option}.ann_file')
     if not content['images']:
         raise ConfigError(f'{path}: lists no images; set by {option}.ann_file')
     names = [category['name'] for category in content['categories']]
@@ -240,6 +251,15 @@ def _check_annotations(option, dataset, split):
     first = Path(dataset.data_prefix.get('img', ''), content['images'][0]['file_name'])
     _check_exists(f'{option}.data_prefix.img', str(first), Path.is_file,
                   f'image, which {path} names')
+
+
+def _read_json(option, path):
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except (ValueError, OSError) as error:  # ValueError: no json, or no text
+        raise ConfigError(f'{path}: cannot be read as json ({error}); set by {option}. Copy or '
+                          f'make it anew') from error
 
 
 def _some(names):

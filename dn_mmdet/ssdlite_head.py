@@ -1,6 +1,10 @@
 """The mend for evaluating mmdet's SSD head."""
-from mmdet.models.dense_heads import SSDHead
-from mmdet.registry import MODELS
+from .environment import check_mmdet
+
+check_mmdet()
+
+from mmdet.models.dense_heads import SSDHead  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
 
 
 @MODELS.register_module()

@@ -4,11 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
-
 from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
+
+# After dn_mmdet, which says what to install where mmdet is missing.
+# isort: split
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
 
 
 def parse(argv):
