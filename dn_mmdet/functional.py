@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
 from .kernels import torch_ops
+from .sc import SC
 
-BACKENDS = ('auto', 'reference', 'torch')
+BACKENDS = ('auto', 'reference', 'torch', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -54,7 +55,8 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
         backend: ``'reference'`` (plain autograd), ``'torch'`` (fused, from stock
-            operators) or ``'auto'``, which chooses by device.
+            operators), ``'triton'`` (fused, GPU kernels) or ``'auto'``, which chooses by
+            device.
 
     Shape:
         - x: (N, C, ...)
@@ -63,7 +65,8 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     Raises:
         ValueError: x has a wrong number of dimensions or of channels, or one
             value per channel where batch statistics are needed; or backend is
-            unknown.
+            unknown or cannot run on x.
+        ImportError: backend is ``'triton'``, which is not installed.
     """
     check_backend(backend)
     _check_shape(x, sc.num_features, ndims)
@@ -82,8 +85,13 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         y = _FusedNorm.apply(call, ops, names, planes, bn.weight, bn.bias, *parameters)
     else:
         m, v = ops.moments(planes)
-        a, c, *observed = coefficients(call, m, v, planes, bn.weight, bn.bias)
-        update_running_averages(bn, *observed)
+        if _small_part_is_fused(call, ops):
+            small = _fused_coefficients(call, ops, m, v, planes,
+                                        (bn.weight, bn.bias, *sc.parameters()), keep=False)
+            a, c = small.a, small.c
+        else:
+            a, c, *observed = coefficients(call, m, v, planes, bn.weight, bn.bias)
+            update_running_averages(bn, *observed)
         y = ops.affine(planes, m, a, c)
     return y if x.dim() > 2 else y.squeeze(2)
 
@@ -130,39 +138,91 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
         m, v = ops.moments(x)
-        # Aliases, so that gradient hooks on the parameters run once, in the outer graph.
-        leaves = [None if t is None else t.detach().requires_grad_(needed)
-                  for t, needed in zip((m, v, w, b, *sc_parameters),
-                                       ctx.needs_input_grad[3:4] + ctx.needs_input_grad[3:],
-                                       strict=True)]
-        with torch.enable_grad():
-            a, c, *observed = coefficients(call, *leaves[:2], x, *leaves[2:4],
-                                           dict(zip(names, leaves[4:], strict=True)))
-        update_running_averages(call.bn, *observed)
+        if _small_part_is_fused(call, ops):
+            small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
+        else:
+            small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
+                                  (w, b, *sc_parameters))
         if call.running is not None:  # they may have moved when backward comes
             call = call._replace(running=tuple(t.clone() for t in call.running))
         ctx.save_for_backward(x, w, b, *sc_parameters)
-        ctx.call, ctx.ops, ctx.names, ctx.small_graph = call, ops, names, (leaves, a, c)
-        return ops.affine(x, m, a, c)
+        ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
+        return ops.affine(x, m, small.a, small.c)
 
     @staticmethod
     def backward(ctx, dy):
         x, *parameters = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable_backward(
-                ctx.call, ctx.names, ctx.needs_input_grad[3:], dy, x, *parameters)
-        leaves, a, c = ctx.small_graph
-        m = leaves[0].detach()
-        da, dc = ctx.ops.reduce(dy, x, m)
-        through = [(t, dt) for t, dt in ((a, da), (c, dc)) if t.requires_grad]
-        dm, dv, *rest = _gradients(*zip(*through, strict=True), leaves)
-        dx = None
-        if ctx.needs_input_grad[3]:
-            size = x.numel() // m.numel()
-            p = torch.zeros_like(m) if dv is None else dv * (2 / size)
-            q = (dm - a.detach() * dc) / size
-            dx = ctx.ops.input_gradient(dy, x, m, a.detach(), p, q)
-        return None, None, None, dx, *rest
+            return None, None, None, *_differentiable_backward(ctx.call, ctx.names, needed, dy, x,
+                                                               *parameters)
+        small = ctx.small
+        p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m))
+        dx = ctx.ops.input_gradient(dy, x, small.m, small.a, p, q) if needed[0] else None
+        return None, None, None, dx, *(d if needs else None
+                                       for d, needs in zip(rest, needed[1:], strict=True))
+
+
+class _Coefficients:
+    """a, c of equation (7), the small graph behind them, and a step of the averages.
+
+    Args:
+        names: of SC's parameters.
+        needed: whether x, w, b and each of SC's parameters needs a gradient.
+        parameters: w, b and SC's.
+    """
+
+    def __init__(self, call, names, m, v, x, needed, parameters):
+        # Aliases, so that gradient hooks on the parameters run once, in the outer graph.
+        self.leaves = [None if t is None else t.detach().requires_grad_(needs)
+                       for t, needs in zip((m, v, *parameters), (needed[0], *needed),
+                                           strict=True)]
+        with torch.enable_grad():
+            a, c, *observed = coefficients(call, *self.leaves[:2], x, *self.leaves[2:4],
+                                           dict(zip(names, self.leaves[4:], strict=True)))
+        update_running_averages(call.bn, *observed)
+        self.outputs = a, c
+        self.m, self.a, self.c = m, a.detach(), c.detach()
+        self.size = x.numel() // m.numel()
+
+    def backward(self, da: Tensor, dc: Tensor):
+        """p, q of equation (8), where x needs a gradient, and the gradients of parameters."""
+        through = [(t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True)
+                   if t.requires_grad]
+        dm, dv, *rest = _gradients(*zip(*through, strict=True), self.leaves)
+        if not self.leaves[0].requires_grad:
+            return None, None, *rest
+        p = torch.zeros_like(dm) if dv is None else dv * (2 / self.size)
+        return p, (dm - self.a * dc) / self.size, *rest
+
+
+def _small_part_is_fused(call, ops):
+    """Whether a backend's own kernels can stand for `coefficients`.
+
+    Not across processes (an all-reduce is autograd's), not with a cumulative average (its
+    momentum is another at each step), and only for SC as it is: another module, hooks and
+    parametrizations are to be called.
+    """
+    sc = call.sc
+    return (hasattr(ops, 'Coefficients') and call.group is None
+            and not (call.bn.training and call.bn.momentum is None)
+            and type(sc).forward is SC.forward
+            and list(sc._parameters) == ['w_in', 'b_in', 'w_out', 'b_out']
+            and not (sc._forward_hooks or sc._forward_pre_hooks or sc._backward_hooks
+                     or sc._backward_pre_hooks))
+
+
+def _fused_coefficients(call, ops, m, v, x, parameters, keep):
+    w, b, *sc_parameters = parameters
+    bn, sc = call.bn, call.sc
+    averages = None
+    if bn.training and bn.track_running_stats:
+        bn.num_batches_tracked.add_(1)
+        averages = bn.running_mean, bn.running_var, bn.momentum
+    return ops.Coefficients(m, v, x.numel() // m.numel(), call.running, averages, w, b,
+                            sc_parameters, eps=bn.eps, bound=sc.bound,
+                            standardized=sc.inputs == 'standardized' and not call.batch_shared,
+                            batch_shared=call.batch_shared, keep=keep)
 
 
 def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
@@ -187,10 +247,32 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
 def _primitives(x, sc, backend):
     """The module with the fused primitives to run on x, or None for the reference."""
     if (backend == 'reference' or _autograd_must_see(x) or x.numel() == 0
-            or x.dtype not in FUSED_DTYPES or x.device.type not in ('cpu', 'cuda')
             or getattr(sc, '_is_replica', False)):  # nn.DataParallel's have no parameters
         return None
-    return torch_ops
+    fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
+    if backend == 'auto':
+        # torch on GPUs too, until `pytest -m gpu` has passed on one: nobody's training
+        # is to be the first run of the Triton kernels.
+        return torch_ops if fits else None
+    if not fits:
+        raise ValueError(f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
+                         f'{FUSED_DTYPES}, got {x.dtype} on {x.device}; use '
+                         f"backend='reference' or 'auto'")
+    if backend == 'torch':
+        return torch_ops
+    triton_ops = _triton_ops()
+    triton_ops.check_runs_on(x)
+    return triton_ops
+
+
+def _triton_ops():
+    """The module of Triton kernels, imported where they are asked for: it takes a second."""
+    try:
+        from .kernels import triton_ops
+    except ImportError as error:
+        raise ImportError(f"backend='triton': Triton cannot be imported ({error}). It comes with "
+                          f"torch on Linux (pip install triton); or use backend='auto'") from error
+    return triton_ops
 
 
 def _autograd_must_see(x):

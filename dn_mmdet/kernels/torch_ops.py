@@ -17,7 +17,7 @@ CANCELLATION = 4
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c = x.shape[:2]
-    x = _dense(x)
+    x = as_dense(x)
     if not x.is_contiguous():
         if not x.is_cpu:
             var, mean = torch.var_mean(widen(x), tuple(range(2, x.dim())), correction=0)
@@ -33,7 +33,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
-    x = _dense(x)
+    x = as_dense(x)
     if _is_strided_on_gpu(x):
         m, a, c = (_over(x, t) for t in (m, a, c))
         return (a * (widen(x) - m) + c).to(x.dtype)
@@ -47,8 +47,8 @@ def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
 
 
 def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    x = _dense(x)
-    dy = _like(x, dy)
+    x = as_dense(x)
+    dy = in_layout_of(x, dy)
     if _is_strided_on_gpu(x):
         spatial = tuple(range(2, x.dim()))
         dy = widen(dy)
@@ -66,8 +66,8 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
                    q: Tensor) -> Tensor:
-    x = _dense(x)
-    dy = _like(x, dy)
+    x = as_dense(x)
+    dy = in_layout_of(x, dy)
     m, a, p, q = (_over(x, t) for t in (m, a, p, q))
     return (a * widen(dy) + (p * (widen(x) - m) + q)).to(x.dtype)
 
@@ -105,12 +105,12 @@ def _square_sum(x, wide):
     return total
 
 
-def _dense(x):
+def as_dense(x):
     """x, or a contiguous copy where it is neither contiguous nor channels_last."""
     return x if x.is_contiguous(memory_format=_memory_format(x)) else x.contiguous()
 
 
-def _like(x, dy):
+def in_layout_of(x, dy):
     return dy.contiguous(memory_format=_memory_format(x))
 
 
