@@ -20,9 +20,9 @@ CLASSES = tuple('0123456789')
 IMAGE_SIZE = 160  # pixels, height and width
 DIGIT_SIZES = (40, 96)  # pixels, the longer side of a digit's box
 DIGITS_PER_IMAGE = (2, 4)
-# Levels of ink, in [0, 1], between which the outline and the stroke fade in. The box
-# holds the whole outline.
-OUTLINE = (0.1, 0.2)
+# Levels of ink, in [0, 1], between which the outline and the stroke fade in. A box ends
+# where the outline is half there.
+OUTLINE = (0.05, 0.15)
 STROKE = (0.4, 0.6)
 VAL_SHARE = 0.2  # of the 1797 digits; no digit is in both sets
 
@@ -38,6 +38,7 @@ class DigitsDataset(CocoDataset):
         ValueError: ``data_root`` holds something else.
     """
 
+    MAKES_ITS_DATA = True  # tools do not ask for its files beforehand
     METAINFO = dict(classes=CLASSES,
                     palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (245, 130, 48),
                              (145, 30, 180), (0, 128, 128), (240, 50, 230), (128, 128, 0),
@@ -99,14 +100,12 @@ def _is_made(root):
 def _write(root, seed, num_train, num_val):
     digits, photographs = _sources()
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits))
-    cut = int(VAL_SHARE * len(digits))
+    train, val = _split(digits, rng)
     (root / 'images').mkdir()
-    for split, chosen, count in (('val', order[:cut], num_val),
-                                 ('train', order[cut:], num_train)):
+    for split, chosen, count in (('train', train, num_train), ('val', val, num_val)):
         images, annotations = [], []
         for image_id in range(count):
-            pixels, boxes = draw([digits[i] for i in chosen], photographs, rng)
+            pixels, boxes = draw(chosen, photographs, rng)
             name = f'{split}_{image_id:04d}.png'
             mmcv.imwrite(pixels, str(root / 'images' / name))
             images.append(dict(id=image_id, file_name=name, height=IMAGE_SIZE,
@@ -133,6 +132,13 @@ def _sources():
               for image, label in zip(data.images, data.target, strict=True)]
     return digits, [np.ascontiguousarray(rgb[..., ::-1])
                     for rgb in load_sample_images().images]
+
+
+def _split(digits, rng):
+    """The digits for training and, others, for validation."""
+    order = rng.permutation(len(digits))
+    cut = int(VAL_SHARE * len(digits))
+    return [digits[i] for i in order[cut:]], [digits[i] for i in order[:cut]]
 
 
 def _trim(ink, least):
@@ -188,7 +194,7 @@ def _resize(ink, longer_side, stretch):
     h, w = ink.shape[0], ink.shape[1] * stretch
     scale = longer_side / max(h, w)
     ink = mmcv.imresize(ink, (round(w * scale), round(h * scale)), interpolation='bicubic')
-    return _trim(ink, OUTLINE[0])
+    return _trim(ink, sum(OUTLINE) / 2)
 
 
 def _inked(pixels, ink, rng):

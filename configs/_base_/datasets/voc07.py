@@ -1,4 +1,4 @@
-# PASCAL VOC 2007 as COCO json, as tools/prepare_voc07.py lays it out.
+# PASCAL VOC 2007 as COCO json, as `tools/prepare_data.py voc07` lays it out.
 voc07 = dict(
     type='CocoDataset',
     data_root='data/voc07/',
