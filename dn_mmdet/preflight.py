@@ -115,8 +115,9 @@ def _norm_names(registry):
 
 def _did_you_mean(wrong, names):
     lower = {name.lower(): name for name in names}
-    plain = re.sub(r'[^a-z0-9]', '', str(wrong).lower())
-    close = difflib.get_close_matches(plain, lower, n=2, cutoff=0.5)
+    plain = re.sub(r'[^a-z0-9]|2d$', '', str(wrong).lower())
+    swapped = [name for name in lower if sorted(name) == sorted(plain)]  # DBN
+    close = swapped or difflib.get_close_matches(plain, lower, n=2, cutoff=0.5)
     meant = ' or '.join(repr(lower[name]) for name in close)
     hint = f'; did you mean {meant}?' if meant else '.'
     return f'{hint} There are: {", ".join(names)}'

@@ -1,0 +1,363 @@
+"""What a tool cannot go on with is found beforehand, and told with the option that sets it."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from tiny_detector import make_coco, write_config
+from torch import nn
+
+from dn_mmdet import DNB, preflight
+from dn_mmdet.layers import _DynamicNorm
+from dn_mmdet.preflight import ConfigError
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('coco')
+    make_coco(root)
+    return root
+
+
+@pytest.fixture(scope='module')
+def original(root):
+    return Config.fromfile(write_config(root, 'DNB'))
+
+
+@pytest.fixture
+def cfg(original):
+    return copy.deepcopy(original)
+
+
+@pytest.fixture(scope='module')
+def model(original):
+    return preflight.check_model(original)
+
+
+@pytest.fixture
+def annotations(root, cfg, tmp_path):
+    """Writes changed annotations for the training data; returns their path."""
+    content = json.loads((root / 'instances.json').read_text())
+    path = tmp_path / 'changed.json'
+    cfg.train_dataloader.dataset.ann_file = str(path)
+
+    def write(change=None, text=None):
+        if change is not None:
+            change(content)
+        path.write_text(json.dumps(content) if text is None else text)
+        return path
+
+    return write
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+            for path in Path(folder).rglob('*')}
+
+
+def test_a_model_is_built(model):
+    assert sum(isinstance(module, _DynamicNorm) for module in model.modules()) == 66
+
+
+@pytest.mark.parametrize('name, meant', [
+    ('DBN', 'DNB'), ('DN-B', 'DNB'), ('dnb', 'DNB'), ('DNB2d', 'DNB'), ('DNc', 'DNC'),
+    ('SyncDnb', 'SyncDNB'), ('DN_C3d', 'DNC3d'), ('BM', 'BN'),
+    ('Dynamic', None)])
+def test_a_misspelt_norm_type_is_told_with_the_right_name(name, meant):
+    with pytest.raises(ConfigError) as raised:
+        preflight.check_norm('model.norm_cfg', dict(type=name))
+    message = str(raised.value)
+    assert message.startswith(f'model.norm_cfg.type: there is no norm layer {name!r}')
+    assert meant is None or f"did you mean '{meant}'" in message
+    assert 'There are: ' in message and 'DNB, ' in message and 'SyncDNC' in message
+
+
+@pytest.mark.parametrize('name', ['DNB', 'DNC', 'BN', 'SyncBN', 'GN', DNB])
+def test_a_misspelt_norm_argument_is_told_with_the_right_one(name):
+    with pytest.raises(ConfigError, match=r"model\.norm_cfg\.epss?: .* did you mean 'eps'"):
+        preflight.check_norm('model.norm_cfg', dict(type=name, epss=1e-3))
+
+
+@pytest.mark.parametrize('norm_cfg', [
+    dict(type='BN'), dict(type='BN', requires_grad=False), dict(type='GN', num_groups=2),
+    dict(type='LN'), dict(type='DNB', reduction=8, bound=None, requires_grad=True),
+    dict(type='SyncDNC', eps=1e-3), dict(type=DNB, momentum=None)])
+def test_a_right_norm_passes(norm_cfg):
+    preflight.check_norm('model.norm_cfg', norm_cfg)
+
+
+@pytest.mark.parametrize('norm_cfg, expected', [
+    (dict(), 'expected a type'),
+    (dict(type='DNB', inputs='rawe'), 'inputs'),
+    (dict(type='DNC', inputs='standardized'), 'inputs'),
+    (dict(type='DNB', reduction=0), 'reduction'),
+    (dict(type='DNB', bound='x'), 'bound'),
+    (dict(type='DNB', backend='cuda'), 'backend'),
+])
+def test_a_value_out_of_range_is_told_with_its_option(norm_cfg, expected):
+    with pytest.raises(ConfigError, match=f'^model.norm_cfg: .*{expected}'):
+        preflight.check_norm('model.norm_cfg', norm_cfg)
+
+
+def test_a_type_that_is_no_name_is_told():
+    with pytest.raises(ConfigError, match="^model.norm_cfg.type: expected a name.* got 3"):
+        preflight.check_norm('model.norm_cfg', dict(type=3))
+
+
+@pytest.mark.parametrize('place', ['backbone', 'neck', 'bbox_head'])
+def test_the_norms_of_all_parts_are_checked(cfg, place):
+    cfg.model[place].norm_cfg = dict(type='DNX')
+    with pytest.raises(ConfigError, match=f'^model.{place}.norm_cfg.type: .*DNX'):
+        preflight.check_model(cfg)
+
+
+def test_norms_inside_lists_are_found():
+    node = dict(heads=[dict(a=1), dict(norm_cfg=dict(type='BN'), dw_norm_cfg=None)])
+    assert list(preflight._norm_cfgs(node, 'model')) == [
+        ('model.heads.1.norm_cfg', dict(type='BN'))]
+
+
+@pytest.mark.parametrize('change', [
+    dict(type='NoSuchDetector'), dict(no_such_argument=1), dict(neck=dict(type='NoSuchNeck'))])
+def test_a_model_that_cannot_be_built_is_told(cfg, change):
+    cfg.model.update(change)
+    with pytest.raises(ConfigError, match='cannot be built.*(No|no_)[sS]uch|no_such'):
+        preflight.check_model(cfg)
+
+
+def test_mmdets_ssd_head_is_refused_where_it_cannot_be_evaluated(cfg, model):
+    preflight.check_evaluation(model)
+    cfg.model.bbox_head.type = 'SSDHead'
+    init_default_scope('mmdet')
+    with pytest.raises(ConfigError, match="bbox_head.type='SSDLiteHead'.*dn_mmdet.ssdlite_head"):
+        preflight.check_evaluation(MODELS.build(cfg.model))
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_whole_data_pass(cfg, model, split):
+    preflight.check_data(cfg, split, model)
+
+
+def test_a_split_that_is_not_there_is_no_error(cfg, model):
+    cfg.pop('train_dataloader')
+    preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+@pytest.mark.parametrize('option, value, what', [
+    ('data_root', '/absent/', 'data folder'),
+    ('ann_file', 'absent.json', 'annotation file'),
+    ('data_prefix', dict(img='absent/'), 'data folder'),
+])
+def test_missing_data_are_named_with_path_and_option(cfg, model, split, option, value, what):
+    cfg[f'{split}_dataloader'].dataset[option] = value
+    option += '.img' if option == 'data_prefix' else ''
+    with pytest.raises(ConfigError) as raised:
+        preflight.check_data(cfg, split, model)
+    message = str(raised.value)
+    assert f'no such {what} (set by {split}_dataloader.dataset.{option};' in message
+    assert 'absent' in message.split(':')[0] and str(Path.cwd()) in message
+    assert f'--cfg-options {split}_dataloader.dataset.{option}=PATH' in message
+
+
+def test_wrappers_are_looked_into(cfg, model):
+    inner = cfg.train_dataloader.dataset
+    inner.ann_file = 'absent.json'
+    cfg.train_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=2, dataset=inner)])
+    with pytest.raises(ConfigError, match=r'train_dataloader.dataset.datasets.0.dataset.ann_file'):
+        preflight.check_data(cfg, 'train', model)
+
+
+def test_a_missing_image_is_named(cfg, model, annotations):
+    path = annotations(lambda content: content['images'][0].update(file_name='absent.png'))
+    with pytest.raises(ConfigError, match=f'images/absent.png: no such image, which {path}'):
+        preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('text', [
+    '{"images": [', '', 'no json', '\x00\x01', '{"images": [], "annotations": 1'])
+def test_an_annotation_file_that_is_no_json_is_told(cfg, model, annotations, text):
+    path = annotations(text=text)
+    with pytest.raises(ConfigError, match=f'{path}: cannot be read as json.*'
+                                          f'train_dataloader.dataset.ann_file'):
+        preflight.check_data(cfg, 'train', model)
+
+
+def test_an_annotation_file_that_is_no_text_is_told(cfg, model, annotations):
+    path = annotations()
+    path.write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ConfigError, match='cannot be read as json'):
+        preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('[]', 'a list of images'),
+    ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
+    ('{"images": {}, "annotations": [], "categories": []}', 'a list of images'),
+    ('{"images": [], "annotations": []}', 'a list of categories'),
+    ('{"images": [], "categories": []}', 'a list of annotations'),
+    ('{"images": [1], "annotations": [], "categories": []}', 'each of images; number 0 is 1'),
+])
+def test_a_json_that_is_not_coco_is_told(cfg, model, annotations, text, expected):
+    path = annotations(text=text)
+    with pytest.raises(ConfigError, match=f'{path}: .*{expected}'):
+        preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('part, key', [
+    (part, key) for part, keys in preflight.COCO_KEYS.items() for key in sorted(keys)])
+def test_an_entry_without_what_mmdet_reads_is_named(cfg, model, annotations, part, key):
+    annotations(lambda content: content[part][1].pop(key))
+    with pytest.raises(ConfigError, match=f'{key}.* in each of {part}; number 1 is '):
+        preflight.check_data(cfg, 'train', model)
+
+
+def test_test_images_need_no_annotations(cfg, model, annotations):
+    path = annotations(lambda content: content.pop('annotations'))
+    cfg.test_dataloader.dataset.ann_file = str(path)
+    preflight.check_data(cfg, 'test', model)
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_the_evaluators_annotations_are_checked_too(cfg, model, split, tmp_path):
+    path = tmp_path / 'other.json'
+    cfg[f'{split}_evaluator'].ann_file = str(path)
+    with pytest.raises(ConfigError, match=f'{path}: no such.*{split}_evaluator.ann_file'):
+        preflight.check_data(cfg, split, model)
+    path.write_text('{"images"')
+    with pytest.raises(ConfigError, match=f'{path}: cannot be read as json.*{split}_evaluator'):
+        preflight.check_data(cfg, split, model)
+
+
+def test_another_number_of_classes_than_the_models_is_told(cfg, root):
+    cfg.model.bbox_head.num_classes = 80
+    with pytest.raises(ConfigError, match=r'model.bbox_head.num_classes is 80, but the data set '
+                                          r'has 2 classes .*metainfo.classes.*cat, dog'):
+        preflight.check_data(cfg, 'train', preflight.check_model(cfg))
+
+
+def test_coco_classes_on_other_data_are_told(cfg, root):
+    """The forgotten metainfo: mmdet would train on no boxes at all."""
+    cfg.model.bbox_head.num_classes = 80
+    del cfg.train_dataloader.dataset.metainfo
+    with pytest.raises(ConfigError, match=r'has 2 classes \(cat, dog\), and not person, .*of '
+                                          r'the 80 that are expected'):
+        preflight.check_data(cfg, 'train', preflight.check_model(cfg))
+
+
+def test_a_single_class_without_its_comma_is_told(cfg, model):
+    cfg.train_dataloader.dataset.metainfo = dict(classes='cat')
+    with pytest.raises(ConfigError, match=r"a single class needs a comma: \('cat',\)|classes"):
+        preflight.check_data(cfg, 'train', model)
+
+
+def test_mixed_precision_needs_a_gpu(cfg, monkeypatch):
+    preflight.check_amp(cfg)
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    monkeypatch.setattr(preflight, 'get_device', lambda: 'cpu')
+    with pytest.raises(ConfigError, match='--amp .*needs a GPU.*leave it out'):
+        preflight.check_amp(cfg)
+    monkeypatch.setattr(preflight, 'get_device', lambda: 'cuda')
+    preflight.check_amp(cfg)
+
+
+def test_a_folder_is_reserved_and_made(tmp_path):
+    with preflight.reserved(tmp_path / 'a' / 'b'):
+        assert (tmp_path / 'a' / 'b').is_dir()
+
+
+def test_a_folder_with_checkpoints_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / 'epoch_3.pth').write_bytes(b'x')
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match=r'epoch_3.pth.*--resume.*--overwrite.*--work-dir'):
+        with preflight.reserved(tmp_path):
+            pytest.fail('reserved')
+    assert snapshot(tmp_path) == before
+    for kwargs in (dict(resume='auto'), dict(overwrite=True)):
+        with preflight.reserved(tmp_path, **kwargs):
+            pass
+    assert (tmp_path / 'epoch_3.pth').read_bytes() == b'x'
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ConfigError, match='file/x: cannot be written.*--work-dir'):
+        with preflight.reserved(tmp_path / 'file' / 'x'):
+            pytest.fail('reserved')
+
+
+HOLD = '''
+import sys, time
+from dn_mmdet import preflight
+with preflight.reserved(sys.argv[1]):
+    print('reserved', flush=True)
+    time.sleep(60)
+'''
+
+
+def test_a_second_run_is_refused_until_the_first_ends_even_by_kill_9(tmp_path):
+    first = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, tmp_path], text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with first:
+        try:
+            assert 'reserved\n' in iter(first.stdout.readline, '')
+            before = snapshot(tmp_path)
+            for kwargs in (dict(), dict(resume='auto'), dict(overwrite=True)):
+                with pytest.raises(ConfigError, match=f'is running in it .process {first.pid} on'):
+                    with preflight.reserved(tmp_path, **kwargs):
+                        pytest.fail('reserved')
+            assert snapshot(tmp_path)[tmp_path / preflight.LOCK] == before[
+                tmp_path / preflight.LOCK]
+        finally:
+            first.kill()
+    assert str(first.pid) in (tmp_path / preflight.LOCK).read_text()  # stale, and no obstacle
+    with preflight.reserved(tmp_path):
+        assert f'process {os.getpid()}' in (tmp_path / preflight.LOCK).read_text()
+    assert (tmp_path / preflight.LOCK).read_text() == ''
+
+
+def test_resume_finds_the_last_checkpoint(tmp_path):
+    assert preflight.checkpoint_to_resume(tmp_path / 'absent', 'auto') is None
+    assert preflight.checkpoint_to_resume(tmp_path, 'auto') is None
+    assert preflight.checkpoint_to_resume(tmp_path, 'named.pth') == 'named.pth'
+    last = tmp_path / 'epoch_2.pth'
+    last.touch()
+    with pytest.raises(ConfigError, match=f'no file last_checkpoint.*--resume {last}'):
+        preflight.checkpoint_to_resume(tmp_path, 'auto')
+    (tmp_path / 'last_checkpoint').write_text(str(last))
+    assert preflight.checkpoint_to_resume(tmp_path, 'auto') == str(last)
+    (tmp_path / 'last_checkpoint').write_text('/moved/epoch_2.pth')
+    with pytest.raises(ConfigError, match=f'/moved/epoch_2.pth, which does not.*--resume {last}'):
+        preflight.checkpoint_to_resume(tmp_path, 'auto')
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(), None), (dict(load_from='x.pth'), None), (dict(resume=True), 'auto'),
+    (dict(resume=True, load_from='x.pth'), 'x.pth'), (dict(resume=False), None)])
+def test_what_a_config_resumes(options, expected):
+    assert preflight.resumes(Config(options)) == expected
+
+
+def test_only_mmengines_checkpoints_are_removed(tmp_path):
+    own = {'epoch_1.pth', 'iter_200.pth', 'best_coco_bbox_mAP_epoch_3.pth', 'last_checkpoint'}
+    other = {'mine.pth', 'my_epoch_1.pth', 'epoch_1.pth.bak', 'config.py', 'epoch_x.pth'}
+    for name in own | other:
+        (tmp_path / name).touch()
+    (tmp_path / 'epoch_9.pth').mkdir()  # deepspeed's are folders
+    preflight.remove_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == other | {'epoch_9.pth'}
+
+
+def test_every_norm_that_is_offered_can_be_built():
+    """No name in the list of suggestions is an error itself."""
+    names = preflight._norm_names(MODELS)
+    assert {'BN', 'GN', 'LN', 'DNB', 'DNC', 'SyncDNB'} <= set(names)
+    for name in names:
+        assert issubclass(MODELS.get(name), nn.Module)
