@@ -14,13 +14,18 @@ from dn_mmdet.checkpoint import (
     open_checkpoint,
     safe_loading,
 )
+from dn_mmdet.convert import FAMILIES, swap_norm
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description='Train a detector.')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or one that mmdet ships: '
+                        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    parser.add_argument('--norm', choices=list(FAMILIES),
+                        help='put Dynamic Normalization in the place of every BatchNorm that '
+                        'the config reaches')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: that of '
-                        'the config, or work_dirs/<name of the config>)')
+                        'the config, or work_dirs/<name of the config>[_<norm>])')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate from auto_scale_lr.base_batch_size to the '
@@ -43,11 +48,16 @@ def parse(argv):
 
 def configure(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
+    name = Path(args.config).stem
+    if args.norm is not None:
+        preflight.check_model(cfg)  # what is wrong with it has nothing to do with the swap
+        cfg = swap_norm(cfg, args.norm)
+        name = f'{name}_{args.norm.lower()}'
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+        cfg.work_dir = str(Path('work_dirs', name))
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
