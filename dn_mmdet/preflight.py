@@ -339,6 +339,12 @@ def _acquire(lock, work_dir):
     lock.flush()
 
 
+def is_fresh(work_dir) -> bool:
+    """Whether no training has left anything in a folder that could be continued."""
+    work_dir = Path(work_dir)
+    return not (work_dir / 'last_checkpoint').exists() and not any(work_dir.glob('*.pth'))
+
+
 def checkpoint_to_resume(work_dir, resume):
     """The path that ``--resume`` means, or None where 'auto' finds a fresh folder.
 
@@ -347,13 +353,13 @@ def checkpoint_to_resume(work_dir, resume):
     """
     if resume != 'auto':
         return resume
+    if is_fresh(work_dir):
+        return None
     work_dir = Path(work_dir)
     others = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime)
     if not (work_dir / 'last_checkpoint').is_file():
-        if others:
-            raise ConfigError(f'{work_dir}: holds checkpoints, but no file last_checkpoint that '
-                              f'names the last. Name it: --resume {others[-1]}')
-        return None
+        raise ConfigError(f'{work_dir}: holds checkpoints, but no file last_checkpoint that '
+                          f'names the last. Name it: --resume {others[-1]}')
     last = Path(find_latest_checkpoint(str(work_dir)))
     if not last.is_file():
         hint = f' Name it: --resume {others[-1]}' if others else ''

@@ -36,7 +36,7 @@ def parse(argv):
                        'or from the one named. An empty folder starts from the beginning')
     again.add_argument('--overwrite', action='store_true',
                        help='train anew in a folder that holds checkpoints. They are removed '
-                       'when training starts; other files stay')
+                       'after the first step; other files stay')
     parser.add_argument('--seed', type=int, help='of all random numbers (default: that of the '
                         'config, or a random one, which the log names)')
     parser.add_argument('--deterministic', action='store_true',
@@ -75,7 +75,9 @@ def configure(args):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS refuses without
     if randomness:
         cfg.randomness = randomness
-    if args.resume is not None:
+    if args.resume == 'auto' and preflight.is_fresh(cfg.work_dir):
+        cfg.resume = False  # but load_from stays
+    elif args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if args.overwrite:
@@ -116,7 +118,7 @@ def main(argv=None):
             stack.enter_context(preflight.reserved(cfg.work_dir, resume, args.overwrite))
         runner = command_line.build_runner(cfg)
         if args.overwrite:
-            runner.register_hook(command_line.RemoveOldCheckpoints(), priority='VERY_HIGH')
+            runner.register_hook(command_line.RemoveOldCheckpoints())
         runner.train()
 
 
