@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dn_mmdet.reference import widen
 
-# A sum of squares is added up in blocks of this many values, so that its rounding does
-# not grow with the size of the map.
+# Sums that an operator makes one value after the other are made in blocks of this many, so
+# that their rounding does not grow with the size of the map.
 BLOCK = 1024
 # Where m^2 exceeds this many times v, mean(x^2) - m^2 has cancelled too many digits.
 CANCELLATION = 4
@@ -22,8 +22,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         if not x.is_cpu:
             var, mean = torch.var_mean(widen(x), tuple(range(2, x.dim())), correction=0)
             return mean, var
-        pairs = [torch.batch_norm_update_stats(sample, None, None, 0.) for sample in x.split(1)]
-        return tuple(torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        return tuple(torch.stack(tensors) for tensors in
+                     zip(*map(_strided_moments, x.split(1)), strict=True))
     x = x.view(n * c, -1)
     if x.is_cpu:
         m, v = _row_moments(x)
@@ -54,11 +54,10 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         dy = widen(dy)
         return (dy * (widen(x) - _over(x, m))).sum(spatial), dy.sum(spatial)
     da, dc = [], []
-    unused = m.new_empty(0)
     for x_part, dy_part, m_part in _parts(x, dy, m):
-        one = torch.ones_like(m_part)
-        _, da_part, dc_part = torch.ops.aten.native_batch_norm_backward(
-            dy_part, x_part, one, m_part, one, unused, unused, False, 0., (False, True, True))
+        sums = [_reduce(*blocks, m_part) for blocks in zip(_blocks(dy_part), _blocks(x_part),
+                                                           strict=True)]
+        da_part, dc_part = sums[0] if len(sums) == 1 else map(sum, zip(*sums, strict=True))
         da.append(da_part)
         dc.append(dc_part)
     return torch.cat(da).view_as(m), torch.cat(dc).view_as(m)
@@ -70,6 +69,36 @@ def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
     dy = in_layout_of(x, dy)
     m, a, p, q = (_over(x, t) for t in (m, a, p, q))
     return (a * widen(dy) + (p * (widen(x) - m) + q)).to(x.dtype)
+
+
+def _reduce(dy, x, m):
+    one, unused = torch.ones_like(m), m.new_empty(0)
+    _, da, dc = torch.ops.aten.native_batch_norm_backward(
+        dy, x, one, m, one, unused, unused, False, 0., (False, True, True))
+    return da, dc
+
+
+def _strided_moments(sample):
+    """Mean and population variance (C,) of a channels_last sample (1, C, ...), on the CPU.
+
+    Centred, unlike BatchNorm's own kernel, which adds up one value after the other.
+    """
+    dims = (0, *range(2, sample.dim()))
+    m = widen(sample).mean(dims, keepdim=True)
+    centred = widen(sample) - m
+    rest = centred.mean(dims)
+    v = centred.square_().mean(dims).addcmul_(rest, rest, value=-1)
+    return m.flatten() + rest, v
+
+
+def _blocks(part):
+    """Parts of `_parts` that BatchNorm's kernels would sum up value by value, in blocks.
+
+    They do so where channels are the innermost dimension.
+    """
+    if part.is_contiguous():
+        return (part, )
+    return part.split(max(1, BLOCK // part[0, 0, 0].numel()), dim=2)
 
 
 def _row_moments(x):
