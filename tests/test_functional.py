@@ -1,12 +1,13 @@
 """Every backend computes what the reference does: outputs, gradients and state."""
 import copy
+import sys
 
 import pytest
 import torch
 from conftest import awake
 from torch import nn
 
-from dn_mmdet import DNB, DNC, DNB1d, DNB3d
+from dn_mmdet import DNB, DNC, DNB1d, DNB3d, kernels
 
 FUSED = ('torch', )
 LAYERS = {'dnb-raw': (DNB, dict(inputs='raw')),
@@ -89,3 +90,39 @@ def test_other_numbers_of_dimensions(cls, shape, backend, close):
     x, dy = torch.randn(2, *shape, dtype=torch.float64)
     for actual, wanted in zip(step(layer, x, dy), step(expected, x, dy), strict=True):
         close(actual, wanted)
+
+
+@pytest.mark.parametrize('backend', ['torch', 'triton'])
+def test_an_explicit_backend_says_that_it_cannot_run(backend):
+    x = torch.randn(2, 3, 4, 4)
+    layer = DNB(3, backend=backend)
+    with pytest.raises(ValueError, match=f"backend='{backend}'.*float8_e5m2.*'reference'"):
+        layer(x.to(torch.float8_e5m2))
+    with pytest.raises(ValueError, match=f"backend='{backend}'.*on meta.*'reference'"):
+        layer.to('meta')(x.to('meta'))
+    assert DNB(3).to('meta')(x.to('meta')).shape == x.shape  # auto: the reference
+
+
+def test_triton_without_a_gpu_or_without_triton(monkeypatch):
+    layer, x = DNB(3, backend='triton'), torch.randn(2, 3, 4, 4)
+    monkeypatch.delattr(kernels, 'triton_ops', raising=False)
+    monkeypatch.setitem(sys.modules, 'dn_mmdet.kernels.triton_ops', None)
+    with pytest.raises(ImportError, match="backend='triton'.*pip install triton"):
+        layer(x)
+    monkeypatch.undo()
+    pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with pytest.raises(ValueError, match="backend='triton'.*GPU.*on cpu.*'auto'"):
+        layer(x)
+    layer.backend = 'auto'
+    assert layer(x).shape == x.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_auto_on_a_gpu_is_the_torch_backend_until_the_kernels_have_passed_there():
+    layer = trained(DNB(3)).cuda()
+    x = torch.randn(2, 3, 4, 4, device='cuda')
+    auto = layer.eval()(x)
+    layer.backend = 'torch'
+    assert torch.equal(auto, layer(x))
