@@ -6,6 +6,7 @@ that way (torch >= 2.6), and onedl-mmengine falls back to executing what was
 refused. Here what mmengine writes is on an allow-list, and the rest is refused.
 """
 import contextlib
+import inspect
 import pickle
 import re
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -30,13 +32,18 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, refused, or of another model."""
 
 
-def _history_statistic(owner, name):
-    """Stands for `getattr` in a checkpoint: mmengine's logs name their four statistics by it.
+# The functions that mmengine's logs and its one-cycle schedule store with their state.
+METHODS = {HistoryBuffer: ('min', 'max', 'current', 'mean'),
+           OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear')}
+
+
+def _method(owner, name):
+    """Stands for `getattr` in a checkpoint, by which a pickle names a method.
 
     The real one reaches anything from anything.
     """
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
-        return getattr(HistoryBuffer, name)
+    if inspect.isclass(owner) and name in METHODS.get(owner, ()):
+        return getattr(owner, name)
     raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r})')
 
 
@@ -50,7 +57,7 @@ def _allowed():
     scalar = np.float64(0).__reduce__()[0]
     codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?SU'
     return [
-        HistoryBuffer, (_history_statistic, 'builtins.getattr'), slice,
+        *METHODS, (_method, 'builtins.getattr'), slice,
         np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes},
         *((function, f'numpy.{core}.multiarray.{name}')
           for core in ('core', '_core')

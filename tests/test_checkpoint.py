@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from hostile import write_hostile
+from mmdet.registry import PARAM_SCHEDULERS as MMDET_SCHEDULERS
+from mmdet.utils import register_all_modules
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
+from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_SCHEDULERS
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmengine.runner.checkpoint import load_from_http, load_from_local
 from torch import nn
@@ -62,6 +65,26 @@ def test_opens_all_that_mmengine_writes(saved):
     assert opened['meta']['dataset_meta']['classes'] == ('cat', 'dog')
 
 
+SCHEDULERS = dict(
+    ConstantLR={}, CosineAnnealingLR=dict(T_max=4), ExponentialLR=dict(gamma=0.5), LinearLR={},
+    MultiStepLR=dict(milestones=[2, 3]), StepLR=dict(step_size=2), PolyLR={},
+    OneCycleLR=dict(eta_max=1, total_steps=9), ReduceOnPlateauLR=dict(monitor='loss'),
+    CosineRestartLR=dict(periods=[2, 2], restart_weights=[1, 1], eta_min=0),
+    QuadraticWarmupLR=dict(by_epoch=True, begin=0, end=4))
+
+
+@pytest.mark.parametrize('name, args', [
+    *SCHEDULERS.items(),
+    ('OneCycleLR', dict(eta_max=1, total_steps=9, anneal_strategy='linear'))])
+def test_opens_the_state_of_every_scheduler(name, args, tmp_path):
+    register_all_modules()  # QuadraticWarmupLR is mmdet's
+    optimizer = torch.optim.SGD(net(nn.BatchNorm2d).parameters(), 0.1)
+    kinds = {**MMENGINE_SCHEDULERS.module_dict, **MMDET_SCHEDULERS.module_dict}
+    scheduler = kinds[name](optimizer, **args)
+    torch.save(dict(param_schedulers=[scheduler.state_dict()]), tmp_path / 'state.pth')
+    scheduler.load_state_dict(open_checkpoint(tmp_path / 'state.pth')['param_schedulers'][0])
+
+
 @pytest.mark.parametrize('name', ['numpy.core', 'numpy._core'])
 def test_opens_what_numpy_1_and_2_write(saved, tmp_path, name):
     other = tmp_path / 'other.pth'
@@ -98,7 +121,7 @@ def test_trust_executes(tmp_path, kind):
     assert executed.is_dir()
 
 
-def test_getattr_in_a_checkpoint_reaches_nothing_but_statistics(tmp_path):
+def test_getattr_in_a_checkpoint_reaches_nothing_but_known_functions(tmp_path):
 
     class Reach:
 
