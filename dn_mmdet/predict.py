@@ -2,9 +2,12 @@
 import json
 from pathlib import Path
 
+import cv2
 import mmcv
 from mmdet.apis import DetInferencer
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
+from mmdet.evaluation import get_classes
+from mmdet.registry import DATASETS
 from rich.progress import track
 
 from .preflight import ConfigError
@@ -41,6 +44,7 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
     cfg.setdefault('visualizer', dict(type='DetLocalVisualizer', name='visualizer'))
     cfg.visualizer.vis_backends = None  # they would want a folder; pictures are enough
     inferencer = DetInferencer(cfg, str(checkpoint), show_progress=False)
+    _name_classes(inferencer, cfg)
     classes = inferencer.model.dataset_meta['classes']
     content = dict(images=[], annotations=[],
                    categories=[dict(id=i, name=name) for i, name in enumerate(classes)])
@@ -57,11 +61,20 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
     return unreadable
 
 
+def _name_classes(inferencer, cfg):
+    """Where a checkpoint names no classes, mmdet takes COCO's; the config knows better."""
+    meta = inferencer.model.dataset_meta  # the visualizer's own
+    dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True})
+    configured = dataset.metainfo.get('classes')
+    if configured is not None and list(meta['classes']) == get_classes('coco'):
+        meta['classes'] = configured
+
+
 def _read(path):
     """Pixels, or None for a file that is no whole image."""
     try:
         return mmcv.imread(str(path))
-    except OSError:
+    except (OSError, cv2.error):  # the latter for an empty file
         return None
 
 
