@@ -1,0 +1,477 @@
+"""The grid of tools/compare.py: configs x seeds x learning rates x batches x epochs.
+
+A run is a folder and a training process in it. Everything that is known about a
+run stands in its folder, so that a killed grid goes on with what is there.
+"""
+import contextlib
+import copy
+import errno
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import preflight
+from .checkpoint import CheckpointError, check_resumable, open_checkpoint
+from .preflight import ConfigError
+from .recording import PARENT, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / 'tools' / 'train.py'
+# glibc returns large blocks to the system at every free and asks for them again at the
+# next step: a fifth of the time on a CPU.
+ALLOCATOR = dict(MALLOC_TRIM_THRESHOLD_='4294967296', MALLOC_MMAP_MAX_='0')
+# How frameworks say that values are no numbers any more before the loss shows it.
+DIVERGED = re.compile(r'^(\w*Error: .*(become infinite or NaN|contains invalid numeric entries)'
+                      r'.*)$', re.MULTILINE)
+# Of a param_scheduler: what counts epochs or iterations, and what is a learning rate.
+DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
+DURATION_LISTS = ('milestones', 'periods', 'restarts')
+RATES = ('eta_max', 'eta_min')
+TAIL = 15  # lines of a failed run's output that are shown
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A config of the comparison, under the name that tables call it by."""
+    name: str
+    file: str
+    cfg: Config = field(compare=False, repr=False)
+    different: tuple = field(default=(), compare=False)  # from the first, in more than the norm
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in the grid a run is; None leaves the config's own value."""
+    variant: Variant
+    seed: int
+    lr_factor: float = 1.0
+    batch: int | None = None
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training in a folder; ``spec`` is what run.json holds."""
+    folder: Path
+    spec: dict = field(compare=False)
+    cfg: Config = field(compare=False, repr=False)
+
+    @property
+    def name(self):
+        return f'{self.folder.parent.name}/{self.folder.name}'
+
+
+def product(variants, seeds, lr_factors=(1.0, ), batches=(None, ), epochs=None) -> list[Point]:
+    """Every combination, seeds outermost: a grid that is cut short has whole comparisons."""
+    return [Point(variant, seed, factor, batch, epochs) for seed in seeds
+            for factor in lr_factors for batch in batches for variant in variants]
+
+
+def check(points, allow_different=False) -> list[Point]:
+    """Builds each model once and looks for the data, before anything is written.
+
+    Returns:
+        the points, each variant with what it differs in from the first.
+
+    Raises:
+        ConfigError: a variant differs in more than the norm and that is not allowed,
+            or see `preflight`.
+    """
+    first = points[0].variant
+    checked = {}
+    for variant in dict.fromkeys(point.variant for point in points):
+        found = differences(first.cfg, variant.cfg)
+        if found and not allow_different:
+            lines = '\n  '.join(found[:20])
+            raise ConfigError(f'{variant.name} differs from {first.name} in more than the '
+                              f'norm:\n  {lines}\nGo on with --allow-different if that is meant')
+        model = preflight.check_model(variant.cfg)
+        if variant == first:
+            for split in ('train', 'val'):
+                preflight.check_data(variant.cfg, split, model)
+        checked[variant] = replace(variant, different=tuple(found))
+    return [replace(point, variant=checked[point.variant]) for point in points]
+
+
+def differences(first: Config, other: Config) -> list[str]:
+    """Options, apart from those of norms, in which two configs differ, with both values."""
+    ours, theirs = _flat(first.to_dict()), _flat(other.to_dict())
+    ignored = re.compile(r'(^|\.)norm_cfg(\.|$)|^(custom_imports|work_dir)(\.|$)')
+    return [f'{key}: {ours.get(key, "not set")} and {theirs.get(key, "not set")}'
+            for key in sorted(ours.keys() | theirs.keys())
+            if not ignored.search(key) and ours.get(key) != theirs.get(key)]
+
+
+def _flat(node, name=''):
+    """{'model.neck.in_channels.0': 96, ...}"""
+    children = (node.items() if isinstance(node, dict) else
+                enumerate(node) if isinstance(node, (list, tuple)) else None)
+    if children is None:
+        return {name[1:]: node}
+    return {key: value for child, content in children
+            for key, value in _flat(content, f'{name}.{child}').items()}
+
+
+def configured(point: Point) -> tuple[Config, dict]:
+    """The whole config of a run, and its numbers for the table.
+
+    The learning rate is the config's for its own batch size, times ``lr_factor``,
+    times the ratio of the batch sizes (the linear rule). Schedules keep their shape
+    when epochs or batch change: what they count in epochs or iterations is scaled.
+
+    Args:
+        point: ``epochs`` are passes over the training data, of which a config's
+            epoch has several with `RepeatDataset`.
+
+    Raises:
+        ConfigError: the config is not of a kind that this can be done with.
+    """
+    name, cfg = point.variant.name, copy.deepcopy(point.variant.cfg)
+    optimizer = cfg.get('optim_wrapper', {}).get('optimizer', {})
+    if 'lr' not in optimizer or 'max_epochs' not in (cfg.get('train_cfg') or {}):
+        raise ConfigError(f'{name}: expected a config with optim_wrapper.optimizer.lr and '
+                          f'train_cfg.max_epochs; one optimizer, training by epochs')
+    loader = cfg.train_dataloader
+    usual_batch, usual_epochs = loader.batch_size, cfg.train_cfg.max_epochs
+    batch = point.batch or usual_batch
+    times = _repeats(loader.dataset)
+    epochs = usual_epochs if point.epochs is None else point.epochs // times
+    if point.epochs is not None and epochs * times != point.epochs:
+        raise ConfigError(f'{name}: --epochs {point.epochs} are passes over the data, and an '
+                          f'epoch of this config is {times} of them: choose a multiple, or '
+                          f'set --cfg-options train_dataloader.dataset.times=1')
+    rate = point.lr_factor * batch / usual_batch
+    scaling = cfg.get('auto_scale_lr') or {}
+    if scaling.get('enable'):
+        optimizer.lr *= usual_batch / scaling['base_batch_size']
+        cfg.auto_scale_lr.enable = False  # done here, so that the table has the real one
+    optimizer.lr *= rate
+    schedulers = cfg.get('param_scheduler') or []
+    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+        ratio = epochs / usual_epochs
+        if not scheduler.get('by_epoch', True):
+            ratio *= usual_batch / batch
+        _scale_schedule(scheduler, rate, ratio)
+    loader.batch_size = batch
+    cfg.train_cfg.max_epochs = epochs
+    if 'val_interval' in cfg.train_cfg:
+        cfg.train_cfg.val_interval = min(cfg.train_cfg.val_interval, epochs)
+    for split in ('val', 'test'):
+        _ask_for_classes(cfg.get(f'{split}_evaluator'))
+    # Two, because mmengine removes the older one before it writes the new one.
+    checkpoints = dict(type='CheckpointHook', interval=1, max_keep_ckpts=2)
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': checkpoints}
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='RecordRun')]
+    imports = cfg.get('custom_imports') or dict(imports=[])
+    listed = imports['imports']
+    listed = [listed] if isinstance(listed, str) else list(listed)
+    cfg.custom_imports = dict(imports, imports=[*listed, 'dn_mmdet.recording'])
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
+    return cfg, dict(seed=point.seed, lr_factor=point.lr_factor, lr=optimizer.lr, batch=batch,
+                     epochs=epochs * times)
+
+
+def _repeats(dataset):
+    """How often wrappers repeat the training data in an epoch."""
+    own = dataset.get('times', 1) if dataset.get('type') == 'RepeatDataset' else 1
+    return own * (_repeats(dataset['dataset']) if isinstance(dataset.get('dataset'), dict)
+                  else 1)
+
+
+def _scale_schedule(scheduler, rate, ratio):
+    for key in RATES:
+        if scheduler.get(key) is not None:
+            scheduler[key] *= rate
+    if ratio == 1:
+        return
+    for key in DURATIONS:
+        if scheduler.get(key) not in (None, 0, -1):
+            scheduler[key] = max(1, round(scheduler[key] * ratio))
+    for key in DURATION_LISTS:
+        if scheduler.get(key) is not None:
+            scheduler[key] = sorted({max(1, round(value * ratio)) for value in scheduler[key]})
+    if scheduler.get('end', float('inf')) <= scheduler.get('begin', 0):
+        scheduler['end'] = scheduler['begin'] + 1
+
+
+def _ask_for_classes(evaluator):
+    """Has mmdet's COCO metric report every class as well."""
+    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
+        if metric and metric.get('type') == 'CocoMetric':
+            metric['classwise'] = True
+
+
+def plan(points, out, question, commit) -> list[Run]:
+    """The runs of a grid, in folders under ``out``. Nothing is written.
+
+    Raises:
+        ConfigError: a folder holds a run of another config, or see `configured`.
+    """
+    runs = []
+    for order, point in enumerate(points):
+        cfg, numbers = configured(point)
+        text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+        folder = Path(out, point.variant.name, f'lr{numbers["lr_factor"]:g}-batch'
+                      f'{numbers["batch"]}-epochs{numbers["epochs"]}-seed{numbers["seed"]}')
+        spec = dict(question=question, data=data_name(cfg), config=point.variant.name,
+                    config_file=point.variant.file, **numbers, commit=commit,
+                    order=order, different=point.variant.different,
+                    config_hash=hashlib.sha256(text.encode()).hexdigest()[:16])
+        run = Run(folder, spec, cfg)
+        _check_same(run)
+        runs.append(run)
+    return list(dict.fromkeys(runs))
+
+
+def _check_same(run):
+    path = run.folder / 'run.json'
+    if path.is_file():
+        there = json.loads(path.read_text())
+        if there['config_hash'] != run.spec['config_hash']:
+            raise ConfigError(f'{run.folder}: holds a run of another config ({there["data"]}, '
+                              f'{there["config_file"]}, or options or the file changed since). '
+                              f'Choose another --out, or remove the folder')
+
+
+def data_name(cfg: Config) -> str:
+    """What tables call the training data: the folder that it lies in."""
+    dataset = cfg.train_dataloader.dataset
+    while isinstance(dataset.get('dataset'), dict):
+        dataset = dataset['dataset']
+    root = str(dataset.get('data_root') or '').rstrip('/')
+    return Path(root).name or str(dataset.get('type'))
+
+
+def commit_of(root=ROOT) -> str:
+    """The commit that the code is at, with '+' where files differ from it."""
+    def git(*arguments):
+        return subprocess.run(['git', '-C', str(root), *arguments], check=True, text=True,
+                              capture_output=True).stdout.strip()
+    try:
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', 'dn_mmdet', 'tools')
+        return git('rev-parse', '--short=10', 'HEAD') + ('+' if changed else '')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def harvest(folder) -> dict | None:
+    """`read_result`, and it is kept in result.json."""
+    result = read_result(folder)
+    if result is not None and not Path(folder, 'result.json').is_file():
+        write_json(Path(folder, 'result.json'), result)
+    return result
+
+
+def read_result(folder) -> dict | None:
+    """A run's result from what its process left behind; None where it has not ended."""
+    folder = Path(folder)
+    if (folder / 'result.json').is_file():
+        return json.loads((folder / 'result.json').read_text())
+    lines = read_log(folder)
+    told = _told_divergence(folder)
+    if lines and 'diverged' in lines[-1] or told:
+        result = dict(status='diverged', reason=told or lines[-1]['diverged'], metrics={})
+    elif (folder / 'measured.json').is_file():
+        metrics = [line['metrics'] for line in lines if 'metrics' in line]
+        result = dict(status='finished', metrics=metrics[-1] if metrics else {},
+                      **json.loads((folder / 'measured.json').read_text()))
+    else:
+        return None
+    times = sorted(line['time'] for line in lines if 'time' in line)
+    result.update(seconds=sum(line['seconds'] for line in lines),
+                  steps=lines[-1]['step'] if lines else 0,
+                  iteration_seconds=times[len(times) // 2] if times else None,
+                  starts=_read_json(folder / 'starts.json', 0),
+                  run=_read_json(folder / 'run.json', {}),
+                  environment=_read_json(folder / 'environment.json', {}))
+    return result
+
+
+def _told_divergence(folder):
+    log = folder / 'output.log'
+    found = DIVERGED.search(log.read_text(errors='replace')) if log.is_file() else None
+    return found and found[1]
+
+
+def _read_json(path, default):
+    return json.loads(path.read_text()) if path.is_file() else default
+
+
+def write_json(path, content) -> None:
+    """All of it or nothing."""
+    part = Path(path).with_name(f'{Path(path).name}.part')
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def run_grid(runs, jobs, console) -> dict[str, str]:
+    """Trains what has not ended, ``jobs`` runs at once, and shows how far it is.
+
+    A run that another process trains at the moment is waited for. However this is
+    left, no training stays behind.
+
+    Returns:
+        the ends of the output of runs that failed, by name.
+    """
+    waiting = [run for run in runs if harvest(run.folder) is None]
+    done = len(runs) - len(waiting)
+    console.print(f'{len(runs)} runs, {done} of them ended before; {jobs} at once')
+    running, failures = {}, {}
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn('left:'),
+               TimeRemainingColumn(), TextColumn('{task.fields[note]}'))
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        total = progress.add_task('all runs', total=max(len(waiting), 1e-9), note='')
+        ended = 0
+        try:
+            while waiting or running:
+                for slot in sorted(set(range(jobs)) - {slot for _, slot, _ in running.values()}):
+                    run = next((run for run in waiting
+                                if not is_reserved(run.folder)), None)
+                    if run is None:
+                        break
+                    waiting.remove(run)
+                    if harvest(run.folder) is not None:  # by the process that held it
+                        ended += 1
+                        continue
+                    bar = progress.add_task(run.name, total=1, note='')
+                    running[run] = (_start(run, slot, jobs), slot, bar)
+                time.sleep(0.2)
+                shares = 0
+                for run, (process, _, bar) in list(running.items()):
+                    share, note = _how_far(run.folder)
+                    progress.update(bar, completed=share, note=note)
+                    if process.poll() is None:
+                        shares += share
+                        continue
+                    del running[run]
+                    progress.remove_task(bar)
+                    result = harvest(run.folder)
+                    ended += 1
+                    if result is not None:
+                        console.print(f'{run.name}: {result["status"]}')
+                        _keep_last_checkpoint(run.folder)
+                    elif _was_taken(run.folder):
+                        waiting.append(run)
+                        ended -= 1
+                    else:
+                        failures[run.name] = _failure(run.folder, process.returncode)
+                        console.print(f'{run.name}: failed')
+                progress.update(total, completed=ended + shares)
+        finally:
+            _end([process for process, _, _ in running.values()])
+    return failures
+
+
+def is_reserved(folder) -> bool:
+    """Whether a training runs in a folder, as `preflight.reserved` marks it."""
+    path = Path(folder, preflight.LOCK)
+    if preflight.fcntl is None or not path.is_file():
+        return False
+    with open(path, 'r+') as lock:
+        try:
+            preflight.fcntl.lockf(lock, preflight.fcntl.LOCK_EX | preflight.fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def _start(run, slot, jobs):
+    """The training process of a run, from its last whole checkpoint where it has one."""
+    folder = run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'failure.json').unlink(missing_ok=True)
+    write_json(folder / 'run.json', run.spec)
+    write_json(folder / 'starts.json', _read_json(folder / 'starts.json', 0) + 1)
+    run.cfg.dump(folder / 'config.py')
+    again = _resume(folder)
+    command = [sys.executable, TRAIN, folder / 'config.py', '--work-dir', folder, *again]
+    # A new file: the process of a killed grid may still hold the old one.
+    (folder / 'output.log').unlink(missing_ok=True)
+    with open(folder / 'output.log', 'w') as log:
+        return subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT,
+                                stdin=subprocess.DEVNULL, env=_environment(slot, jobs))
+
+
+def _resume(folder):
+    """Options that continue a run: from the last checkpoint that can be opened.
+
+    mmengine's own file last_checkpoint holds a path of the machine that wrote it,
+    and a kill can cut a checkpoint off.
+    """
+    checkpoints = sorted(folder.glob('epoch_*.pth'), reverse=True,
+                         key=lambda path: int(path.stem.removeprefix('epoch_')))
+    for path in checkpoints:
+        try:
+            check_resumable(open_checkpoint(path), path)
+        except CheckpointError:
+            continue
+        return ['--resume', path]
+    preflight.remove_checkpoints(folder)
+    return []
+
+
+def _environment(slot, jobs):
+    environment = {**ALLOCATOR, **os.environ, PARENT: str(os.getpid())}
+    environment.setdefault('OMP_NUM_THREADS', str(max(1, cores() // jobs)))
+    if torch.cuda.device_count() > 1:
+        listed = os.environ.get('CUDA_VISIBLE_DEVICES')
+        devices = listed.split(',') if listed else range(torch.cuda.device_count())
+        environment['CUDA_VISIBLE_DEVICES'] = str(devices[slot % len(devices)])
+    return environment
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _how_far(folder):
+    """The share of its steps that a run has made, and its last loss in words."""
+    lines = read_log(folder)
+    if not lines:
+        return 0, 'starting'
+    losses = [line['loss'] for line in lines if 'loss' in line]
+    return lines[-1]['step'] / lines[-1]['steps'], f'loss {losses[-1]:.3g}' if losses else ''
+
+
+def _keep_last_checkpoint(folder):
+    """The weights of a run that has ended; the one before was for the case of a kill."""
+    checkpoints = sorted(folder.glob('epoch_*.pth'),
+                         key=lambda path: int(path.stem.removeprefix('epoch_')))
+    for path in checkpoints[:-1]:
+        path.unlink()
+
+
+def _was_taken(folder):
+    """Whether a run ended because another process had begun to train it meanwhile."""
+    return 'a training is running in it' in _tail(folder)
+
+
+def _tail(folder):
+    return '\n'.join((folder / 'output.log').read_text(errors='replace').splitlines()[-TAIL:])
+
+
+def _failure(folder, code):
+    tail = _tail(folder)
+    write_json(folder / 'failure.json', dict(exit_code=code, output=tail))
+    return f'exit code {code}; the end of {folder / "output.log"}:\n{tail}'
+
+
+def _end(processes):
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()

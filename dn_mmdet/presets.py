@@ -1,0 +1,136 @@
+"""Ready grids of tools/compare.py, each made from one config with BatchNorm.
+
+The norms of the config are swapped, so that a preset works for any model, for
+detection and classification alike.
+"""
+import copy
+
+from .compare import Variant, product
+from .convert import _norm_cfgs, _scope, swap_norm
+from .preflight import ConfigError, check_model
+
+# One factor at a time around the default SC; see `SC`.
+SC_FACTORS = {
+    'inputs-standardized': dict(inputs='standardized'),
+    'bound-none': dict(bound=None),
+    'bound-0.25': dict(bound=0.25),
+    'bound-1': dict(bound=1.0),
+    'reduction-8': dict(reduction=8),
+    'reduction-128': dict(reduction=128),
+    'mean-only': dict(statistics='mean'),
+    'std-only': dict(statistics='std'),
+    'scale-only': dict(outputs='scale'),
+    'shift-only': dict(outputs='shift'),
+}
+GROUPS = 8  # of GroupNorm: divides every width of MobileNetV2
+
+
+def robustness(bn, seeds, lr_factors, batches, epochs):
+    """Learning rates at the usual batch, and batches at the rate in proportion."""
+    variants = [bn, _swapped(bn, 'dnb', 'DNB'), _swapped(bn, 'dnc', 'DNC'), _group_norm(bn)]
+    points = product(variants, seeds, lr_factors or [1., 4., 16., 64.], [None], epochs)
+    points += product(variants, seeds, [1.], batches or [2, 4, 8, 32, 128], epochs)
+    return points
+
+
+def sc_ablation(bn, seeds, lr_factors, batches, epochs):
+    """BN, the default DN-B and one factor of its SC at a time, at the usual and a high rate."""
+    variants = [bn, _swapped(bn, 'dnb', 'DNB')]
+    variants += [_swapped(bn, name, 'DNB', **args) for name, args in SC_FACTORS.items()]
+    return product(variants, seeds, lr_factors or [1., 8.], batches or [None], epochs)
+
+
+def fair_controls(bn, seeds, lr_factors, batches, epochs):
+    """DN-B against a wider BN and against BN with squeeze-and-excitation, at its size."""
+    dnb = _swapped(bn, 'dnb', 'DNB')
+    variants = [bn, dnb, widened(bn, _parameters(dnb.cfg)), _with_norm(
+        bn, 'bn-se', lambda node: dict(node, type='BNSE'), imports=['dn_mmdet.controls'])]
+    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+
+
+PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls}
+
+
+def _swapped(bn, name, norm, **args):
+    return Variant(name, bn.file, swap_norm(bn.cfg, norm, **args))
+
+
+def _group_norm(bn):
+    def swap(node):
+        kept = {key: value for key, value in node.items() if key in ('eps', 'requires_grad')}
+        return dict(type='GN', num_groups=GROUPS, **kept)
+    return _with_norm(bn, 'gn', swap)
+
+
+def _with_norm(bn, name, swap, imports=()):
+    """A variant in which every norm_cfg of the model is what ``swap`` makes of it."""
+    cfg = copy.deepcopy(bn.cfg)
+    with _scope(cfg):
+        for _, node in list(_norm_cfgs(cfg.model, 'model')):
+            new = swap(dict(node))
+            node.clear()
+            node.update(new)
+    if imports:
+        before = cfg.get('custom_imports') or dict(imports=[])
+        cfg.custom_imports = dict(before, imports=[*before['imports'], *imports])
+    return Variant(name, bn.file, cfg)
+
+
+def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
+    """The BN model with a wider backbone, of about that many parameters.
+
+    Channels of neck and heads that are those of the backbone's outputs follow.
+
+    Raises:
+        ConfigError: the backbone has no ``widen_factor``, or no factor gives the
+            number within ``tolerance``.
+    """
+    usual = bn.cfg.model.get('backbone', {}).get('widen_factor', 1.)
+    low, high = usual, 4 * usual
+    for _ in range(24):
+        factor = (low + high) / 2
+        cfg = _widen(bn.cfg, factor)
+        found = _parameters(cfg)
+        if abs(found - parameters) <= tolerance * parameters / 4:
+            break
+        low, high = (factor, high) if found < parameters else (low, factor)
+    if abs(found - parameters) > tolerance * parameters:
+        raise ConfigError(f'{bn.name}: no widen_factor of its backbone gives {parameters} '
+                          f'parameters within {tolerance:.0%}; the nearest, {factor:.4f}, gives '
+                          f'{found}')
+    return Variant('bn-wide', bn.file, cfg)
+
+
+def _widen(cfg, factor):
+    cfg = copy.deepcopy(cfg)
+    before = _out_channels(cfg)
+    cfg.model.backbone.widen_factor = factor
+    after = _out_channels(cfg)
+    followers = [node for part in ('neck', 'bbox_head', 'head')
+                 for node in [cfg.model.get(part)] if isinstance(node, dict)]
+    for node in followers:
+        for key in ('in_channels', 'out_channels'):
+            channels = node.get(key)
+            if isinstance(channels, int) and [channels] == before[-1:]:
+                node[key] = after[-1]
+            elif isinstance(channels, (list, tuple)) \
+                    and list(channels[:len(before)]) == before:
+                node[key] = type(channels)((*after, *channels[len(before):]))
+    return cfg
+
+
+def _out_channels(cfg):
+    """Channels of the feature maps that the backbone of a config hands on."""
+    backbone = check_model(cfg).backbone
+    if not hasattr(backbone, 'widen_factor'):
+        raise ConfigError(f'{type(backbone).__name__}: has no widen_factor to make it wider by')
+    return [_last_width(getattr(backbone, backbone.layers[i])) for i in backbone.out_indices]
+
+
+def _last_width(module):
+    return [child.out_channels for child in module.modules()
+            if hasattr(child, 'out_channels') and hasattr(child, 'kernel_size')][-1]
+
+
+def _parameters(cfg):
+    return sum(parameter.numel() for parameter in check_model(cfg).parameters())

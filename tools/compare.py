@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Compares configs over seeds, learning rates and batch sizes, and reports with uncertainty.
+
+Trains every combination once, each in a folder of its own under --out, and writes
+tables and figures to --out/report. The same command continues a grid that was
+interrupted, and repeats nothing that has ended.
+"""
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dn_mmdet import command_line, compare, preflight, presets, report
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='*', metavar='CONFIG',
+                        help='config files; the first is what the others are compared with')
+    parser.add_argument('--preset', choices=sorted(presets.PRESETS),
+                        help='variants and grid of a kind, made from one BatchNorm config')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='SEED')
+    parser.add_argument('--lr', nargs='+', type=_factor, metavar='xFACTOR',
+                        help="factors on the config's learning rate, as in x1 x4")
+    parser.add_argument('--batch', nargs='+', type=_positive, metavar='SIZE',
+                        help='training batch sizes; the learning rate follows in proportion')
+    parser.add_argument('--epochs', type=_positive,
+                        help='passes over the training data (default: as in the configs)')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/compare'),
+                        help='folder for the runs and the report (default: %(default)s)')
+    parser.add_argument('--jobs', type=_positive,
+                        help='runs at once (default: one per CPU core, or one per GPU)')
+    parser.add_argument('--question', default='', help='what is asked, for the table')
+    parser.add_argument('--metric', help='metric to report, as the log names it (default: '
+                        f'{" or ".join(report.METRICS)})')
+    parser.add_argument('--csv', type=Path, help='also put the rows into this file, in which '
+                        'rows of other runs stay')
+    parser.add_argument('--commit', help='of the code, for the table, where git cannot tell')
+    parser.add_argument('--allow-different', action='store_true',
+                        help='go on where configs differ in more than the norm')
+    parser.add_argument('--report-only', nargs='+', type=Path, metavar='FOLDER',
+                        help='train nothing; report on the runs in these folders (or in CSV '
+                        'files as --csv writes them), also from other machines')
+    parser.add_argument('--baseline', help='name of the config to compare with (default: the '
+                        'first)')
+    command_line.add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    if bool(args.configs) == bool(args.report_only):
+        parser.error('expected config files, or --report-only FOLDER')
+    if args.preset and len(args.configs) != 1:
+        parser.error(f'--preset {args.preset}: expected one config, with BatchNorm')
+    return parser, args
+
+
+def _factor(text):
+    try:
+        value = float(text.removeprefix('x'))
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'expected a factor above 0 such as x4, got {text}')
+    return value
+
+
+def _positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected an integer of at least 1, got {text}')
+    return int(text)
+
+
+def grid(args):
+    """The points that the options mean, checked before anything is written."""
+    variants = [compare.Variant(Path(path).stem, path,
+                                command_line.load_config(path, args.cfg_options))
+                for path in args.configs]
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names):
+        raise preflight.ConfigError(f'expected configs of different file names, got '
+                                    f'{", ".join(names)}')
+    if args.preset:
+        points = presets.PRESETS[args.preset](variants[0], args.seeds, args.lr, args.batch,
+                                              args.epochs)
+    else:
+        points = compare.product(variants, args.seeds, args.lr or [1.], args.batch or [None],
+                                 args.epochs)
+    return compare.check(points, args.allow_different)
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the children as Ctrl-C does
+    console = Console(highlight=False)
+    failures = {}
+    with command_line.one_message(parser):
+        folders = args.report_only
+        if not folders:
+            runs = compare.plan(grid(args), args.out, args.question,
+                                args.commit or compare.commit_of())
+            preflight.make_folder(args.out, '--out')
+            jobs = args.jobs or max(torch.cuda.device_count(), 0) or compare.cores()
+            failures = compare.run_grid(runs, jobs, console)
+            folders = [run.folder for run in runs]
+        written = report.write(folders, args.out / 'report', args.metric, args.baseline)
+        if args.csv:
+            report.merge_rows(args.csv, written.rows)
+    for name, text in failures.items():
+        console.print(f'\n{name} failed: {text}', markup=False)
+    console.print(written.text, markup=False)
+    console.print(f'Report: {args.out / "report"}', soft_wrap=True)
+    if failures:
+        parser.exit(1, f'{parser.prog}: error: {len(failures)} runs failed (see above); the '
+                       f'same command starts them again and repeats nothing else\n')
+
+
+if __name__ == '__main__':
+    sys.exit(main())
