@@ -177,7 +177,7 @@ def one_message(parser: argparse.ArgumentParser):
     except OSError as error:
         if error.errno not in FULL_OR_FORBIDDEN:
             raise
-        _exit(parser, 2, f'{error.filename or "a file"}: {error.strerror}. Make room or choose '
+        _exit(parser, 2, f'{error.filename or "writing failed"}: {error.strerror}. Make room or choose '
                          f'another folder; a training continues from its last whole checkpoint '
                          f'with --resume')
     except ValueError as error:
