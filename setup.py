@@ -22,6 +22,10 @@ setup(
         # the installed torch with --no-build-isolation, which an extra cannot ask for.
         'onedl': ['onedl-mmengine==0.10.12', 'onedl-mmdetection==3.5.1'],
         'openmmlab': ['mmengine==0.10.7', 'mmdet==3.3.0'],
+        # tools/compare.py's page with interactive curves; its intervals need scipy.
+        'report': ['plotly', 'scipy'],
+        # configs/mobilenetv2_*. It depends on neither stack and works beside both.
+        'cls': ['onedl-mmpretrain==1.3.6'],
         'export': ['onnx', 'onnxruntime', 'onnxscript'],
         'tests': ['hypothesis', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy',
                   'timm'],

@@ -80,7 +80,7 @@ if ! mmcv_works; then
 fi
 
 step "3/4 MMDetection, this package and what its tests need"
-pip install -q -c "$pins" -e ".[$stack,export,tests]"
+pip install -q -c "$pins" -e ".[$stack,cls,export,report,tests]"
 
 step "4/4 checking that everything imports"
 "$venv/bin/python" -W ignore -c 'import mmcv.ops, torchvision, mmdet, dn_mmdet'

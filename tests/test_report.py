@@ -1,0 +1,251 @@
+"""The report's statistics, what it warns of, and that its page opens in a browser."""
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dn_mmdet import report
+from dn_mmdet.preflight import ConfigError
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
+                                                'google-chrome'))), None)
+
+
+def test_an_interval_is_that_of_students_t(close=math.isclose):
+    values = [0.31, 0.35, 0.30, 0.37, 0.33]
+    found = report.interval(values)
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
+    assert found.n == 5 and close(found.mean, np.mean(values))
+    assert close(found.low, low) and close(found.high, high)
+
+
+def test_an_interval_by_hand():
+    # sd = 1, n = 4: half width t(0.975, 3) / 2 = 3.1824 / 2
+    found = report.interval([-1.2247448714, 0, 0, 1.2247448714])
+    assert found.mean == pytest.approx(0)
+    assert found.high == -found.low == pytest.approx(1.59122, abs=1e-4)
+
+
+def test_of_one_value_there_is_no_interval_and_of_none_no_mean():
+    assert report.interval([0.5]) == (1, 0.5, None, None)
+    assert report.interval([]) == (0, None, None, None)
+
+
+def test_a_paired_difference_is_that_of_scipys_paired_test():
+    values, baseline = [0.41, 0.44, 0.40, 0.46], [0.40, 0.41, 0.40, 0.42]
+    found, p = report.paired(dict(enumerate(values)), dict(enumerate(baseline)))
+    test = stats.ttest_rel(values, baseline)
+    assert p == pytest.approx(test.pvalue)
+    assert found.mean == pytest.approx(0.02)
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+
+
+def test_a_seed_without_its_partner_is_no_pair_and_equal_differences_have_no_p():
+    found, p = report.paired({0: 2., 1: 3., 7: 100.}, {0: 1., 1: 2., 8: -100.})
+    assert found == (2, 1., 1., 1.) and p is None
+    found, p = report.paired({0: 2.}, {0: 1.})
+    assert found == (1, 1., None, None) and p is None
+
+
+# --- reports of small stored logs ---
+
+def store(root, config='bn', seed=0, value=0.3, status='finished', metric='coco/bbox_mAP',
+          lr=0.01, batch=8, data='voc07', fingerprint='abc', versions=None, order=0, **spec):
+    """A run's folder as tools/compare.py leaves it."""
+    folder = root / config / f'lr{lr:g}-batch{batch}-seed{seed}'
+    folder.mkdir(parents=True)
+    run = dict(question='q', data=data, config=config, config_file=f'{config}.py', seed=seed,
+               lr_factor=1., lr=lr, batch=batch, epochs=2, commit='c0ffee', order=order,
+               different=[], config_hash='x') | spec
+    (folder / 'run.json').write_text(json.dumps(run))
+    lines = [dict(step=step, steps=4, epoch=step / 2, seconds=1., loss=4. / step + seed / 10,
+                  lr=lr, time=0.5) for step in (1, 2, 3, 4)]
+    metrics = {} if value is None else {
+        metric: value, 'coco/cat_precision': value + 0.1, 'coco/dog_precision': value - 0.1}
+    lines.append(dict(step=4, steps=4, epoch=2., seconds=1., metrics=metrics))
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if status not in ('finished', 'diverged'):
+        if status == 'failed':
+            (folder / 'failure.json').write_text('{}')
+        return folder
+    result = dict(
+        status=status, seconds=5., steps=4, iteration_seconds=0.5, starts=1, run=run,
+        metrics=metrics if status == 'finished' else {},
+        environment=dict(hardware='CPU', versions=dict(torch='2.11.0') | (versions or {}),
+                         data=dict(train=dict(samples=4, times=1, fingerprint=fingerprint))))
+    if status == 'finished':
+        band = [0.8, 0.9, 1., 1.1, 1.2]
+        result |= dict(norms=dict(BN=3), parameters=1000 if config == 'bn' else 1500,
+                       mult_adds={'convolutions': 10**6, 'SC': 5000,
+                                  'norms (element-wise)': 2000},
+                       peak_memory=dict(kind='process', megabytes=100.),
+                       scale_and_shift=[dict(layer=str(i), gamma=band, beta=band,
+                                             gamma_over_samples=0.1, beta_over_samples=0.1)
+                                        for i in range(3)])
+    (folder / 'result.json').write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """BN and DN-B, three seeds at two rates and two batches; the folder of the runs."""
+    for lr, batch in ((0.01, 8), (0.04, 8), (0.02, 16)):
+        for seed in range(3):
+            store(tmp_path, 'zbn', seed, 0.30 + seed / 100, lr=lr, batch=batch, order=0)
+            store(tmp_path, 'dnb', seed, 0.32 + seed / 50, lr=lr, batch=batch, order=1)
+    return tmp_path
+
+
+def test_the_table_holds_mean_interval_paired_difference_and_cost(grid):
+    table = report.summarise(report.read([grid]), 'zbn')
+    assert len(table) == 6
+    bn, dnb = (next(row for row in table if row['config'] == name and row['lr'] == 0.01)
+               for name in ('zbn', 'dnb'))
+    assert (bn['seeds'], bn['mean']) == (3, pytest.approx(0.31))
+    assert bn['difference'] is None and bn['p'] is None
+    expected = report.interval([0.02, 0.03, 0.04])
+    assert dnb['difference'] == pytest.approx(expected.mean)
+    assert dnb['difference_low'] == pytest.approx(expected.low)
+    assert dnb['p'] == pytest.approx(stats.ttest_rel([.32, .34, .36], [.30, .31, .32]).pvalue)
+    assert (dnb['parameters'], dnb['mult_adds'], dnb['element_wise'], dnb['sc_mult_adds'],
+            dnb['iteration_seconds']) == (1500, 1005000, 2000, 5000, 0.5)
+
+
+def test_the_baseline_is_the_config_that_was_planned_first_or_the_one_named(tmp_path):
+    store(tmp_path, 'zbn', order=0)
+    store(tmp_path, 'dnb', order=1)
+    assert 'difference to zbn' in report.write([tmp_path], tmp_path / 'report').text
+    assert 'difference to dnb' in report.write([tmp_path], tmp_path / 'report', None, 'dnb').text
+    with pytest.raises(ConfigError, match='expected one of dnb, zbn'):
+        report.write([tmp_path], tmp_path / 'report', None, 'gn')
+
+
+def test_all_files_are_written_and_rows_read_back_give_the_same_table(grid, tmp_path):
+    out = tmp_path / 'report'
+    written = report.write([grid], out)
+    for name in ('learning_curves', 'metric_vs_lr', 'metric_vs_batch', 'per_class',
+                 'scale_shift'):
+        assert (out / f'{name}.png').stat().st_size > 5000
+        assert f'{name}.png' in (out / 'report.md').read_text()
+    assert report.read_rows(out / 'runs.csv') == written.rows
+    assert len(written.rows) == 18
+    kept = ('config', 'lr', 'seeds', 'mean', 'low', 'difference', 'difference_high', 'p')
+    tables = [report.summarise(report.read([source]), 'zbn')
+              for source in (grid, out / 'runs.csv')]
+    by_lr = [{(row['config'], row['lr']): [row[key] for key in kept] for row in table}
+             for table in tables]
+    assert by_lr[0] == by_lr[1]
+
+
+def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
+    figures = report.figures(report.read([grid]), 'zbn')
+    panel, = figures['metric_vs_lr'][1]
+    line = next(line for line in panel.lines if line.name == 'dnb')
+    assert line.x == [0.01, 0.04] and line.y == pytest.approx([0.34, 0.34])
+    panel, = figures['metric_vs_batch'][1]  # rates in proportion: 0.01 at 8, 0.02 at 16
+    assert panel.lines[0].x == [8, 16]
+    panel, = figures['per_class'][1]
+    assert panel.lines[0].x == ['cat', 'dog']
+    assert panel.lines[0].y == pytest.approx([0.03, 0.03])
+    losses = figures['learning_curves'][1][0].lines[1]
+    assert losses.x == [0.5, 1.0, 1.5, 2.0]
+    assert losses.y == pytest.approx([4.1, 2.1, 4 / 3 + 0.1, 1.1])
+    assert losses.low[0] < losses.y[0] < losses.high[0]
+
+
+def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
+    store(tmp_path, 'bn', 0)
+    store(tmp_path, 'bn', 1, fingerprint='other')
+    store(tmp_path, 'bn', 2, versions=dict(torch='2.12.0'))
+    store(tmp_path, 'bn', 3, status='diverged')
+    store(tmp_path, 'dnb', 0, value=None)
+    store(tmp_path, 'dnb', 1, status='failed')
+    store(tmp_path, 'dnb', 2, status='unfinished')
+    store(tmp_path, 'wide', 0, different=['model.backbone.widen_factor: 1.0 and 1.3'])
+    head = '\n'.join(report.notes(report.read([tmp_path])))
+    for text in ('1 of 8 runs unfinished: dnb (lr 0.01, batch 8, seed 2)',
+                 '1 of 8 runs failed: dnb (lr 0.01, batch 8, seed 1)',
+                 '1 of 8 runs diverged: bn (lr 0.01, batch 8, seed 3)',
+                 'the metric is missing from 1 finished runs: dnb',
+                 '**different data** under the name voc07, train',
+                 '**different versions** of torch: 2.11.0, 2.12.0',
+                 'wide differs in more than the norm: model.backbone.widen_factor'):
+        assert text in head
+
+
+def test_a_clean_report_has_no_head(tmp_path):
+    store(tmp_path, 'bn', 0)
+    store(tmp_path, 'dnb', 0)
+    assert report.notes(report.read([tmp_path])) == []
+
+
+def test_a_diverged_run_counts_as_diverged_and_in_no_mean(tmp_path):
+    store(tmp_path, 'bn', 0)
+    store(tmp_path, 'bn', 1)
+    store(tmp_path, 'dnb', 0, value=0.5)
+    store(tmp_path, 'dnb', 1, status='diverged')
+    written = report.write([tmp_path], tmp_path / 'report')
+    assert [row['status'] for row in written.rows].count('diverged') == 1
+    row = report.summarise(report.read([tmp_path]), 'bn')[1]
+    assert (row['seeds'], row['diverged'], row['mean'], row['pairs']) == (1, 1, 0.5, 1)
+
+
+def test_another_metric_can_be_chosen(tmp_path):
+    store(tmp_path)
+    assert report.read([tmp_path])[0].row['value'] == 0.3
+    assert report.read([tmp_path], 'coco/cat_precision')[0].row['value'] == 0.4
+    assert report.read([tmp_path], 'coco/owl_precision')[0].row['value'] is None
+
+
+def test_rows_are_merged_into_a_file_without_losing_those_of_other_runs(tmp_path):
+    path = tmp_path / 'docs' / 'runs.csv'
+    rows = [run.row for run in report.read([store(tmp_path, seed=seed).parent.parent
+                                            for seed in (0, )])]
+    report.merge_rows(path, rows)
+    other = dict(rows[0], seed=5, question='another, with a comma')
+    report.merge_rows(path, [other])
+    better = dict(rows[0], value=0.9)
+    report.merge_rows(path, [better])
+    assert report.read_rows(path) == [better, other]
+    (tmp_path / 'wrong.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(ConfigError, match='expected the columns question, data'):
+        report.read_rows(tmp_path / 'wrong.csv')
+
+
+def test_sources_without_runs_are_told(tmp_path):
+    with pytest.raises(ConfigError, match='holds no runs'):
+        report.read([tmp_path])
+    with pytest.raises(ConfigError, match='expected a folder'):
+        report.read([tmp_path / 'absent'])
+
+
+def test_the_page_needs_nothing_from_elsewhere(grid, tmp_path):
+    pytest.importorskip('plotly')
+    report.write([grid], tmp_path / 'report')
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert page.count('<table>') == 6
+    assert page.count('Plotly.newPlot') >= 5
+    outside = re.sub(r'(<script[^>]*>).*?</script>', r'\1', page, flags=re.DOTALL)
+    assert len(outside) < len(page) / 10  # plotly itself is in the page
+    assert 'src=' not in outside and 'href=' not in outside
+
+
+def test_the_page_opens_in_a_browser(grid, tmp_path):
+    pytest.importorskip('plotly')
+    if CHROMIUM is None:
+        pytest.skip('no chromium here to open the page with')
+    report.write([grid], tmp_path / 'report')
+    dom = subprocess.run(
+        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
+         '--no-first-run', '--disable-background-networking', '--disable-component-update',
+         '--disable-sync', f'--user-data-dir={tmp_path / "profile"}',
+         '--virtual-time-budget=20000', '--dump-dom',
+         (tmp_path / 'report' / 'report.html').as_uri()],
+        check=True, text=True, capture_output=True, timeout=120).stdout
+    assert dom.count('class="main-svg"') >= 5  # plotly ran and drew every figure
+    assert 'paired difference to zbn' in dom
