@@ -37,14 +37,14 @@ class Tool:
             forkserver.ensure_running()
         self.process = CONTEXT.Process(target=_run, args=(
             str(TOOLS / f'{name}.py'), [str(arg) for arg in argv], str(cwd), str(self.log),
-            file_size, environ))
+            file_size, environ), daemon=True)  # ends with the tests, however they end
         self.process.start()
 
     @property
     def output(self):
         return self.log.read_text() if self.log.exists() else ''
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """The exit code."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -52,7 +52,7 @@ class Tool:
             raise TimeoutError(self.output)
         return self.process.exitcode
 
-    def wait_for(self, pattern, timeout=60):
+    def wait_for(self, pattern, timeout=300):
         """Until the output matches ``pattern``."""
         end = time.monotonic() + timeout
         while not re.search(pattern, self.output):
