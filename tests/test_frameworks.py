@@ -286,6 +286,25 @@ class TestInitialisation:
         assert net(images(96, num=2).float())[-1].isfinite().all()
 
 
+def test_with_cp_gives_the_same_gradients(close):
+    """A backbone's option that computes blocks anew in the backward pass (re-entrant)."""
+    model = awake(ResNet(18, base_channels=8, with_cp=True, norm_eval=False,
+                         norm_cfg=dict(type='DNB'))).double()
+    plain = copy.deepcopy(model)
+    blocks = [m for m in plain.modules() if getattr(m, 'with_cp', False)]
+    for block in blocks:
+        block.with_cp = False
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for net in (model, plain):
+        sum(level.square().mean() for level in net(x)).backward()
+    assert len(blocks) == 9  # and the backbone itself
+    assert model.layer1[0].bn1.num_batches_tracked == 2  # as of a BatchNorm
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(),
+                                           strict=True):
+        close(parameter.grad, expected.grad)
+        assert parameter.grad.any(), name
+
+
 def test_norm_decay_mult_is_of_w_and_b_alone():
     model = nn.Sequential(ConvModule(3, 8, 3, norm_cfg=dict(type='DNB')))
     constructor = DefaultOptimWrapperConstructor(
