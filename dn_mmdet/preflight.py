@@ -45,6 +45,14 @@ class ConfigError(ValueError):
     """A config, an option or a folder that a tool cannot go on with."""
 
 
+def check_parts(cfg: Config, *names: str) -> None:
+    """Raises ConfigError where a config lacks a part that a tool needs."""
+    missing = [name for name in names if cfg.get(name) is None]
+    if missing:
+        raise ConfigError(f'{cfg.filename}: expected {", ".join(names)}; it lacks '
+                          f'{", ".join(missing)}')
+
+
 def check_model(cfg: Config) -> nn.Module:
     """The model of a config, built on the CPU.
 
@@ -147,8 +155,7 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
     if loader is None:
         return
     for option, dataset_cfg in _dataset_cfgs(loader.dataset, f'{split}_dataloader.dataset'):
-        cls = dataset_cfg['type']
-        cls = cls if inspect.isclass(cls) else DATASETS.get(cls)
+        cls = _dataset_class(dataset_cfg['type'])
         if cls is None or not issubclass(cls, BaseDataset):
             continue  # its own code has to say what is wrong
         try:
@@ -159,6 +166,8 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
         if getattr(cls, 'MAKES_ITS_DATA', False) or dataset_cfg.get('backend_args'):
             continue
         _check_paths(option, dataset)
+        if not dataset.ann_file and hasattr(dataset, 'img_prefix'):
+            _check_class_folders(option, dataset, model)
         if dataset.ann_file.endswith('.json'):
             _check_annotations(option, dataset, split)
     evaluators = cfg.get(f'{split}_evaluator') or []
@@ -183,8 +192,16 @@ def _dataset_cfgs(node, option):
         yield option, node
 
 
+def _dataset_class(kind):
+    """By the config's own scope: classification's is mmpretrain."""
+    if inspect.isclass(kind):
+        return kind
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)
+
+
 def _is_made(dataset_cfg):
-    classes = (DATASETS.get(inner['type']) for _, inner in _dataset_cfgs(dataset_cfg, ''))
+    classes = (_dataset_class(inner['type']) for _, inner in _dataset_cfgs(dataset_cfg, ''))
     return any(getattr(cls, 'MAKES_ITS_DATA', False) for cls in classes)
 
 
@@ -197,7 +214,7 @@ def _check_num_classes(option, dataset, model):
                           f'{classes!r}; a single class needs a comma: ({classes!r},)')
     for name, module in model.named_modules():
         num_classes = getattr(module, 'num_classes', None)
-        if re.search(r'(^|\.)(bbox|mask)_head(\.\d+)?$', name) and num_classes is not None \
+        if re.search(r'(^|\.)((bbox|mask)_)?head(\.\d+)?$', name) and num_classes is not None \
                 and num_classes != len(classes):
             raise ConfigError(
                 f'model.{name}.num_classes is {num_classes}, but the data set has '
@@ -213,6 +230,15 @@ def _check_paths(option, dataset):
     for key, prefix in dataset.data_prefix.items():
         if prefix:
             _check_exists(f'{option}.data_prefix.{key}', prefix, Path.is_dir, 'data folder')
+
+
+def _check_class_folders(option, dataset, model):
+    """mmpretrain's data sets with a sub-folder per class, which name the classes."""
+    try:
+        dataset.full_init()
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        raise ConfigError(f'{option}: {_message(error)}') from error
+    _check_num_classes(option, dataset, model)
 
 
 def _check_exists(option, path, exists, what):

@@ -257,6 +257,15 @@ def test_other_arguments_that_cannot_work(bad_files, unchanged, argv, expected):
     assert not list(bad_files.glob('new/*.pth'))
 
 
+@pytest.mark.parametrize('tool, part, argv', [
+    ('train', 'optim_wrapper', ['--amp']), ('test', 'test_evaluator', ['work/epoch_1.pth']),
+    ('predict', 'test_dataloader', ['work/epoch_1.pth', '.'])])
+def test_a_config_without_what_the_tool_needs_is_told(user, unchanged, tool, part, argv):
+    (user / 'image.png').touch()
+    message = refuse(tool, 'tiny_dnb.py', *argv, '--cfg-options', f'{part}=None', cwd=user)
+    assert message.startswith('tiny_dnb.py: expected ') and f'it lacks {part}' in message
+
+
 @pytest.mark.parametrize('tool, argv', [
     ('train', ['--work-dir', 'new', '--resume', 'hostile.pth']),
     ('train', ['--work-dir', 'work', '--resume']),

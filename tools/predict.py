@@ -27,6 +27,7 @@ def main(argv=None):
     with command_line.one_message(parser), safe_loading(args.trust_checkpoint):
         images = find_images(args.images)
         cfg = command_line.load_config(args.config, args.cfg_options)
+        preflight.check_parts(cfg, 'test_dataloader')
         model = preflight.check_model(cfg)
         preflight.check_evaluation(model)
         if not is_remote(args.checkpoint):

@@ -48,6 +48,7 @@ def parse(argv):
 
 def configure(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
+    preflight.check_parts(cfg, 'train_dataloader', 'train_cfg', 'optim_wrapper')
     name = Path(args.config).stem
     if args.norm is not None:
         preflight.check_model(cfg)  # what is wrong with it has nothing to do with the swap
