@@ -166,6 +166,8 @@ def draw_curves(twins, path):
         axes.plot([row['step'] for row in rows], [row['loss'] for row in rows], label=twin.name)
     axes.set(xlabel='training step', ylabel='loss', yscale='log')
     axes.grid(alpha=0.3, which='both')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -237,13 +239,15 @@ def run(twins, out, seed, console):
     cfg = Config.fromfile(twins[0].config)
     console.print(f'Making the data set {cfg.train_dataloader.dataset.data_root} where it is '
                   f'missing.')
-    train_set = DATASETS.build(cfg.train_dataloader.dataset)
+    with contextlib.redirect_stdout(None):  # pycocotools tells how it reads a json
+        train_set = DATASETS.build(cfg.train_dataloader.dataset)
+        val_set = DATASETS.build(cfg.val_dataloader.dataset)
     steps = cfg.train_cfg.max_epochs * -(-len(train_set) // cfg.train_dataloader.batch_size)
     seconds = train(twins, seed, steps, console)
     found = results(twins)
     (out / 'results.json').write_text(json.dumps(found, indent=2))
     draw_curves(twins, out / 'learning_curves.png')
-    pick_images(DATASETS.build(cfg.val_dataloader.dataset), out / 'images')
+    pick_images(val_set, out / 'images')
     detect(twins, out / 'images')
     draw_detections(twins, out / 'images', out / 'detections.png')
     console.print(table_of(found, f'COCO box AP on unseen digits, {steps} steps of training in '
