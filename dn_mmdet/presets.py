@@ -85,9 +85,11 @@ def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
         ConfigError: the backbone has no ``widen_factor``, or no factor gives the
             number within ``tolerance``.
     """
-    usual = bn.cfg.model.get('backbone', {}).get('widen_factor', 1.)
-    low, high = usual, 4 * usual
-    for _ in range(24):
+    low = bn.cfg.model.get('backbone', {}).get('widen_factor', 1.)
+    high = 2 * low
+    while _parameters(_widen(bn.cfg, high)) < parameters:
+        low, high = high, 2 * high
+    for _ in range(16):
         factor = (low + high) / 2
         cfg = _widen(bn.cfg, factor)
         found = _parameters(cfg)

@@ -278,6 +278,10 @@ def tool(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def lines_in(out):
+    return sum(len(read_log(path.parent)) for path in out.rglob('log.jsonl'))
+
+
 @pytest.mark.slow
 def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detectors, tmp_path):
     """2 configs x 2 seeds, killed three times so that the grid cannot say goodbye."""
@@ -286,8 +290,11 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
     rng = random.Random(time.time_ns())
     ended = {}
     for _ in range(3):
+        before = lines_in(out)
         grid = tool(*command)
-        time.sleep(rng.uniform(5, 30))
+        while lines_in(out) == before and grid.poll() is None:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 8))
         grid.send_signal(signal.SIGKILL)
         grid.wait()
         for path in out.rglob('result.json'):

@@ -1,0 +1,109 @@
+"""Each preset holds the grid that it is named for, and its variants are what they say."""
+import pytest
+import torch
+from mmengine.config import Config
+from tiny_detector import make_coco, write_config
+from torch import nn
+
+from dn_mmdet import DNB, DNC
+from dn_mmdet.compare import Variant, check, configured, differences
+from dn_mmdet.controls import BNSE
+from dn_mmdet.convert import batch_norms, dn_layers
+from dn_mmdet.preflight import ConfigError, check_model
+from dn_mmdet.presets import PRESETS, SC_FACTORS, widened
+
+
+@pytest.fixture(scope='module')
+def bn(tmp_path_factory):
+    root = tmp_path_factory.mktemp('tiny')
+    (root / 'images').mkdir()
+    make_coco(root)
+    path = write_config(root)
+    return Variant('tiny_bn', str(path), Config.fromfile(path))
+
+
+def grid(name, bn, seeds=(0, 1), lr=None, batch=None, epochs=None):
+    return PRESETS[name](bn, seeds, lr, batch, epochs)
+
+
+def variants(points):
+    return {point.variant.name: point.variant for point in points}
+
+
+def parameters(cfg):
+    return sum(parameter.numel() for parameter in check_model(cfg).parameters())
+
+
+def test_robustness_is_four_norms_at_four_rates_and_at_five_batches(bn):
+    points = grid('robustness', bn)
+    assert len(points) == len(set(points)) == 2 * 4 * (4 + 5)
+    assert {(p.lr_factor, p.batch) for p in points} == {
+        *((factor, None) for factor in (1, 4, 16, 64)),
+        *((1, batch) for batch in (2, 4, 8, 32, 128))}
+    checked = check([point for point in points if point.seed == 0])  # only norms differ
+    counts = {}
+    for name, variant in variants(checked).items():
+        model = check_model(variant.cfg)
+        layers = list(dn_layers(model).values()) + list(batch_norms(model).values()) + [
+            module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        counts[name] = ({type(layer) for layer in layers}, len(layers))
+    assert counts == {'tiny_bn': ({nn.BatchNorm2d}, 66), 'dnb': ({DNB}, 66),
+                      'dnc': ({DNC}, 66), 'gn': ({nn.GroupNorm}, 66)}
+
+
+def test_batches_run_at_the_rate_in_proportion(bn):
+    rates = {point.batch: configured(point)[1]['lr'] for point in grid('robustness', bn)
+             if point.batch is not None}
+    assert rates == pytest.approx({2: .01, 4: .02, 8: .04, 32: .16, 128: .64})
+
+
+def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
+    points = grid('sc-ablation', bn, seeds=[0])
+    assert {point.lr_factor for point in points} == {1, 8}
+    found = variants(points)
+    assert set(found) == {'tiny_bn', 'dnb', *SC_FACTORS}
+    assert {'inputs-standardized', 'bound-none', 'bound-0.25', 'bound-1', 'reduction-8',
+            'reduction-128', 'mean-only', 'std-only', 'scale-only', 'shift-only'} == set(
+                SC_FACTORS)
+    default = DNB(640).sc
+    for name, changed in SC_FACTORS.items():
+        assert differences(bn.cfg, found[name].cfg) == []
+        sc = DNB(640, **changed).sc
+        state = [(t.shape, sc.inputs, sc.bound) for t in sc.parameters()]
+        assert state != [(t.shape, default.inputs, default.bound) for t in default.parameters()]
+        norm_cfg = dict(found[name].cfg.model.backbone.norm_cfg)
+        assert norm_cfg == dict(type='DNB', eps=0.001, momentum=0.03, **changed)
+
+
+@pytest.mark.slow
+def test_the_controls_have_the_parameters_of_dnb(bn):
+    found = variants(grid('fair-controls', bn, seeds=[0]))
+    assert set(found) == {'tiny_bn', 'dnb', 'bn-wide', 'bn-se'}
+    target = parameters(found['dnb'].cfg)
+    assert target > 2 * parameters(bn.cfg)
+    for name in ('bn-wide', 'bn-se'):
+        assert parameters(found[name].cfg) == pytest.approx(target, rel=0.02)
+        model = check_model(found[name].cfg).eval()
+        assert not dn_layers(model)
+        images = torch.randn(1, 3, 64, 64)
+        assert model(images, mode='tensor')  # neck and head fit the wider backbone
+    assert sum(isinstance(m, BNSE) for m in model.modules()) == 66
+
+
+def test_a_backbone_without_a_width_cannot_be_widened(bn):
+    cfg = Config(dict(model=dict(backbone=dict(type='ResNet', depth=18), type='RetinaNet',
+                                 neck=None, bbox_head=dict(
+                                     type='RetinaHead', num_classes=2, in_channels=64))))
+    with pytest.raises(ConfigError, match='ResNet: has no widen_factor'):
+        widened(Variant('r', 'r.py', cfg), 10**7)
+
+
+def test_the_se_control_starts_as_batch_norm_and_then_gates(close):
+    layer = BNSE(8)
+    x = torch.randn(4, 8, 5, 5)
+    close(layer(x), layer.bn(x))
+    nn.init.normal_(layer.w_out)
+    z = layer.eval().bn(x)
+    gates = layer(x) / z
+    close(gates, gates.mean((2, 3), keepdim=True).expand_as(gates), torch.float16)
+    assert gates.std(0).max() > 0.01  # another one for each sample
