@@ -11,6 +11,7 @@ from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loa
 # isort: split
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
+from mmengine.evaluator import DumpResults
 
 
 def parse(argv):
@@ -33,6 +34,7 @@ def parse(argv):
 
 def configure(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
+    preflight.check_parts(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -42,7 +44,8 @@ def configure(args):
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.show_dir:
-        if 'visualization' not in cfg.get('default_hooks', {}):
+        hook = cfg.get('default_hooks', {}).get('visualization', {})
+        if hook.get('type') != 'DetVisualizationHook':
             raise preflight.ConfigError("--show-dir: expected in the config default_hooks."
                                         "visualization=dict(type='DetVisualizationHook')")
         cfg = trigger_visualization_hook(cfg, args)
@@ -71,7 +74,8 @@ def main(argv=None):
             check(cfg, args)
         runner = command_line.build_runner(cfg)
         if args.out:
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+            dump = DumpDetResults if cfg.default_scope == 'mmdet' else DumpResults
+            runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
         runner.test()
 
 
