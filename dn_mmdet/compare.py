@@ -31,8 +31,8 @@ TRAIN = ROOT / 'tools' / 'train.py'
 # next step: a fifth of the time on a CPU.
 ALLOCATOR = dict(MALLOC_TRIM_THRESHOLD_='4294967296', MALLOC_MMAP_MAX_='0')
 # How frameworks say that values are no numbers any more before the loss shows it.
-DIVERGED = re.compile(r'^(\w*Error: .*(become infinite or NaN|contains invalid numeric entries)'
-                      r'.*)$', re.MULTILINE)
+DIVERGED = re.compile(r'^(.*(become infinite or NaN|contains invalid numeric entries).*)$',
+                      re.MULTILINE)
 # Of a param_scheduler: what counts epochs or iterations, and what is a learning rate.
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'periods', 'restarts')

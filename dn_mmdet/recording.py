@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
+from .controls import BNSE
 from .convert import batch_norms, dn_layers
 from .cost import mult_adds, peak_memory
 from .version import __version__
@@ -202,10 +203,11 @@ def describe(dataset) -> dict:
 
 
 def norm_counts(model: nn.Module) -> dict[str, int]:
-    """How many norm layers of each type a model has, DN layers' inner ones left out."""
-    layers = [*dn_layers(model).values()]
+    """How many norm layers of each type a model has, inner ones left out."""
+    layers = [*dn_layers(model).values(),
+              *(module for module in model.modules() if isinstance(module, BNSE))]
     inside = {module for layer in layers for module in layer.modules()}
-    layers += [bn for bn in batch_norms(model).values()]
+    layers += [bn for bn in batch_norms(model).values() if bn not in inside]
     layers += [module for module in model.modules() if module not in inside
                and isinstance(module, (nn.GroupNorm, nn.LayerNorm))]
     names = [type(layer).__name__.replace('BatchNorm2d', 'BN').replace('GroupNorm', 'GN')

@@ -178,7 +178,8 @@ def write(sources, out, metric=None, baseline=None) -> Written:
         ConfigError: see `read`; or no run is of the baseline.
     """
     out = Path(out)
-    runs = list({_key(run.row): run for run in read(sources, metric)}.values())
+    found = read(sources, metric)
+    runs = list({_key(run.row): run for run in found}.values())
     names = list(dict.fromkeys(run.row['config'] for run in runs))
     baseline = baseline or _first_config(runs)
     if baseline not in names:
@@ -189,6 +190,8 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     (out / 'runs.csv').write_text(_csv(rows, COLUMNS))
     (out / 'table.csv').write_text(_csv(table, list(table[0])))
     head, text = notes(runs), markdown(table, baseline)
+    if len(found) > len(runs):
+        head.append(f'{len(found) - len(runs)} runs were found twice, of which the last counts')
     drawn = figures(runs, baseline)
     _draw(drawn, out)
     images = ''.join(f'\n![{title}]({name}.png)\n' for name, (title, _) in drawn.items())

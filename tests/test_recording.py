@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from dn_mmdet import DNB
+from dn_mmdet.controls import BNSE
 from dn_mmdet.recording import (
     PARENT,
     Diverged,
@@ -147,8 +148,8 @@ def test_a_run_does_not_outlive_the_process_that_started_it(tmp_path, monkeypatc
 
 def test_norms_are_counted_by_type_and_inner_ones_are_not():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), DNB(8), nn.BatchNorm2d(8), nn.GroupNorm(2, 8),
-                          DNB(8))
-    assert norm_counts(model) == dict(BN=1, DNB=2, GN=1)
+                          DNB(8), BNSE(8))
+    assert norm_counts(model) == dict(BN=1, BNSE=1, DNB=2, GN=1)
 
 
 def test_the_scale_of_a_dn_layer_spreads_over_samples_and_that_of_bn_does_not(close):

@@ -202,6 +202,14 @@ def test_another_metric_can_be_chosen(tmp_path):
     assert report.read([tmp_path], 'coco/owl_precision')[0].row['value'] is None
 
 
+def test_a_run_that_is_found_twice_counts_once_and_that_is_said(tmp_path):
+    store(tmp_path / 'here', value=0.3)
+    store(tmp_path / 'there', value=0.4)
+    written = report.write([tmp_path / 'here', tmp_path / 'there'], tmp_path / 'report')
+    assert [row['value'] for row in written.rows] == [0.4]
+    assert '1 runs were found twice, of which the last counts' in written.text
+
+
 def test_rows_are_merged_into_a_file_without_losing_those_of_other_runs(tmp_path):
     path = tmp_path / 'docs' / 'runs.csv'
     rows = [run.row for run in report.read([store(tmp_path, seed=seed).parent.parent

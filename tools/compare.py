@@ -101,7 +101,7 @@ def main(argv=None):
             runs = compare.plan(grid(args), args.out, args.question,
                                 args.commit or compare.commit_of())
             preflight.make_folder(args.out, '--out')
-            jobs = args.jobs or max(torch.cuda.device_count(), 0) or compare.cores()
+            jobs = args.jobs or torch.cuda.device_count() or compare.cores()
             failures = compare.run_grid(runs, jobs, console)
             folders = [run.folder for run in runs]
         written = report.write(folders, args.out / 'report', args.metric, args.baseline)
