@@ -1,0 +1,298 @@
+"""The Triton kernels: on a GPU where there is one, everywhere else in Triton's interpreter.
+
+The interpreter runs kernels on the CPU, one program after the other, in a process that
+starts with TRITON_INTERPRET=1; `test_in_the_interpreter` starts it on this file.
+"""
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import (
+    CUDA,
+    KINDS,
+    LAYOUTS,
+    MODES,
+    OFFSETS,
+    assert_as_accurate_as_plain_pytorch,
+    assert_equals_reference,
+    assert_primitives,
+    make_layer,
+    step,
+)
+
+pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICES = pytest.mark.parametrize('device', ['cpu'] if INTERPRETED else [CUDA])
+ROUNDED = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
+                                  ids=['fp32', 'fp16', 'bf16'])
+slow = pytest.mark.slow
+# the interpreter's own, of numpy
+pytestmark = pytest.mark.filterwarnings('ignore:Conversion of an array with ndim')
+
+# Maps of several tiles; sums split over several programs; channels that fill no tile.
+CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
+         ((4, 6, 1, 1), 'contiguous'), ((1, 4, 9, 5), 'contiguous'),
+         ((1, 2, 95, 97), 'contiguous'), ((1, 3, 95, 97), 'channels_last'),
+         ((35, 70, 2, 3), 'channels_last')]
+
+
+def child(marker):
+    """What pytest says about this file's interpreted tests, in a process of their own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
+    return subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marker, __file__],
+        env=dict(env, TRITON_INTERPRET='1'), capture_output=True, text=True)
+
+
+if not INTERPRETED:
+
+    @pytest.mark.parametrize('marker', [
+        'not slow and not gpu', pytest.param('slow and not gpu', marks=slow)])
+    def test_in_the_interpreter(marker):
+        process = child(marker)
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert ' passed' in process.stdout and 'skipped' not in process.stdout, process.stdout
+
+
+@slow
+@DEVICES
+@pytest.mark.parametrize('shape, layout', CASES, ids=str)
+@ROUNDED
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_errors_are_within_twice_plain_pytorchs(kind, training, dtype, shape, layout, device):
+    assert_as_accurate_as_plain_pytorch('triton', kind, shape, layout, dtype, training, device,
+                                        draws=2 if INTERPRETED else 5)
+
+
+@slow
+@DEVICES
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+@ROUNDED
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_also_where_the_mean_is_large(kind, training, dtype, layout, device):
+    assert_as_accurate_as_plain_pytorch('triton', kind, (4, 5, 12, 11), layout, dtype, training,
+                                        device, offset=OFFSETS[dtype],
+                                        draws=2 if INTERPRETED else 5)
+
+
+@DEVICES
+@pytest.mark.parametrize('offset', [False, True], ids=['centred', 'large-mean'])
+@pytest.mark.parametrize('dtype', OFFSETS, ids=str)
+@pytest.mark.parametrize('shape', [
+    (3, 5, 7, 3), *(pytest.param(shape, marks=slow)
+                    for shape in ((3, 5, 7), (1, 2, 95, 97), (2, 3, 3, 4, 5)))], ids=str)
+def test_each_primitive_in_each_layout(shape, dtype, offset, device):
+    from dn_mmdet.kernels import triton_ops
+    offset = OFFSETS[dtype] if offset else 0.
+    x = (torch.randn(shape, device=device) + offset).to(dtype)
+    assert_primitives(triton_ops, x, offset)
+    assert_primitives(triton_ops, x.mT.contiguous().mT, offset)
+    if x.dim() > 3:
+        memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        assert_primitives(triton_ops, x.contiguous(memory_format=memory_format), offset)
+
+
+@DEVICES
+@pytest.mark.parametrize('kwargs', [
+    dict(affine=False), dict(bound=None), dict(reduction=1), dict(momentum=None),
+    dict(track_running_stats=False), dict(bn_requires_grad=True)], ids=str)
+@pytest.mark.parametrize('kind, training', [
+    ('dnb-raw', True), *(pytest.param(kind, training, marks=slow)
+                         for kind in KINDS for training in (True, False)
+                         if (kind, training) != ('dnb-raw', True))])
+def test_every_argument_of_the_layer(kind, training, kwargs, device):
+    x = torch.randn(3, 70, 2, 3, dtype=torch.float64, device=device)
+    assert_equals_reference('triton', kind, x, training, **kwargs)
+
+
+@slow
+@DEVICES
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_gradcheck(kind, training, device):
+    layer = make_layer(kind, 3, 'triton', training, min_channels=2).double().to(device)
+    names, parameters = zip(*dict(layer.named_parameters()).items(), strict=True)
+
+    def run(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+@DEVICES
+@pytest.mark.parametrize('kind', KINDS)
+def test_gradients_of_only_some(kind, device, close):
+    layer = make_layer(kind, 5, 'triton', True).double().to(device)
+    x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    every = torch.autograd.grad(layer(x).pow(3).sum(), [x, *layer.parameters()])
+    alone = torch.autograd.grad(layer(x.detach()).pow(3).sum(), list(layer.parameters()))
+    for actual, wanted in zip(alone, every[1:], strict=True):
+        close(actual, wanted)
+    layer.requires_grad_(False)
+    close(torch.autograd.grad(layer(x).pow(3).sum(), x)[0], every[0])
+
+
+@DEVICES
+@pytest.mark.parametrize('kind', KINDS)
+def test_inference_computes_what_training_code_does_in_eval(kind, device, close):
+    layer = make_layer(kind, 5, 'triton', False).to(device)
+    x = torch.randn(3, 5, 4, 3, device=device)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        close(layer(x), expected)
+    with torch.inference_mode():
+        close(layer(x), expected)
+
+
+@DEVICES
+def test_a_module_in_scs_place_is_called(device, close):
+    """The fused small part knows one SC; hooks and other modules go through autograd."""
+    layer = make_layer('dnb-raw', 5, 'triton', True).double().to(device)
+    x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device)
+    expected = layer(x)
+    calls = []
+    layer.sc.register_forward_hook(lambda *_: calls.append(1))
+    close(layer(x), expected)
+    assert calls
+
+
+@DEVICES
+def test_a_backward_in_a_later_mode_of_the_running_averages(device, close):
+    """In eval mode, training steps between a forward and its backward do not count."""
+    layer = make_layer('dnb-standardized', 5, 'triton', False).double().to(device)
+    x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).pow(3).sum(), x)[0]
+    loss = layer(x).pow(3).sum()
+    layer.train()(torch.randn_like(x) * 3)
+    close(torch.autograd.grad(loss, x)[0], expected)
+
+
+@DEVICES
+@pytest.mark.parametrize('kind, layout, training', [
+    ('dnb-standardized', 'channels_last', True), ('dnc', 'contiguous', True),
+    ('dnb-raw', 'contiguous', False)])
+def test_nothing_reads_uninitialised_memory(kind, layout, training, device):
+    layer = make_layer(kind, 35, 'triton', training).to(device)
+    x, dy = torch.randn(2, 3, 35, 5, 7, device=device)
+    x = LAYOUTS[layout](x)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    expected = {name: tensor.clone() for name, tensor in step(layer, x, dy).items()}
+    layer.load_state_dict(state)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert torch.empty(3, device=device).isnan().all()  # what is not written shows
+        actual = step(layer, x, dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name], wanted), name
+
+
+@DEVICES
+@slow
+@given(n=st.integers(1, 40), c=st.integers(1, 70), height=st.integers(1, 9),
+       width=st.integers(1, 9), kind=st.sampled_from(list(KINDS)), training=st.booleans(),
+       layout=st.sampled_from(list(LAYOUTS)))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_shape(device, n, c, height, width, kind, training, layout):
+    if training and n * height * width == 1:
+        height = 2  # BatchNorm needs more than one value per channel
+    x = torch.randn(n, c, height, width, dtype=torch.float64, device=device)
+    assert_equals_reference('triton', kind, LAYOUTS[layout](x), training)
+
+
+if not INTERPRETED:
+
+    @pytest.mark.parametrize('device', [CUDA])
+    @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+    def test_past_two_billion_elements(layout, device):
+        """The last sample, whose offsets need 64 bits, gets what it gets alone."""
+        from dn_mmdet.kernels import triton_ops
+        if torch.cuda.get_device_properties(device).total_memory < 3e10:
+            pytest.skip('needs 30 GB of GPU memory')
+        shape = (3, 64, 4096, 2801)
+        x = torch.empty(shape, dtype=torch.float16, device=device,
+                        memory_format=getattr(torch, layout + '_format', None)
+                        or torch.channels_last).normal_()
+        assert x.numel() > 2**31
+        m, v = triton_ops.moments(x)
+        y = triton_ops.affine(x, m, v, m)
+        da, dc = triton_ops.reduce(y, x, m)
+        last, y_last = x[-1:].clone(), y[-1:].clone()
+        m_last, v_last = triton_ops.moments(last)
+        torch.testing.assert_close(m[-1:], m_last)
+        torch.testing.assert_close(v[-1:], v_last)
+        torch.testing.assert_close(y_last, triton_ops.affine(last, m_last, v_last, m_last))
+        alone = triton_ops.reduce(y_last, last, m_last)
+        torch.testing.assert_close((da[-1:], dc[-1:]), alone, rtol=1e-4, atol=1)
+        del last
+        y = triton_ops.input_gradient(y, x, m, v, m, m)
+        expected = triton_ops.input_gradient(y_last, x[-1:].clone(), m_last, v_last, m_last,
+                                             m_last)
+        torch.testing.assert_close(y[-1:], expected)
+
+    @slow
+    @pytest.mark.parametrize('capability', [75, 80, 90])
+    def test_kernels_compile_for_gpus_that_are_not_here(capability, monkeypatch):
+        """To machine code, with the arguments of real calls; Triton's compiler needs no GPU."""
+        from dn_mmdet.kernels import triton_ops
+        compiled = set()
+        monkeypatch.setattr(
+            triton_ops, '_launch', lambda kernel, grid, *args, **meta: compiled.add(
+                compile_kernel(kernel, args, meta, capability)))
+        for dtype in (torch.float32, torch.float16):
+            run_all_kernels(torch.empty(2, 32, 80, 80, dtype=dtype), hidden=8)
+            run_all_kernels(torch.empty(1, 1, 1, 1, dtype=dtype), hidden=1, affine=False)
+            run_all_kernels(torch.empty(2, 37, 80, 80, dtype=dtype,
+                                        memory_format=torch.channels_last), hidden=70)
+        kernels = {name for name in vars(triton_ops) if name.endswith('_kernel')}
+        assert {name for name, _ in compiled} == kernels and len(kernels) == 12
+
+
+def compile_kernel(kernel, args, meta, capability):
+    """Compiles a kernel as a launch with these arguments would: its name and shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    options = {key: meta[key] for key in ('num_stages', ) if key in meta}
+    values = dict(zip([p.name for p in kernel.params], args, strict=False), **meta)
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            signature[parameter.name], constants[parameter.name] = 'constexpr', value
+            continue
+        types = {torch.float16: '*fp16', torch.float32: '*fp32', torch.int64: '*i64'}
+        signature[parameter.name] = types[value.dtype] if torch.is_tensor(value) else 'i32'
+        if torch.is_tensor(value) or (special and value % 16 == 0):
+            attributes[(i, )] = [['tt.divisibility', 16]]
+    binary = compile(ASTSource(kernel, signature, constants, attributes),
+                     target=GPUTarget('cuda', capability, 32), options=options)
+    assert binary.metadata.shared <= 64 * 1024  # the least that these GPUs give a program
+    return kernel.__name__, binary.metadata.shared
+
+
+def run_all_kernels(x, hidden, affine=True):
+    from dn_mmdet.kernels import triton_ops
+    channels = x.shape[1]
+    m, v = triton_ops.moments(x)
+    w, b = (torch.ones(channels) for _ in range(2)) if affine else (None, None)
+    sc = [torch.ones(hidden, 2 * channels), torch.ones(hidden), torch.ones(2 * channels, hidden),
+          torch.ones(2 * channels)]
+    averages = torch.ones(channels), torch.ones(channels), 0.1
+    dy = triton_ops.affine(x, m, m, v)
+    da, dc = triton_ops.reduce(dy, x, m)
+    triton_ops.input_gradient(dy, x, m, m, v, v)
+    for shared, standardized in ((False, False), (False, True), (True, False)):
+        triton_ops.Coefficients(
+            m, v, x.numel() // m.numel(), None, averages, w, b, sc, eps=1e-5,
+            bound=0.5 if affine else None, standardized=standardized, batch_shared=shared,
+            keep=True).backward(da, dc)
