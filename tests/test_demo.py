@@ -25,8 +25,12 @@ def twins(tmp_path):
 @pytest.mark.slow
 def test_leaves_figures_and_results_of_both(twins, tmp_path):
     out, console = tmp_path / 'demo', Console(record=True, width=200)
-    for _ in range(2):  # again, over the first one's files
-        DEMO['run'](twins, out, 0, console)
+    earlier = [out / 'images' / 'old.png', twins[0].folder / 'epoch_9.pth']
+    for path in earlier:
+        path.parent.mkdir(parents=True)
+        path.write_text('of an earlier demo')
+    DEMO['run'](twins, out, 0, console)
+    assert not any(path.exists() for path in earlier)
     found = json.loads((out / 'results.json').read_text())
     assert list(found) == ['BN', 'DN-B']
     assert found['DN-B']['parameters'] > found['BN']['parameters']
