@@ -38,7 +38,7 @@ fi
 version() { sed -n "s/^$1==//p" "$pins"; }
 case $stack in onedl) prefix=onedl-; mmdet=onedl-mmdetection ;; *) prefix=; mmdet=mmdet ;; esac
 mmcv=${prefix}mmcv==$(version "${prefix}mmcv")
-jobs=$(nproc)
+jobs=$(env -u OMP_NUM_THREADS nproc)  # nproc prints OMP_NUM_THREADS, where that is set
 
 echo "Setting up $venv: torch $(version torch), $mmdet $(version $mmdet), $mmcv."
 echo "Once: about 5 GB of downloads, and compiling MMCV's operators takes about 12 minutes on 2 cores."
