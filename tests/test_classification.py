@@ -142,7 +142,8 @@ def test_the_tools_train_and_test_and_a_detector_starts_from_the_backbone(folder
                'test_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
                'val_dataloader.persistent_workers=False',
                'test_dataloader.persistent_workers=False', 'train_cfg.max_epochs=1',
-               'param_scheduler.total_steps=1')
+               'param_scheduler.total_steps=1', 'val_evaluator.topk=1',
+               'test_evaluator.topk=1')
     config = CONFIGS / 'mobilenetv2_dnb_tinyin100.py'
     succeed('train', config, '--work-dir', 'work', *options, cwd=folders)
     output = succeed('test', config, 'work/epoch_1.pth', '--out', 'out.pkl', *options,

@@ -216,6 +216,26 @@ def test_what_ended_is_not_repeated_what_diverged_is_a_result_and_what_failed_is
     assert starts == [1, 1, 1, 2]
 
 
+def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatch):
+    run, = runs_of(tmp_path / 'out', 'good')
+
+    def interrupt(folder):
+        if not read_log(folder):
+            return 0, ''
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, '_how_far', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_grid([run], 1, Console(file=io.StringIO()))
+    assert not compare.is_reserved(run.folder)
+    steps = len(read_log(run.folder))
+    monkeypatch.undo()
+    monkeypatch.setattr(compare, 'TRAIN', trainer)
+    compare.run_grid([run], 1, Console(file=io.StringIO()))
+    assert 0 < steps < 8
+    assert [line['step'] for line in read_log(run.folder)] == list(range(1, 9))
+
+
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
     run, = runs_of(tmp_path / 'out', 'good')
     run.folder.mkdir(parents=True)
