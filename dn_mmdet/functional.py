@@ -85,7 +85,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         y = _FusedNorm.apply(call, ops, names, planes, bn.weight, bn.bias, *parameters)
     else:
         m, v = ops.moments(planes)
-        if _small_part_is_fused(call, ops):
+        if _small_part_is_fused(call):
             small = _fused_coefficients(call, ops, m, v, planes,
                                         (bn.weight, bn.bias, *sc.parameters()), keep=False)
             a, c = small.a, small.c
@@ -138,7 +138,7 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
         m, v = ops.moments(x)
-        if _small_part_is_fused(call, ops):
+        if _small_part_is_fused(call):
             small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
             small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
@@ -196,15 +196,15 @@ class _Coefficients:
         return p, (dm - self.a * dc) / self.size, *rest
 
 
-def _small_part_is_fused(call, ops):
-    """Whether a backend's own kernels can stand for `coefficients`.
+def _small_part_is_fused(call):
+    """Whether a backend's `Coefficients` can stand for `coefficients` under autograd.
 
     Not across processes (an all-reduce is autograd's), not with a cumulative average (its
     momentum is another at each step), and only for SC as it is: another module, hooks and
     parametrizations are to be called.
     """
     sc = call.sc
-    return (hasattr(ops, 'Coefficients') and call.group is None
+    return (call.group is None
             and not (call.bn.training and call.bn.momentum is None)
             and type(sc).forward is SC.forward
             and list(sc._parameters) == ['w_in', 'b_in', 'w_out', 'b_out']

@@ -1,6 +1,7 @@
 """The big passes of Dynamic Normalization, in two backends with the same signatures.
 
-Everything between them is (N, C) small and plain PyTorch. For x (N, C, ...) of at least
+Everything between them is (N, C) small: ``Coefficients``, in each backend too, or plain
+PyTorch under autograd. For x (N, C, ...) of at least
 three dimensions, not empty, with S values in each of a sample's channels, ``m, v`` (N, C)
 the mean and population variance of those, and coefficients (N, C) in float32 at least:
 

@@ -1,8 +1,11 @@
 """The four primitives from stock PyTorch operators; see the package's docstring.
 
 BatchNorm's own kernels, in eval mode on a view with one channel per sample's channel,
-are the fastest stock operators for these passes: each is one pass over all cores.
+are the fastest stock operators for these passes: each is one pass over all cores. A map
+that is made anew costs more than a pass over it, so that each primitive makes one at most.
 """
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -68,7 +71,143 @@ def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
     x = as_dense(x)
     dy = in_layout_of(x, dy)
     m, a, p, q = (_over(x, t) for t in (m, a, p, q))
-    return (a * widen(dy) + (p * (widen(x) - m) + q)).to(x.dtype)
+    dx = widen(x) - m  # exact, where `affine` would lose a large p's digits
+    return dx.mul_(p).add_(q).addcmul_(widen(dy), a).to(x.dtype)
+
+
+class Coefficients:
+    """a, c of equation (7) and their gradients, differentiated by hand.
+
+    `functional.coefficients` under autograd gives the same from three times as many
+    operators, which on small maps cost more than the passes over them. With
+    ``d_a = da + dc (m - mu)`` what a receives in all, and t' the slope of SC's bound::
+
+        dg = d_a w / sigma + dc b,    dh = dc,    do = (dg, dh) t'
+        dr = W_out^T do,    du = dr [r > 0],    dm', ds' = W_in^T du
+        dsigma = -sum_n d_a a / sigma,    dmu = -sum_n a dc
+
+    and the chain rule through (1), (2) and the inputs of SC from there. In dm, the term
+    ``a dc`` is left out: q of equation (8) subtracts it again.
+
+    Args:
+        m, v: (N, C), float32 or float64.
+        size (int): S, the values behind each of them.
+        running: mu and var (C,) that stand for the batch's, or None.
+        averages: running mean, running variance and momentum to be updated, or None.
+        w, b: (C,) of the inner norm, or None.
+        sc_parameters: SC's w_in, b_in, w_out, b_out.
+        eps (float), bound (float | None), standardized (bool), batch_shared (bool): as in
+            the layer.
+        keep (bool): whether `backward` will follow.
+    """
+
+    def __init__(self, m, v, size, running, averages, w, b, sc_parameters, *, eps, bound,
+                 standardized, batch_shared, keep):
+        n, channels = m.shape
+        self.training = running is None
+        if self.training:
+            mu = m.mean(0)
+            centred = m - mu
+            var = torch.addcmul(v, centred, centred).mean(0)
+            if averages is not None:
+                _update_averages(*averages, mu, var, n * size)
+        else:
+            mu, var = (t.to(m.dtype) for t in running)
+            centred = m - mu
+        sigma = (var + eps).sqrt_()
+        if batch_shared:
+            inputs = torch.cat((mu, sigma))[None]
+        else:
+            s = (v + eps).sqrt_()
+            inputs = torch.cat((centred / sigma, (s / sigma).sub_(1)) if standardized
+                               else (m, s), 1)
+        w_in, b_in, w_out, b_out = (t.to(m.dtype) for t in sc_parameters)
+        with _no_autocast(m):
+            hidden = torch.addmm(b_in, inputs, w_in.t()).relu_()
+            out = torch.addmm(b_out, hidden, w_out.t())
+        if bound is not None:
+            out.tanh_().mul_(bound)
+        scale, h = out[:, :channels] + 1, out[:, channels:]
+        per_sigma = 1 / sigma if w is None else w / sigma
+        self.a = (scale * per_sigma).expand_as(m)
+        if b is not None:
+            h = torch.addcmul(h, scale, b)
+        self.c = torch.addcmul(h, self.a, centred)
+        self.m = m
+        if keep:
+            self.size, self.bound, self.eps = size, bound, eps
+            self.batch_shared, self.standardized = batch_shared, standardized
+            self.parameters = w, b, sc_parameters
+            self.kept = mu, sigma, inputs, hidden, out
+
+    def backward(self, da: Tensor, dc: Tensor):
+        """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
+        m, a = self.m, self.a
+        mu, sigma, inputs, hidden, out = self.kept
+        w, b, sc_parameters = self.parameters
+        n, channels = m.shape
+        w_in, _, w_out, _ = (t.to(m.dtype) for t in sc_parameters)
+        centred = m - mu
+        per_sigma = 1 / sigma if w is None else w / sigma
+        scale = out[:, :channels] + 1
+        dmu = torch.mul(a, dc).sum(0).neg_() if self.training else None
+        da = torch.addcmul(da, dc, centred)
+        if self.batch_shared:
+            da, dc = da.sum(0, keepdim=True), dc.sum(0, keepdim=True)
+        dscale = da * per_sigma
+        if b is not None:
+            dscale.addcmul_(dc, b.to(m.dtype))
+        do = torch.cat((dscale, dc), 1)
+        if self.bound is not None:
+            do.mul_(out.square().mul_(-1 / self.bound).add_(self.bound))
+        with _no_autocast(m):
+            dw_out, db_out = do.t().mm(hidden), do.sum(0)
+            du = torch.ops.aten.threshold_backward.default(do.mm(w_out), hidden, 0)
+            dw_in, db_in = du.t().mm(inputs), du.sum(0)
+            dm, ds = du.mm(w_in).split(channels, 1)
+        dper_sigma = torch.mul(da, scale).sum(0)
+        dw, db = (None, None) if w is None else (dper_sigma / sigma,
+                                                 torch.mul(dc, scale).sum(0))
+        parameters = [None if t is None else t.to(like.dtype) for t, like in
+                      zip((dw, db, dw_in, db_in, dw_out, db_out), (w, b, *sc_parameters),
+                          strict=True)]
+        dsigma = (dper_sigma * per_sigma).div_(sigma).neg_() if self.training else None
+        if self.batch_shared:
+            if not self.training:
+                return torch.zeros_like(m), torch.zeros_like(m), *parameters
+            dmu, dsigma = dmu + dm[0], dsigma + ds[0]
+            p, q = torch.zeros_like(m), torch.zeros_like(m)
+        elif self.standardized:
+            dm, ds = dm / sigma, ds / sigma
+            mean, std = inputs.split(channels, 1)
+            std = std + 1  # s / sigma
+            if self.training:
+                dmu -= dm.sum(0)
+                dsigma -= torch.mul(dm, mean).addcmul_(ds, std).sum(0)
+            p, q = ds.div_(std.mul_(sigma)), dm
+        else:
+            p, q = ds / inputs[:, channels:], dm
+        if self.training:  # through var and mu
+            through_var = dsigma.div_(sigma).div_(n)
+            p = p + through_var
+            q = torch.addcmul(q, centred, through_var).add_(dmu.div_(n))
+        return p.div_(self.size), q / self.size, *parameters
+
+
+@torch.no_grad()
+def _update_averages(running_mean, running_var, momentum, mu, var, count):
+    for running, value in ((running_mean, mu), (running_var, var * (count / (count - 1)))):
+        if running.dtype == value.dtype:
+            running.lerp_(value, momentum)
+        else:
+            running.copy_(running + momentum * (value - running))
+
+
+def _no_autocast(m):
+    """float16 products would overflow on raw statistics and lose what float32 kept."""
+    if torch.is_autocast_enabled(m.device.type):
+        return torch.autocast(m.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _reduce(dy, x, m):

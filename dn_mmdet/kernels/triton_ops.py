@@ -5,8 +5,7 @@ columns, a channels_last one as N times C rows of S columns whose elements are C
 everything else is the same for both. Sums are made in float32 (float64 for float64), and
 each is split into parts only by shape, so that a result does not depend on the device.
 
-:class:`Coefficients` does what `functional.coefficients` and autograd do to (N, C) tensors
-in some eighty launches, in three launches forward and four backward.
+:class:`Coefficients` takes three launches forward and four backward.
 """
 import os
 from typing import NamedTuple
@@ -86,28 +85,7 @@ def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
 
 
 class Coefficients:
-    """a, c of equation (7) and their gradients, differentiated by hand.
-
-    With ``d_a = da + dc (m - mu)`` what a receives in all, and t' the slope of SC's bound::
-
-        dg = d_a w / sigma + dc b,    dh = dc,    do = (dg, dh) t'
-        dr = W_out^T do,    du = dr [r > 0],    dm', ds' = W_in^T du
-        dsigma = -sum_n d_a a / sigma,    dmu = -sum_n a dc
-
-    and the chain rule through (1), (2) and the inputs of SC from there. In dm, the term
-    ``a dc`` is left out: q of equation (8) subtracts it again.
-
-    Args:
-        m, v: (N, C), float32 or float64.
-        size (int): S, the values behind each of them.
-        running: mu and var (C,) that stand for the batch's, or None.
-        averages: running mean, running variance and momentum to be updated, or None.
-        w, b: (C,) of the inner norm, or None.
-        sc_parameters: SC's w_in, b_in, w_out, b_out.
-        eps (float), bound (float | None), standardized (bool), batch_shared (bool): as in
-            the layer.
-        keep (bool): whether `backward` will follow.
-    """
+    """a, c of equation (7) and their gradients; see `torch_ops.Coefficients`."""
 
     def __init__(self, m, v, size, running, averages, w, b, sc_parameters, *, eps, bound,
                  standardized, batch_shared, keep):
