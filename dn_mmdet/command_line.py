@@ -177,9 +177,9 @@ def one_message(parser: argparse.ArgumentParser):
     except OSError as error:
         if error.errno not in FULL_OR_FORBIDDEN:
             raise
-        _exit(parser, 2, f'{error.filename or "writing failed"}: {error.strerror}. Make room or choose '
-                         f'another folder; a training continues from its last whole checkpoint '
-                         f'with --resume')
+        _exit(parser, 2, f'{error.filename or "writing failed"}: {error.strerror}. Make '
+                         f'room or choose another folder; a training continues from its last '
+                         f'whole checkpoint with --resume')
     except ValueError as error:
         if 'more than 1 value per channel' in str(error):
             _exit(parser, 2, f'{error}. The last batch of an epoch can be smaller than '
