@@ -14,8 +14,13 @@ from mmcv.cnn import ConvModule, build_norm_layer, fuse_conv_bn
 from mmdet.models.backbones import DetectoRS_ResNet, MobileNetV2, ResNet
 from mmdet.models.layers import FrozenBatchNorm2d
 from mmengine.hooks import EMAHook
-from mmengine.model import (BaseModule, ExponentialMovingAverage, constant_init,
-                            convert_sync_batchnorm, revert_sync_batchnorm)
+from mmengine.model import (
+    BaseModule,
+    ExponentialMovingAverage,
+    constant_init,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import load_checkpoint
@@ -108,7 +113,7 @@ class TestFusing:
             called = []
             for name in ('1.sc', '4'):
                 fast.body.get_submodule(name).register_forward_hook(
-                    lambda *_, name=name: called.append(name))
+                    lambda *_, name=name, called=called: called.append(name))
             x = images()
             close(fast(x), copy.deepcopy(model).train(training)(x))
             # in eval only the plain BN was folded away; SC ran in both
