@@ -1,0 +1,323 @@
+"""Whether the detectors that MMDetection ships work with DN-B: one check each, and their table.
+
+The bar: whatever is built, trained and asked for a prediction with BatchNorm can be with DN-B.
+"""
+import copy
+import hashlib
+import json
+import math
+import re
+import traceback
+from pathlib import Path
+
+import mmdet
+import numpy as np
+import torch
+from mmdet.models.detectors import SemiBaseDetector
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+
+from .convert import batch_norms, convert_norm, dn_layers, norms_in_words, swap_norm
+from .ssdlite_head import SSDLiteHead
+
+SHIPPED = Path(mmdet.__file__).parent / '.mim' / 'configs'
+PASS, FAIL, NOT_APPLICABLE = 'pass', 'fail', 'not applicable'
+# Pixels. Most detectors take the smallest; SSD's and CornerNet's maps are made for the others.
+IMAGE_SIZES = (64, 320, 512)
+# Of the largest output. float32 through up to 150 layers, each of which rounds in another
+# order than BatchNorm does.
+TOLERANCE = 1e-3
+
+
+def shipped_configs(root=SHIPPED) -> dict[str, Path]:
+    """Configs of whole models by name, as in ``yolox/yolox_s_8xb8-300e_coco.py``."""
+    return {str(path.relative_to(root)): path for path in sorted(root.rglob('*.py'))
+            if '_base_' not in path.parts}
+
+
+def distinct(configs: dict[str, Path], say=lambda text: None):
+    """One config of each model, with the names of all that build it.
+
+    Models are the same when their configs differ in nothing but weights to load,
+    image statistics, schedules and data.
+
+    Returns:
+        {name: (config, [names])}
+    """
+    models = {}
+    for name, path in configs.items():
+        try:
+            cfg = Config.fromfile(path)
+        except Exception as error:  # a config is a program and can raise anything
+            say(f'{name}: left out, it cannot be read ({type(error).__name__})')
+            continue
+        if not isinstance(cfg.get('model'), dict):
+            continue  # a part of others
+        models.setdefault(_fingerprint(cfg), (name, cfg, []))[2].append(name)
+    return {name: (cfg, names) for name, cfg, names in models.values()}
+
+
+def _fingerprint(cfg):
+    model = copy.deepcopy(cfg.model).to_dict()
+    _forget_weights(model)
+    preprocessor = model.get('data_preprocessor') or {}
+    for key in ('mean', 'std', 'bgr_to_rgb'):
+        preprocessor.pop(key, None)
+    return hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _forget_weights(node):
+    """Nothing is loaded, let alone downloaded: the model starts from random weights."""
+    if isinstance(node, dict):
+        if isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']:
+            node['init_cfg'] = None
+        for key in ('pretrained', 'teacher_ckpt'):
+            if node.get(key):
+                node[key] = False if node[key] is True else None
+    for child in _children(node):
+        _forget_weights(child)
+
+
+def _lighten(node):
+    """Fewer proposals and detections, and images of the size that they come in."""
+    if isinstance(node, dict):
+        if node.get('batch_augments'):
+            node['batch_augments'] = None
+        if isinstance(node.get('sampler'), dict) and 'num' in node['sampler']:
+            node['sampler']['num'] = min(node['sampler']['num'], 16)
+        for key, most in (('nms_pre', 100), ('max_per_img', 10)):
+            if isinstance(node.get(key), int):
+                node[key] = min(node[key], most)
+    for child in _children(node):
+        _lighten(child)
+
+
+def _mend(node):
+    """What no detector of mmdet can do by its config alone, whatever the norm."""
+    if isinstance(node, dict):
+        if node.get('type') == 'SSDHead':  # it cannot predict
+            node['type'] = SSDLiteHead.__name__
+        if isinstance(node.get('teacher_config'), str):  # relative to mmdet's sources
+            node['teacher_config'] = str(SHIPPED.parent / node['teacher_config'])
+    for child in _children(node):
+        _mend(child)
+
+
+def _detector_of(model):
+    """Of a tracker its detector, which trains alone."""
+    if 'tracker' not in model or 'detector' not in model:
+        return model
+    detector = model['detector']
+    detector.setdefault('data_preprocessor', dict(type='DetDataPreprocessor', pad_size_divisor=32))
+    return detector
+
+
+def _children(node):
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, (list, tuple)) else ()
+
+
+def check(cfg: Config, say=lambda stage: None) -> dict:
+    """Whether a config's model does with DN-B what it does with BatchNorm.
+
+    The DN-B model takes the BatchNorm model's state, has to give its output, train
+    one step and predict, on two small random images. Where it cannot, the
+    BatchNorm model tells whether it could.
+
+    Args:
+        cfg: a whole config; left as it is.
+        say: called with what is about to be done.
+
+    Returns:
+        the fields of a row of the table that this settles.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.model = _detector_of(cfg.model)
+    for change in (_forget_weights, _lighten, _mend):
+        change(cfg.model)
+    init_default_scope('mmdet')
+    say('building with BatchNorm')
+    try:
+        with_bn = _build(cfg.model)
+        with_bn.init_weights()
+    except Exception as error:
+        return _cannot_with_bn(error)
+    if not batch_norms(with_bn):
+        return _row(NOT_APPLICABLE, f'no BatchNorm in it{norms_in_words(with_bn)}')
+    _use(with_bn)
+    say('building with DN-B')
+    try:
+        model = _with_dn(cfg)
+        row = _row(PASS, '', replaced=len(dn_layers(model)), left=len(batch_norms(model)))
+    except Exception as error:
+        traceback.print_exc()
+        return _row(FAIL, in_words(error))
+    for size in IMAGE_SIZES:
+        model.load_state_dict(with_bn.state_dict())
+        row['image_size'] = size
+        try:
+            return dict(row, **_exercise(model, with_bn, cfg, size, say))
+        except Exception as error:
+            traceback.print_exc()
+            with_dn = error
+        say('training and predicting with BatchNorm')
+        try:
+            train_step(model := copy.deepcopy(with_bn), example(model, cfg, size))
+            predict(model, example(model, cfg, size))
+        except Exception as error:
+            if size == IMAGE_SIZES[-1] or isinstance(error, (ImportError, NotImplementedError)):
+                return _cannot_with_bn(error)
+            model = _with_dn(cfg)
+        else:
+            return dict(row, status=FAIL, reason=in_words(with_dn))
+
+
+def _cannot_with_bn(error):
+    traceback.print_exc()
+    return _row(NOT_APPLICABLE, f'with BatchNorm it fails as well: {in_words(error)}')
+
+
+def _row(status, reason, **known):
+    return dict(status=status, reason=reason, **known)
+
+
+def _build(model_cfg):
+    torch.manual_seed(0)
+    return MODELS.build(copy.deepcopy(model_cfg))
+
+
+def _with_dn(cfg):
+    """By its config, or where that names no BatchNorm, by converting the model."""
+    try:
+        return _build(swap_norm(cfg, 'DNB').model)
+    except ValueError as error:
+        if 'hard-coded' not in str(error):
+            raise
+    return convert_norm(_build(cfg.model), 'DNB')
+
+
+@torch.no_grad()
+def _use(model):
+    """Moves what BatchNorms hold from its start, as training does."""
+    for bn in batch_norms(model).values():
+        for name, tensor in (*bn.named_parameters(), *bn.named_buffers()):
+            if name in ('weight', 'running_var'):
+                tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2))
+            elif name in ('bias', 'running_mean'):
+                tensor.add_(torch.empty_like(tensor).normal_(std=0.1))
+
+
+def _exercise(model, with_bn, cfg, size, say):
+    say('comparing the outputs of DN-B and BatchNorm')
+    found = dict(difference=difference(outputs(model, example(model, cfg, size)),
+                                       outputs(with_bn, example(model, cfg, size))))
+    if not found['difference'] <= TOLERANCE:
+        return dict(found, status=FAIL, reason='the output is not that of BatchNorm')
+    say('training with DN-B')
+    losses = train_step(model, example(model, cfg, size))
+    infinite = [name for name, value in losses.items() if not math.isfinite(value)]
+    if infinite:
+        raise ValueError(f'not finite: {", ".join(infinite)}')
+    if not any(layer.sc.w_out.any() for layer in dn_layers(model).values()):
+        return dict(found, status=FAIL, reason='no SC has moved in the training step')
+    found['train_step'] = 'yes'
+    say('predicting with DN-B')
+    predict(model, example(model, cfg, size))
+    return dict(found, prediction='yes')
+
+
+def example(model, cfg, size) -> dict:
+    """Two random images with boxes, masks, and what else a model asks for in training."""
+    classes = [module.num_classes for module in model.modules()
+               if isinstance(getattr(module, 'num_classes', None), int)]
+    things = [module.num_things_classes for module in model.modules()
+              if isinstance(getattr(module, 'num_things_classes', None), int)]
+    num_classes = min(things or [number for number in classes if number > 1] or [1])
+    pipelines = str(cfg)
+    segments = "'with_seg': True" in pipelines or 'LoadPanopticAnnotations' in pipelines
+    data = demo_mm_inputs(
+        2, image_shapes=(3, size, size), num_items=[3, 2], num_classes=max(num_classes, 2),
+        with_mask=True, with_semantic=segments,
+        sem_seg_output_strides=8 if 'SegRescale' in pipelines else 1, use_box_type=True)
+    boxes = torch.tensor([[0, 0, size / 2, size / 2], [size / 4, size / 4, size, size]])
+    for sample in data['data_samples']:
+        sample.gt_instances.labels %= num_classes
+        sample.proposals = InstanceData(bboxes=boxes, scores=torch.ones(2))  # for Fast R-CNN
+        sample.set_metainfo(dict(homography_matrix=np.eye(3, dtype=np.float32)))
+    return data
+
+
+def _branches(data):
+    """The same images as a semi-supervised detector takes them: labelled, unlabelled twice."""
+    return {key: {branch: copy.deepcopy(value)
+                  for branch in ('sup', 'unsup_teacher', 'unsup_student')}
+            for key, value in data.items()}
+
+
+def train_step(model, data) -> dict:
+    """One step of SGD; the losses as numbers."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
+    if isinstance(model, SemiBaseDetector):
+        data = _branches(data)
+    losses = model.train().train_step(data, wrapper)
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def predict(model, data):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        results = model.eval().test_step(data)
+    if len(results) != 2:
+        raise ValueError(f'expected predictions for 2 images, got {len(results)}')
+
+
+def outputs(model, data) -> list[torch.Tensor]:
+    """What the network computes in eval mode, before anything is decoded: a list of tensors.
+
+    Of detectors whose heads have no such mode, the features before them.
+    """
+    model.eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        data = model.data_preprocessor(data, False)
+        try:
+            return list(_tensors(model(**data, mode='tensor')))
+        except (NotImplementedError, TypeError, AttributeError, KeyError, ValueError):
+            return list(_tensors(model.extract_feat(data['inputs'])))
+
+
+def _tensors(node):
+    if isinstance(node, torch.Tensor):
+        yield node
+    elif isinstance(node, dict):
+        yield from _tensors(list(node.values()))
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _tensors(child)
+
+
+def difference(got, expected) -> float:
+    """The largest difference of two lists of tensors, over the largest value of its tensor."""
+    if [t.shape for t in got] != [t.shape for t in expected]:
+        return float('inf')
+    pairs = [(a.double(), b.double()) for a, b in zip(got, expected, strict=True) if b.numel()]
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
+
+
+def in_words(error) -> str:
+    """An error as a reason that fits a cell of a table."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f'the package {error.name} is not installed'
+    text = str(error).strip() or type(error).__name__
+    absent = re.search(r'(\S+) is not in the \S+ registry', text)
+    if absent:
+        return f'{absent[1].strip(chr(39))} is not in mmdet but in a package that is not installed'
+    first = next(line for line in text.splitlines() if line.strip())
+    return f'{type(error).__name__}: {" ".join(first.split())[:160]}'

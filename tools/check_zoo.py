@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Checks every detector that the installed mmdet ships with DN-B in the place of BatchNorm.
+
+One process a config; rows are written as they finish, and a next run goes on where
+the last one ended. The order is a random one, the same each time, so that the rows of
+an unfinished sweep are a fair sample.
+"""
+import argparse
+import fnmatch
+import random
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from dn_mmdet import command_line, preflight
+from dn_mmdet.sweep import append_row, bounded, read_rows, report, row_of, write_rows
+from dn_mmdet.zoo import check, distinct, shipped_configs
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out-dir', default='work_dirs/zoo', help='folder for zoo.csv and the '
+                        'output of each check (default: %(default)s)')
+    parser.add_argument('--only', nargs='+', default=['*'], metavar='PATTERN',
+                        help='configs to check, as in "yolox/*"')
+    parser.add_argument('--again', action='store_true', help='check anew what has a row')
+    parser.add_argument('--time-limit', type=int, default=180, metavar='SECONDS',
+                        help='of processor time for each config (default: %(default)s)')
+    parser.add_argument('--memory', type=float, default=16, metavar='GIB',
+                        help='for each config (default: %(default)s)')
+    parser.add_argument('--report', metavar='FILE.md', help='write the table of all rows')
+    return parser, parser.parse_args(argv)
+
+
+def sweep(args):
+    csv, logs = Path(args.out_dir, 'zoo.csv'), Path(args.out_dir, 'logs')
+    preflight.make_folder(logs, '--out-dir')
+    rows = read_rows(csv)
+    write_rows(csv, rows)  # without the half row that a killed run can leave
+    left_out = []
+    models = distinct(shipped_configs(), left_out.append)
+    chosen = [name for name in models if (args.again or name not in rows)
+              and any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)]
+    random.Random(0).shuffle(chosen)
+    print(f'{len(models)} distinct detectors, {len(chosen)} to check')
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
+    for number, name in enumerate(chosen, 1):
+        cfg, names = models[name]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = bounded(lambda say, cfg=cfg: check(cfg, say), args.time_limit, args.memory,
+                         logs / f'{name.replace("/", "_")}.txt')
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        row = row_of(name, result, seconds, names)
+        append_row(csv, row)
+        print(f'{number}/{len(chosen)} {name}: {row["status"]} {row["reason"]} '
+              f'({row["seconds"]} s)', flush=True)
+    rows = read_rows(csv)
+    write_rows(csv, rows)
+    return {name: row for name, row in rows.items() if name in models}, left_out
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with command_line.one_message(parser):
+        rows, left_out = sweep(args)
+        if args.report:
+            command = 'python tools/check_zoo.py --report docs/zoo.md'
+            Path(args.report).write_text(report(rows, command, left_out))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
