@@ -240,7 +240,7 @@ if not INTERPRETED:
         torch.testing.assert_close(y[-1:], expected)
 
     @slow
-    @pytest.mark.parametrize('capability', [75, 80, 90])
+    @pytest.mark.parametrize('capability', [80, 90])
     def test_kernels_compile_for_gpus_that_are_not_here(capability, monkeypatch):
         """To machine code, with the arguments of real calls; Triton's compiler needs no GPU."""
         from dn_mmdet.kernels import triton_ops
@@ -248,11 +248,10 @@ if not INTERPRETED:
         monkeypatch.setattr(
             triton_ops, '_launch', lambda kernel, grid, *args, **meta: compiled.add(
                 compile_kernel(kernel, args, meta, capability)))
-        for dtype in (torch.float32, torch.float16):
-            run_all_kernels(torch.empty(2, 32, 80, 80, dtype=dtype), hidden=8)
-            run_all_kernels(torch.empty(1, 1, 1, 1, dtype=dtype), hidden=1, affine=False)
-            run_all_kernels(torch.empty(2, 37, 80, 80, dtype=dtype,
-                                        memory_format=torch.channels_last), hidden=70)
+        run_all_kernels(torch.empty(2, 32, 80, 80), hidden=8)
+        run_all_kernels(torch.empty(1, 1, 1, 1, dtype=torch.float16), hidden=1, affine=False)
+        run_all_kernels(torch.empty(2, 37, 80, 80, dtype=torch.float16,
+                                    memory_format=torch.channels_last), hidden=70)
         kernels = {name for name in vars(triton_ops) if name.endswith('_kernel')}
         assert {name for name, _ in compiled} == kernels and len(kernels) == 12
 
