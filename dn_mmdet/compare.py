@@ -265,9 +265,10 @@ def commit_of(root=ROOT) -> str:
 
 
 def harvest(folder) -> dict | None:
-    """`read_result`, and it is kept in result.json."""
+    """`read_result`, which is then kept in result.json; of the checkpoints the last stays."""
     result = read_result(folder)
     if result is not None and not Path(folder, 'result.json').is_file():
+        _keep_last_checkpoint(Path(folder))
         write_json(Path(folder, 'result.json'), result)
     return result
 
@@ -359,7 +360,6 @@ def run_grid(runs, jobs, console) -> dict[str, str]:
                     ended += 1
                     if result is not None:
                         console.print(f'{run.name}: {result["status"]}')
-                        _keep_last_checkpoint(run.folder)
                     elif _was_taken(run.folder):
                         waiting.append(run)
                         ended -= 1

@@ -105,10 +105,15 @@ class RecordRun(Hook):
         memory = peak_memory()
         model = getattr(runner.model, 'module', runner.model)
         batches = _first_batches(runner, self.images)
+        try:
+            counts, reason = _mult_adds_of_one_image(model, runner), None
+        except Exception as error:  # a model's own code; no reason to lose a whole training
+            counts, reason = None, f'{type(error).__name__}: {error}'
         measured = dict(
             norms=norm_counts(model),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            mult_adds=_mult_adds_of_one_image(model, runner),
+            mult_adds=counts,
+            mult_adds_not_measured=reason,
             peak_memory=memory,
             scale_and_shift=scale_and_shift(model, batches))
         _write(self.folder / 'measured.json', json.dumps(measured))
@@ -197,7 +202,7 @@ def describe(dataset) -> dict:
         label = info.get('gt_label')
         boxes = [(list(map(float, instance['bbox'])), int(instance['bbox_label']),
                   int(instance.get('ignore_flag', 0))) for instance in info.get('instances', ())]
-        digest.update(repr((Path(info['img_path']).name,
+        digest.update(repr((Path(info.get('img_path', '')).name,
                             None if label is None else int(label), boxes)).encode())
     return dict(samples=len(dataset), times=times, fingerprint=digest.hexdigest()[:16])
 

@@ -259,6 +259,10 @@ def notes(runs) -> list[str]:
         if different:
             found.append(f'{name} differs in more than the norm: {"; ".join(different[:5])}'
                          + (f' and {len(different) - 5} more' if len(different) > 5 else ''))
+    for name, group in _grouped(runs, lambda run: run.row['config']).items():
+        reasons = {run.result.get('mult_adds_not_measured') for run in group} - {None}
+        if reasons:
+            found.append(f'Mult-Adds of {name} could not be counted: {min(reasons)}')
     resumed = [_name(run) for run in runs if run.result.get('starts', 1) > 1]
     if resumed:
         found.append(f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '

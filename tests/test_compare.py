@@ -298,6 +298,14 @@ def tool(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def to_the_end(*arguments):
+    """What the tool prints, which has to end well."""
+    with tool(*arguments) as process:
+        output = process.stdout.read()
+    assert process.returncode == 0, output
+    return output
+
+
 def lines_in(out):
     return sum(len(read_log(path.parent)) for path in out.rglob('log.jsonl'))
 
@@ -311,17 +319,14 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
     ended = {}
     for _ in range(3):
         before = lines_in(out)
-        grid = tool(*command)
-        while lines_in(out) == before and grid.poll() is None:
-            time.sleep(0.1)
-        time.sleep(rng.uniform(0, 8))
-        grid.send_signal(signal.SIGKILL)
-        grid.wait()
+        with tool(*command) as grid:
+            while lines_in(out) == before and grid.poll() is None:
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0, 8))
+            grid.send_signal(signal.SIGKILL)
         for path in out.rglob('result.json'):
             assert ended.setdefault(path, path.read_bytes()) == path.read_bytes()
-    grid = tool(*command)
-    output, _ = grid.communicate()
-    assert grid.returncode == 0, output
+    assert 'ended before; 2 at once' in to_the_end(*command)
     folders = [path.parent for path in out.rglob('run.json')]
     assert len(folders) == 4
     for path, content in ended.items():
@@ -332,9 +337,7 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
         assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 7))
         assert [line['step'] for line in lines if 'metrics' in line] == [2, 4, 6]
         assert len(list(folder.glob('epoch_*.pth'))) == 1
-    again = tool(*command)
-    output, _ = again.communicate()
-    assert again.returncode == 0 and '4 of them ended before' in output
+    assert '4 of them ended before' in to_the_end(*command)
     assert 'tiny_dnb' in (out / 'report' / 'report.md').read_text()
 
 

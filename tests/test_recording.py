@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from dn_mmdet import DNB
+from dn_mmdet.checkpoint import safe_loading
 from dn_mmdet.controls import BNSE
 from dn_mmdet.recording import (
     PARENT,
@@ -116,10 +117,29 @@ def test_after_a_kill_every_step_and_every_validation_is_there_once(point, tmp_p
         run.train()
     whole = (tmp_path / 'measured.json').is_file()
     assert not whole
-    runner(tmp_path, resume=True).train()
+    with safe_loading():  # upstream mmengine cannot open its own checkpoints
+        runner(tmp_path, resume=True).train()
     assert steps(tmp_path, 'loss') == list(range(1, STEPS * EPOCHS + 1))
     assert steps(tmp_path, 'metrics') == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
     assert (tmp_path / 'measured.json').is_file()
+
+
+def test_a_model_whose_cost_cannot_be_counted_loses_nothing_else(tmp_path):
+    model = Toy()
+    forward = model.forward
+    model.val_step = lambda data: [None] * len(data['inputs'])
+
+    def no_plain_outputs(inputs, data_samples=None, mode='tensor'):
+        if mode == 'tensor':
+            raise NotImplementedError('only losses')
+        return forward(inputs, data_samples, mode)
+
+    model.forward = no_plain_outputs
+    runner(tmp_path, model, epochs=1).train()
+    measured = json.loads((tmp_path / 'measured.json').read_text())
+    assert measured['mult_adds'] is None
+    assert measured['mult_adds_not_measured'] == 'NotImplementedError: only losses'
+    assert measured['parameters'] == 24
 
 
 def test_a_line_that_a_kill_cut_off_is_no_line(tmp_path):
