@@ -23,6 +23,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -76,9 +77,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     _check_count(x, call)
     ops = _primitives(x, sc, backend)
     if ops is None:
-        y, *observed = _reference(call, x, bn.weight, bn.bias)
-        update_running_averages(bn, *observed)
-        return y
+        return _reference(call, x, bn.weight, bn.bias, step=True)
     planes = x if x.dim() > 2 else x.unsqueeze(2)
     if torch.is_grad_enabled():
         names, parameters = zip(*sc.named_parameters(), strict=True)
@@ -177,7 +176,9 @@ class _Coefficients:
         self.leaves = [None if t is None else t.detach().requires_grad_(needs)
                        for t, needs in zip((m, v, *parameters), (needed[0], *needed),
                                            strict=True)]
-        with torch.enable_grad():
+        # This graph keeps its tensors: under gradient checkpointing they would be computed
+        # anew, with all of the layer, once for this graph and once for the outer one.
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             a, c, *observed = coefficients(call, *self.leaves[:2], x, *self.leaves[2:4],
                                            dict(zip(names, self.leaves[4:], strict=True)))
         update_running_averages(call.bn, *observed)
@@ -194,6 +195,10 @@ class _Coefficients:
             return None, None, *rest
         p = torch.zeros_like(dm) if dv is None else dv * (2 / self.size)
         return p, (dm - self.a * dc) / self.size, *rest
+
+
+def _as_it_is(tensor):
+    return tensor
 
 
 def _small_part_is_fused(call):
@@ -229,7 +234,7 @@ def _fused_coefficients(call, ops, m, v, x, parameters, keep):
 def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
     aliases = [t.view_as(t) if needs else t
                for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)]
-    y, *_ = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
+    y = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
     wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
     return _gradients((y, ), (dy, ), wanted, create_graph=True)
 
@@ -284,14 +289,20 @@ def _autograd_must_see(x):
             or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided)
 
 
-def _reference(call, x, w, b, sc_parameters=None):
-    """y by equations (1) to (6), and the mu, var, count that it was computed with."""
+def _reference(call, x, w, b, sc_parameters=None, step=False):
+    """y by equations (1) to (6), with a step of the running averages or without.
+
+    The step comes before most tensors are saved for backward: gradient checkpointing
+    stops its second forward pass at the last one, and BatchNorm steps in both passes.
+    """
     m, v = reference.moments(x)
     mu, var, count = statistics(call, m, v, x)
+    if step:
+        update_running_averages(call.bn, mu, var, count)
     sigma = torch.sqrt(var + call.bn.eps)
     z = reference.normalize(x, mu, sigma, *_affine_parameters(w, b, like=mu))
     g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
-    return reference.modulate(z, g, h).to(x.dtype), mu, var, count
+    return reference.modulate(z, g, h).to(x.dtype)
 
 
 def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,

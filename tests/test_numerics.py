@@ -286,3 +286,18 @@ def test_sync_layers_without_processes_are_the_plain_ones(cls, training, close):
     x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
     close(sync(x), plain(x))
     close(sync.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'torch'])
+@pytest.mark.parametrize('momentum', [0.1, None])  # None differentiates the small part by autograd
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_checkpointed_layer_is_computed_twice_as_batch_norm_is(backend, momentum,
+                                                                 use_reentrant, close):
+    layer = DNB(6, momentum=momentum, backend=backend).double()
+    bn = nn.BatchNorm2d(6, momentum=momentum).double()
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64, requires_grad=True)
+    for module in (layer, bn):
+        checkpoint(module, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert layer.num_batches_tracked == bn.num_batches_tracked == 2
+    close(layer.running_mean, bn.running_mean)
+    close(layer.running_var, bn.running_var)
