@@ -42,6 +42,12 @@ def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
         return (a * (widen(x) - m) + c).to(x.dtype)
     y = torch.empty_like(x)
     unused = m.new_empty(0)
+    if x.is_contiguous():  # small maps feel each operator that `_parts` would add
+        rows = m.numel()
+        torch.native_batch_norm(
+            x.view(1, rows, -1), a.reshape(rows), c.reshape(rows), m.reshape(rows),
+            m.new_ones(rows), False, 0., 0., out=(y.view(1, rows, -1), unused, unused))
+        return y
     for x_part, y_part, m_part, a_part, c_part in _parts(x, y, m, a, c):
         torch.ops.aten.native_batch_norm.out(
             x_part, a_part, c_part, m_part, torch.ones_like(m_part), False, 0., 0.,
@@ -112,7 +118,7 @@ class Coefficients:
             if averages is not None:
                 _update_averages(*averages, mu, var, n * size)
         else:
-            mu, var = (t.to(m.dtype) for t in running)
+            mu, var = _in_dtype_of(m, running)
             centred = m - mu
         sigma = (var + eps).sqrt_()
         if batch_shared:
@@ -121,7 +127,7 @@ class Coefficients:
             s = (v + eps).sqrt_()
             inputs = torch.cat((centred / sigma, (s / sigma).sub_(1)) if standardized
                                else (m, s), 1)
-        w_in, b_in, w_out, b_out = (t.to(m.dtype) for t in sc_parameters)
+        w_in, b_in, w_out, b_out = _in_dtype_of(m, sc_parameters)
         with _no_autocast(m):
             hidden = torch.addmm(b_in, inputs, w_in.t()).relu_()
             out = torch.addmm(b_out, hidden, w_out.t())
@@ -146,7 +152,7 @@ class Coefficients:
         mu, sigma, inputs, hidden, out = self.kept
         w, b, sc_parameters = self.parameters
         n, channels = m.shape
-        w_in, _, w_out, _ = (t.to(m.dtype) for t in sc_parameters)
+        w_in, _, w_out, _ = _in_dtype_of(m, sc_parameters)
         centred = m - mu
         per_sigma = 1 / sigma if w is None else w / sigma
         scale = out[:, :channels] + 1
@@ -168,7 +174,7 @@ class Coefficients:
         dper_sigma = torch.mul(da, scale).sum(0)
         dw, db = (None, None) if w is None else (dper_sigma / sigma,
                                                  torch.mul(dc, scale).sum(0))
-        parameters = [None if t is None else t.to(like.dtype) for t, like in
+        parameters = [t if t is None or t.dtype == like.dtype else t.to(like.dtype) for t, like in
                       zip((dw, db, dw_in, db_in, dw_out, db_out), (w, b, *sc_parameters),
                           strict=True)]
         dsigma = (dper_sigma * per_sigma).div_(sigma).neg_() if self.training else None
@@ -201,6 +207,10 @@ def _update_averages(running_mean, running_var, momentum, mu, var, count):
             running.lerp_(value, momentum)
         else:
             running.copy_(running + momentum * (value - running))
+
+
+def _in_dtype_of(m, tensors):
+    return [t if t.dtype == m.dtype else t.to(m.dtype) for t in tensors]
 
 
 def _no_autocast(m):
@@ -252,9 +262,9 @@ def _row_moments(x):
     if size == 1:
         return m, torch.zeros_like(m)
     v = (_square_sum(x, wide) / size).addcmul_(m, m, value=-1)
-    cancelled = (m.square() <= CANCELLATION * v).logical_not_()  # NaN is cancelled
-    if cancelled.any():
-        rows = cancelled.nonzero().squeeze(1)
+    accurate = m.square() <= v * CANCELLATION  # NaN is not
+    if not accurate.all():
+        rows = accurate.logical_not_().nonzero().squeeze(1)
         centred = x[rows].to(wide).sub_(m[rows, None])
         rest = centred.mean(1)
         v[rows] = (_square_sum(centred, wide) / size).addcmul_(rest, rest, value=-1)
@@ -263,19 +273,20 @@ def _row_moments(x):
 
 
 def _square_sum(x, wide):
+    if x.shape[1] < BLOCK:
+        return torch.linalg.vector_norm(x, dim=1, dtype=wide).square_()
     whole = x.shape[1] // BLOCK * BLOCK
-    total = 0
-    if whole:
-        blocks = x[:, :whole].unflatten(1, (-1, BLOCK))
-        total = torch.linalg.vector_norm(blocks, dim=2, dtype=wide).square_().sum(1)
+    blocks = x[:, :whole].unflatten(1, (-1, BLOCK))
+    total = torch.linalg.vector_norm(blocks, dim=2, dtype=wide).square_().sum(1)
     if whole < x.shape[1]:
-        total = torch.linalg.vector_norm(x[:, whole:], dim=1, dtype=wide).square_() + total
+        total += torch.linalg.vector_norm(x[:, whole:], dim=1, dtype=wide).square_()
     return total
 
 
 def as_dense(x):
     """x, or a contiguous copy where it is neither contiguous nor channels_last."""
-    return x if x.is_contiguous(memory_format=_memory_format(x)) else x.contiguous()
+    return x if x.is_contiguous() or x.is_contiguous(
+        memory_format=_memory_format(x)) else x.contiguous()
 
 
 def in_layout_of(x, dy):
