@@ -1,10 +1,13 @@
 """SC: what it computes, where it starts, what no framework's initialiser finds."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import awake
 from torch import nn
 
 from dn_mmdet import DNB, SC
+from dn_mmdet.functional import _Call, _small_part_is_fused
 
 
 def test_hand_computed():
@@ -82,6 +85,14 @@ def test_a_layer_with_a_reduced_sc_trains_and_is_batch_norm_when_fresh(args, bac
     awake(layer)
     layer(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in layer.sc.parameters())
+
+
+def test_kernels_that_know_the_whole_sc_leave_a_reduced_one_alone():
+    ops = SimpleNamespace(Coefficients=object)
+    for args, fused in (({}, True), (dict(outputs='scale'), False),
+                        (dict(statistics='std'), False)):
+        layer = DNB(8, **args)
+        assert _small_part_is_fused(_Call(layer.bn, None, None, layer.sc, False), ops) is fused
 
 
 def test_every_parameter_has_a_gradient_by_the_second_step():
