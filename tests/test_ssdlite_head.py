@@ -5,6 +5,7 @@ from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from dn_mmdet.ssdlite_head import SSDLiteHead
 
@@ -16,6 +17,11 @@ HEAD = dict(
     test_cfg=Config(dict(nms_pre=100, nms=dict(type='nms', iou_threshold=0.45),
                          min_bbox_size=0, score_thr=0.02, max_per_img=20)))
 FEATURES = (8, 4, 4), (8, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def mmdets_scope():
+    init_default_scope('mmdet')
 
 
 def predict(head):
