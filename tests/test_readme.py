@@ -5,8 +5,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from conftest import awake
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torchvision.models import mobilenet_v2
 
 from dn_mmdet import DNB
+from dn_mmdet.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -44,3 +49,18 @@ def test_makes_all_targets_that_it_names():
     makefile = (ROOT / 'Makefile').read_text()
     for target in re.findall(r'\bmake ([a-z-]+)', README):
         assert re.search(rf'^{target}:', makefile, re.M), target
+
+
+def test_parameters_and_mult_adds_are_as_stated():
+    def parameters(norm):
+        cfg = Config.fromfile(ROOT / 'configs' / f'ssdlite_mbv2_{norm}_coco.py')
+        return sum(parameter.numel() for parameter in MODELS.build(cfg.model).parameters())
+
+    init_default_scope('mmdet')
+    bn, dnb = parameters('bn'), parameters('dnb')
+    stated = f'{bn / 1e6:.2f} M with BN and {dnb / 1e6:.2f} M with DN-B (+{dnb / bn - 1:.0%})'
+    assert stated.replace('%', ' %') in README.replace('\n', ' ')
+    model = mobilenet_v2(num_classes=100, norm_layer=DNB)
+    counted = mult_adds(model, lambda: model(torch.randn(1, 3, 224, 224)))
+    share = counted['SC'] / (counted['convolutions'] + counted['linears'])
+    assert f'SC adds {share:.2%} Mult-Adds'.replace('%', ' %') in README
