@@ -380,24 +380,24 @@ def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps
     return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
 
 
-@torch.no_grad()
 def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:
     """One step of bn's running averages, by torch's rule: the unbiased variance."""
     if not (bn.training and bn.track_running_stats):
-        return
-    bn.num_batches_tracked.add_(1)
-    momentum = bn.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1 / bn.num_batches_tracked.item()
-    if isinstance(count, Tensor):  # no process had a value: leave the averages
-        momentum = momentum * (count > 0).to(count.dtype)  # a bool tensor would round it
-        unbiased = var * count / (count - 1).clamp(min=1)
-    elif count == 0:
-        return
-    else:
-        unbiased = var * (count / (count - 1))
-    for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
-        running.copy_(running + momentum * (value - running))
+        return  # before no_grad, which in eval mode would be a region of its own to torch.export
+    with torch.no_grad():
+        bn.num_batches_tracked.add_(1)
+        momentum = bn.momentum
+        if momentum is None:  # cumulative average
+            momentum = 1 / bn.num_batches_tracked.item()
+        if isinstance(count, Tensor):  # no process had a value: leave the averages
+            momentum = momentum * (count > 0).to(count.dtype)  # a bool tensor would round it
+            unbiased = var * count / (count - 1).clamp(min=1)
+        elif count == 0:
+            return
+        else:
+            unbiased = var * (count / (count - 1))
+        for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
+            running.copy_(running + momentum * (value - running))
 
 
 def _check_shape(x, num_features, ndims):
