@@ -108,8 +108,8 @@ def main(argv=None):
         if args.csv:
             report.merge_rows(args.csv, written.rows)
     for name, text in failures.items():
-        console.print(f'\n{name} failed: {text}', markup=False)
-    console.print(written.text, markup=False)
+        console.print(f'\n{name} failed: {text}', markup=False, soft_wrap=True)
+    console.print(written.text, markup=False, soft_wrap=True)
     console.print(f'Report: {args.out / "report"}', soft_wrap=True)
     if failures:
         parser.exit(1, f'{parser.prog}: error: {len(failures)} runs failed (see above); the '
