@@ -1,0 +1,223 @@
+"""The ONNX graph of a detector gives mmdet's detections, for any number of images."""
+import importlib.util
+import runpy
+import tarfile
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from conftest import awake
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+from test_convert import used
+from tiny_detector import write_config
+
+from dn_mmdet import command_line, export, preflight
+from dn_mmdet.convert import swap_norm
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / 'shared' / 'data' / 'coco_mini_320' / 'coco_mini_320.tar'
+main = runpy.run_path(str(ROOT / 'tools' / 'export_onnx.py'))['main']
+with_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in export.PACKAGES),
+    reason="needs pip install 'dn_mmdet[export]'")
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmdet')
+
+
+def trained(model):
+    """The model as if trained: its SC awake, its scores far enough apart to be ordered."""
+    awake(used(model), 0.1)
+    for name, parameter in model.bbox_head.named_parameters():
+        if 'sc.' not in name and 'bn.' not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def ssdlite(tmp_path, norm='DNB'):
+    return trained(MODELS.build(command_line.load_config(write_config(tmp_path, norm)).model))
+
+
+def retinanet():
+    cfg = swap_norm(get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'), 'DNB').model
+    cfg.backbone.update(init_cfg=None, base_channels=8)
+    cfg.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
+    cfg.bbox_head.update(in_channels=16, feat_channels=16, num_classes=3)
+    cfg.test_cfg.update(nms_pre=30, max_per_img=20)
+    return trained(MODELS.build(cfg))
+
+
+def pixels(number, size=64):
+    return np.random.default_rng(0).integers(0, 256, (number, 3, size, size)).astype(np.float32)
+
+
+def mmdets_own(detector, images):
+    return export._mmdet_predictions(detector, torch.from_numpy(images))
+
+
+@pytest.mark.parametrize('build', [ssdlite, retinanet])
+def test_the_module_gives_mmdets_detections(build, tmp_path, close):
+    detector = export.Detector(build(tmp_path) if build is ssdlite else build(), (64, 64))
+    images = pixels(3)
+    with torch.no_grad():
+        boxes, scores, labels, *_ = detector(torch.from_numpy(images))
+    limit = detector.model.bbox_head.test_cfg.max_per_img
+    assert boxes.shape == (3, scores.shape[1], 4) and scores.shape[1] <= limit
+    for index, sample in enumerate(mmdets_own(detector, images)):
+        expected = sample.pred_instances
+        number = len(expected.scores)
+        assert number > 1
+        close(scores[index, :number], expected.scores)
+        close(boxes[index, :number], expected.bboxes, torch.float16)
+        assert torch.equal(labels[index, :number], expected.labels)
+        assert not scores[index, number:].any() and not boxes[index, number:].any()
+        assert (labels[index, number:] == -1).all()
+
+
+def test_pixels_are_normalised_as_the_detector_does(tmp_path, close):
+    detector = export.Detector(ssdlite(tmp_path), (64, 64))
+    preprocessor = detector.model.data_preprocessor
+    assert detector.swap_channels and detector.normalize
+    images = torch.from_numpy(pixels(1))
+    inputs = preprocessor(dict(inputs=[images[0]], data_samples=None))['inputs']
+    with torch.no_grad():
+        scores = detector.model(inputs, mode='tensor')[0]
+        close(detector.raw(images)[0], export._flatten(scores, 3))
+
+
+def test_suppression_is_by_class_and_limited():
+    boxes = torch.tensor([[[0., 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]]])
+    scores = torch.tensor([[[0.9, 0.8, 0.7], [0.1, 0.2, 0.0]]])
+    kept = export.non_max_suppression(boxes, scores, 0.5, 5)
+    assert kept.tolist() == [[[1, 0, 1], [0, 1, 0]]]
+    assert export.non_max_suppression(boxes, scores, 0.95, 2)[0, 0].tolist() == [1, 1, 0]
+    torch.library.opcheck(export.non_max_suppression, (boxes, scores, 0.5, 5))
+
+
+def test_the_batch_norm_twin_is_the_same_detector_without_sc(tmp_path, close):
+    cfg = command_line.load_config(write_config(tmp_path, 'DNB'))
+    model = used(MODELS.build(cfg.model)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    twin = export.folded_twin(cfg, model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in twin.modules())
+    with torch.no_grad():
+        for got, expected in zip(twin(x, mode='tensor')[0], model(x, mode='tensor')[0],
+                                 strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@with_extra
+@pytest.mark.slow
+@pytest.mark.parametrize('build', [ssdlite, retinanet])
+def test_onnxruntime_agrees_for_any_number_of_images(build, tmp_path):
+    detector = export.Detector(build(tmp_path) if build is ssdlite else build(), (64, 64))
+    export.export(detector, tmp_path / 'whole.onnx')
+    session = export.open_session(tmp_path / 'whole.onnx')
+    for number in (1, 3):
+        agreement = export.compare(session, detector, pixels(number))
+        assert agreement.raw < export.TOLERANCE
+        assert agreement.matched == agreement.detections > number
+    export.keep_outputs(tmp_path / 'whole.onnx', tmp_path / 'detector.onnx')
+    session = export.open_session(tmp_path / 'detector.onnx')
+    assert [output.name for output in session.get_outputs()] == list(export.OUTPUTS)
+    boxes, scores, labels = session.run(None, dict(images=pixels(2)))
+    assert boxes.shape == (*scores.shape, 4) and labels.shape == scores.shape
+    assert labels.dtype == np.int64 and (np.diff(scores) <= 0).all()
+
+
+@with_extra
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason=f'needs the images in {SHARED}')
+def test_a_full_size_detector_on_real_images(tmp_path, capsys):
+    """SSDLite at 320 px, by the tool, with latencies."""
+    with tarfile.open(SHARED) as tar:
+        for member in [m for m in tar if m.name.endswith('.jpg')][:4]:
+            member.name = Path(member.name).name
+            tar.extract(member, tmp_path / 'images', filter='data')
+    config = ROOT / 'configs' / 'ssdlite_mbv2_dnb_coco.py'
+    model = trained(MODELS.build(command_line.load_config(config).model))
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'dnb.pth')
+    main([str(config), str(tmp_path / 'dnb.pth'), '--images', str(tmp_path / 'images'),
+          '--latency'])
+    printed = capsys.readouterr().out
+    assert 'onnxruntime against mmdet on 4 images' in printed
+    assert 'BN, folded: ' in printed and 'this detector: ' in printed
+    session = export.open_session(tmp_path / 'dnb.onnx')
+    images = export.read_images(sorted((tmp_path / 'images').iterdir()), (320, 320))
+    scores = session.run(None, dict(images=images))[1]
+    assert scores.shape == (4, 200) and scores.any(1).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['dnb.onnx', 'dnb.pth', 'images']
+
+
+def refused(tmp_path, capsys, *argv):
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in argv])
+    assert ended.value.code == 2 and sorted(tmp_path.rglob('*')) == before
+    return capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, 'PACKAGES', ('onnx_of_nobody', ))
+    message = refused(tmp_path, capsys, 'no_config.py', 'no_checkpoint.pth')
+    assert "needs onnx_of_nobody, not installed here: pip install 'dn_mmdet[export]'" in message
+
+
+@with_extra
+def test_weights_of_another_detector_are_refused(tmp_path, capsys):
+    config = write_config(tmp_path, 'DNB')
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'other.pth')
+    assert 'not of the model' in refused(tmp_path, capsys, config, tmp_path / 'other.pth')
+
+
+def test_other_detectors_and_sizes_are_refused(tmp_path):
+    cfg = get_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py').model
+    cfg.backbone.update(init_cfg=None, base_channels=8)
+    cfg.neck.in_channels = [32, 64, 128, 256]
+    with pytest.raises(preflight.ConfigError, match='anchor head.*got FCOS with FCOSHead'):
+        export.Detector(MODELS.build(cfg), (64, 64))
+    model = retinanet()
+    with pytest.raises(preflight.ConfigError, match='expected multiples of 32.*got .64, 70.'):
+        export.Detector(model, (64, 70))
+    model.bbox_head.test_cfg.nms.type = 'soft_nms'
+    with pytest.raises(preflight.ConfigError, match="expected type='nms'"):
+        export.Detector(model, (64, 64))
+
+
+def test_images_come_as_the_graph_takes_them(tmp_path):
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[..., 0] = 200  # blue
+    mmcv.imwrite(image, str(tmp_path / 'a.png'))
+    images = export.read_images([tmp_path / 'a.png'], (16, 12))
+    assert images.shape == (1, 3, 16, 12) and images.dtype == np.float32
+    assert (images[0, 0] == 200).all() and not images[0, 1:].any()
+
+
+def test_the_size_is_that_of_the_test_pipeline():
+    image_size = main.__globals__['image_size']
+    cfg = command_line.load_config(ROOT / 'configs' / 'ssdlite_mbv2_dnb_coco.py')
+    assert image_size(cfg, None) == (320, 320) and image_size(cfg, [64, 96]) == (64, 96)
+    with pytest.raises(preflight.ConfigError, match='name the size'):
+        image_size({}, None)
+
+
+def test_latency_is_of_each_run_after_the_warm_up():
+
+    class Session:
+        calls = 0
+
+        def get_inputs(self):
+            return [type('Input', (), dict(name='images'))]
+
+        def run(self, outputs, feed):
+            assert feed['images'].shape[0] == 1
+            self.calls += 1
+
+    session = Session()
+    assert len(export.latency(session, pixels(2), runs=4, warm_up=2)) == 4
+    assert session.calls == 6

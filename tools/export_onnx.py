@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Writes a detector as one ONNX file: image in; boxes, scores and labels out."""
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dn_mmdet import command_line, export, preflight
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.predict import find_images
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='file to write (default: the checkpoint, as .onnx)')
+    parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
+                        help='of the images (default: the scale of the Resize in '
+                        'test_dataloader)')
+    parser.add_argument('--images', default=None, help='an image or a folder: compare '
+                        'onnxruntime with mmdet on its first 8 images before the file is '
+                        'written (default: on random pixels)')
+    parser.add_argument('--latency', action='store_true', help='measure it in onnxruntime on '
+                        'one thread, also that of the same detector with BatchNorm, folded')
+    command_line.add_common_arguments(parser)
+    return parser, parser.parse_args(argv)
+
+
+def image_size(cfg, option):
+    if option is not None:
+        return tuple(option)
+    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    for transform in dataset.get('pipeline', ()):
+        if transform['type'] == 'Resize' and 'scale' in transform:
+            width, height = transform['scale']
+            return height, width
+    raise preflight.ConfigError('--size: the config has no Resize with a scale in '
+                                'test_dataloader.dataset.pipeline: name the size')
+
+
+def run(args):
+    export.check_installed()
+    cfg = command_line.load_config(args.config, args.cfg_options)
+    model = preflight.check_model(cfg)
+    preflight.check_evaluation(model)
+    checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    check_fits(model, checkpoint, args.checkpoint)
+    size = image_size(cfg, args.size)
+    detector = export.Detector(model, size)
+    out = Path(args.out or Path(args.checkpoint).with_suffix('.onnx'))
+    preflight.make_folder(out.parent, '--out')
+    if args.images:
+        images = export.read_images(find_images(args.images)[:8], size)
+    else:
+        images = torch.randint(256, (2, 3, *size)).float().numpy()
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        whole = Path(folder, 'whole.onnx')
+        export.export(detector, whole)
+        agreement = export.compare(export.open_session(whole), detector, images)
+        print(f'onnxruntime against mmdet on {len(images)} images: outputs of the head differ '
+              f'by {agreement.raw:.1e} at most, {agreement.matched} of {agreement.detections} '
+              f'detections match')
+        if agreement.raw > export.TOLERANCE:
+            raise preflight.ConfigError(f'{out}: not written, the outputs of the head differ by '
+                                        f'more than {export.TOLERANCE}')
+        export.keep_outputs(whole, out)
+        print(f'{out}: images (N, 3, {size[0]}, {size[1]}) -> {", ".join(export.OUTPUTS)}')
+        if args.latency:
+            twin = export.folded_twin(cfg, model)
+            export.export(export.Detector(twin, size), Path(folder, 'bn.onnx'))
+            print_latency({'BN, folded': Path(folder, 'bn.onnx'), 'this detector': whole}, images)
+
+
+def print_latency(paths, images):
+    print(f'milliseconds an image, median (5 %, 95 %); {export.versions()}')
+    for name, path in paths.items():
+        times = export.latency(export.open_session(path), images)
+        cuts = statistics.quantiles(times, n=20)
+        print(f'{name}: {statistics.median(times):.2f} ({cuts[0]:.2f}, {cuts[-1]:.2f})')
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with command_line.one_message(parser):
+        run(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
