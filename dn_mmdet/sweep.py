@@ -20,6 +20,8 @@ from .zoo import FAIL, NOT_APPLICABLE, PASS
 
 FIELDS = ('config', 'status', 'reason', 'replaced', 'left', 'difference', 'train_step',
           'prediction', 'image_size', 'seconds', 'configs', 'versions')
+# Where a page holds the table of `by_architecture`.
+BEGIN, END = '<!-- written by tools/check_zoo.py -->', '<!-- end -->'
 
 
 def bounded(fn, seconds, gigabytes, log):
@@ -115,19 +117,27 @@ def write_rows(path, rows) -> None:
     os.replace(part, path)
 
 
-def report(rows, command, left_out=()) -> str:
-    """The rows as a page of Markdown; ``left_out``: sentences on configs without a row."""
+def report(rows, command, total, left_out=()) -> str:
+    """The rows as a page of Markdown.
+
+    Args:
+        rows: by config.
+        command: that made them.
+        total: how many rows a finished sweep has.
+        left_out: sentences on configs that have none.
+    """
     rows = [rows[name] for name in sorted(rows)]
     by_status = {status: [row for row in rows if row['status'] == status]
                  for status in (PASS, FAIL, NOT_APPLICABLE)}
     parts = [
         "# DN-B over MMDetection's model zoo",
-        f'{len(rows)} distinct detectors, which {sum(int(row["configs"]) for row in rows)} of the '
-        f'configs that mmdet ships build. Each is built with BatchNorm and, by `swap_norm`, with '
-        f"DN-B in its place. The DN-B model takes the BatchNorm model's state and has to give its "
-        f'output; then it trains one step and predicts, on two random images. The weights are '
-        f'random ones. Of a tracker its detector is checked, and SSD has the head that can '
-        f'predict (`SSDLiteHead`).',
+        f'{len(rows)} of the {total} distinct detectors among the configs that mmdet ships '
+        f'({sum(int(row["configs"]) for row in rows)} configs).'
+        + (' The sweep is not finished; its order is random.' if len(rows) < total else ''),
+        "Each is built with BatchNorm and, by `swap_norm`, with DN-B in its place. The DN-B model "
+        "takes the BatchNorm model's state and has to give its output; then it trains one step "
+        'on two random images and predicts. The weights are random ones. Of a tracker its '
+        'detector is checked, and SSD has the head that can predict (`SSDLiteHead`).',
         f'    {command}',
         *(f'- {text}' for text in sorted({row['versions'] for row in rows})),
         *(f'- {_cell(text)}' for text in left_out),
@@ -172,6 +182,15 @@ def by_architecture(rows) -> str:
                                                     reasons.most_common(2)))))
     return _table(('configs in', 'pass', 'fail', 'not applicable', 'norms left', 'why not'),
                   lines)
+
+
+def with_table(page: str, table: str) -> str:
+    """A page of Markdown with the table anew between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not (rest and after):
+        raise ValueError(f'expected a page with the marks {BEGIN} and {END}')
+    return f'{before}{BEGIN}\n\n{table}\n\n{END}{after}'
 
 
 def _range(numbers):

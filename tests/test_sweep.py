@@ -8,6 +8,8 @@ import pytest
 from mmengine.config import Config
 
 from dn_mmdet.sweep import (
+    BEGIN,
+    END,
     FIELDS,
     append_row,
     bounded,
@@ -15,6 +17,7 @@ from dn_mmdet.sweep import (
     read_rows,
     report,
     row_of,
+    with_table,
     write_rows,
 )
 from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS
@@ -100,13 +103,30 @@ def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 
 
 def test_the_report_counts_and_explains():
-    text = report({each['config']: each for each in ROWS}, 'the command', ['d.py: left out'])
-    assert '3 distinct detectors, which 5 of the configs' in text
+    text = report({each['config']: each for each in ROWS}, 'the command', 9, ['d.py: left out'])
+    assert '3 of the 9 distinct detectors' in text and '(5 configs). The sweep is not fin' in text
+    assert 'not finished' not in report({each['config']: each for each in ROWS}, '', 3)
     assert '    the command\n' in text and '- d.py: left out\n' in text
     assert '| pass | 1 |\n| fail | 1 |\n| not applicable | 1 |' in text
     assert '| ValueError: x \\| y | 1 | yolox/b.py |' in text
     assert '| yolox/a.py | 3 | 0 | 2e-06 | 64 | 1.2 |' in text
     assert 'mmdet ' in text and 'torch ' in text
+
+
+def test_a_page_gets_the_table_between_its_marks():
+    page = with_table(f'before {BEGIN} old {END} after', 'new')
+    assert page == f'before {BEGIN}\n\nnew\n\n{END} after' == with_table(page, 'new')
+    with pytest.raises(ValueError, match='expected a page with the marks'):
+        with_table('a page', 'new')
+
+
+def test_the_docs_are_of_the_rows_that_lie_beside_them():
+    rows = read_rows(ROOT / 'docs' / 'results' / 'zoo.csv')
+    page = (ROOT / 'docs' / 'models.md').read_text()
+    assert with_table(page, by_architecture(rows)) == page
+    zoo = (ROOT / 'docs' / 'zoo.md').read_text()
+    assert all(f'| {status} | {sum(row["status"] == status for row in rows.values())} |' in zoo
+               for status in (PASS, FAIL, NOT_APPLICABLE))
 
 
 def test_the_table_by_architecture():
@@ -142,10 +162,14 @@ def test_a_next_run_checks_what_has_no_row(zoo, tmp_path, capsys):
     out = tmp_path / 'zoo'
     TOOL['main'](['--out-dir', str(out), '--only', 'a/*'])
     assert sorted(zoo) == ['a/1.py', 'a/2.py']
-    TOOL['main'](['--out-dir', str(out), '--report', str(tmp_path / 'zoo.md')])
+    (tmp_path / 'docs').mkdir()
+    (tmp_path / 'docs' / 'models.md').write_text(f'before {BEGIN} old {END} after')
+    TOOL['main'](['--out-dir', str(out), '--docs', str(tmp_path / 'docs')])
     assert zoo[2:] == ['b/3.py'] and list(read_rows(out / 'zoo.csv')) == sorted(zoo)
     assert '3 distinct detectors, 1 to check' in capsys.readouterr().out
-    assert '3 distinct detectors, which 3 of' in (tmp_path / 'zoo.md').read_text()
+    assert '3 of the 3 distinct detectors' in (tmp_path / 'docs' / 'zoo.md').read_text()
+    assert '| a | 2 |' in (tmp_path / 'docs' / 'models.md').read_text()
+    assert len(read_rows(tmp_path / 'docs' / 'results' / 'zoo.csv')) == 3
     with pytest.raises(SystemExit) as ended:  # it checks a/1.py anew
         TOOL['main'](['--out-dir', str(out), '--only', 'a/1.py', '--again'])
     assert ended.value.code == 130

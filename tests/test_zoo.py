@@ -17,15 +17,15 @@ from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS, SHIPPED, check, distinct
 SAMPLE = {
     'centernet/centernet-update_r18_fpn_8xb8-amp-lsj-200e_coco.py': 20,
     'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py': 53,
-    'efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py': 83,
+    'efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py': 122,
     'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py': 53,
     'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py': 53,
     'gfl/gfl_r50_fpn_1x_coco.py': 53,
     'mask_rcnn/mask-rcnn_r50-caffe_fpn_1x_coco.py': 53,
     'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py': 53,
-    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py': 80,
+    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py': 86,
     'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py': 76,
-    'yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py': 61,
+    'yolo/yolov3_mobilenetv2_8xb24-ms-416-300e_coco.py': 72,
     'yolof/yolof_r50-c5_8xb8-1x_coco.py': 59,
 }
 

@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 
 from dn_mmdet import command_line, preflight
-from dn_mmdet.sweep import append_row, bounded, read_rows, report, row_of, write_rows
+from dn_mmdet.sweep import (
+    append_row,
+    bounded,
+    by_architecture,
+    read_rows,
+    report,
+    row_of,
+    with_table,
+    write_rows,
+)
 from dn_mmdet.zoo import check, distinct, shipped_configs
 
 
@@ -30,7 +39,10 @@ def parse(argv):
                         help='of processor time for each config (default: %(default)s)')
     parser.add_argument('--memory', type=float, default=16, metavar='GIB',
                         help='for each config (default: %(default)s)')
-    parser.add_argument('--report', metavar='FILE.md', help='write the table of all rows')
+    parser.add_argument('--docs', metavar='FOLDER', help='write zoo.md, results/zoo.csv and the '
+                        'table in models.md there')
+    parser.add_argument('--no-checks', action='store_true', help='only write --docs, of the rows '
+                        'that there are')
     return parser, parser.parse_args(argv)
 
 
@@ -42,7 +54,8 @@ def sweep(args):
     left_out = []
     models = distinct(shipped_configs(), left_out.append)
     chosen = [name for name in models if (args.again or name not in rows)
-              and any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)]
+              and any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)
+              and not args.no_checks]
     random.Random(0).shuffle(chosen)
     print(f'{len(models)} distinct detectors, {len(chosen)} to check')
     torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
@@ -59,16 +72,23 @@ def sweep(args):
               f'({row["seconds"]} s)', flush=True)
     rows = read_rows(csv)
     write_rows(csv, rows)
-    return {name: row for name, row in rows.items() if name in models}, left_out
+    if args.docs:
+        write_docs(Path(args.docs), rows, len(models), left_out)
+
+
+def write_docs(folder, rows, total, left_out):
+    preflight.make_folder(folder / 'results', '--docs')
+    write_rows(folder / 'results' / 'zoo.csv', rows)
+    command = f'python tools/check_zoo.py --docs {folder.name}'
+    (folder / 'zoo.md').write_text(report(rows, command, total, left_out))
+    models = folder / 'models.md'
+    models.write_text(with_table(models.read_text(), by_architecture(rows)))
 
 
 def main(argv=None):
     parser, args = parse(argv)
     with command_line.one_message(parser):
-        rows, left_out = sweep(args)
-        if args.report:
-            command = 'python tools/check_zoo.py --report docs/zoo.md'
-            Path(args.report).write_text(report(rows, command, left_out))
+        sweep(args)
 
 
 if __name__ == '__main__':
