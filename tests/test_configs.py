@@ -1,6 +1,4 @@
 """Every config: a diff of its BN twin in nothing but the norm, and it builds and trains."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -126,21 +124,3 @@ def test_builds_and_trains(path):
 
 def test_no_digit_is_mirrored():
     assert 'Flip' not in read('bn', 'digits').pretty_text
-
-
-@pytest.mark.slow
-def test_mmdets_own_tools_need_nothing_but_the_config():
-    """A fresh process, in which only the config imports dn_mmdet."""
-    code = f'''
-import sys, numpy as np
-from mmdet.apis import DetInferencer, init_detector, inference_detector
-config = {str(CONFIGS / 'ssdlite_mbv2_dnb_digits.py')!r}
-assert 'dn_mmdet' not in sys.modules
-image = np.zeros((160, 160, 3), np.uint8)
-model = init_detector(config, None, device='cpu')
-assert model.dataset_meta['classes'][9] == '9'
-assert len(inference_detector(model, image).pred_instances) > 0
-found = DetInferencer(config, device='cpu')(image, return_datasamples=True)
-assert len(found['predictions'][0].pred_instances) > 0
-'''
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=CONFIGS.parent)
