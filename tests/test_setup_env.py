@@ -86,3 +86,30 @@ def test_a_set_up_that_is_ready_does_nothing(path, tmp_path):
     done = subprocess.run([TOOLS / 'setup_env.sh', 'onedl', tmp_path / 'venv', 'python3'],
                           capture_output=True, env=dict(os.environ, PATH=str(path)))
     assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
+
+
+def test_operators_built_for_another_torch_are_built_anew(path, tmp_path):
+    """A wheel from pip's cache installs, fails to import, and is compiled again."""
+    venv = tmp_path / 'venv'
+    (venv / 'bin').mkdir(parents=True)
+    program(path / 'python3', 'exit 0')
+    program(venv / 'bin/pip', 'exit 0')
+    program(venv / 'bin/python', f'''
+        case "$*" in
+            *import*mmcv.ops*) [ "$(grep -c "install -v" {tmp_path}/log)" -ge 2 ] ;;
+            *) echo "$*" >> {tmp_path}/log ;;
+        esac''')
+    (tmp_path / 'log').touch()
+    for name in ('date', 'awk', 'tee', 'grep'):
+        (path / name).symlink_to(shutil.which(name))
+    done = subprocess.run([TOOLS / 'setup_env.sh', 'onedl', venv, 'python3'], text=True,
+                          capture_output=True, env=dict(os.environ, PATH=str(path)))
+    assert done.returncode == 0, done.stderr
+    assert 'compiling anew' in done.stdout
+    calls = [line.split('-version-check ')[1].split() for line in
+             (tmp_path / 'log').read_text().splitlines()]
+    assert [call[:2] for call in calls] == [
+        ['install', '-q'], ['install', '-v'], ['cache', 'remove'], ['uninstall', '-q'],
+        ['install', '-v'], ['install', '-q']]
+    assert calls[2][2] == 'onedl-mmcv' and '--no-build-isolation' in calls[4]
+    assert (venv / '.ready').is_file()
