@@ -288,7 +288,7 @@ def folded_twin(cfg: Config, model: nn.Module) -> nn.Module:
     """
     twin_cfg = cfg.model.to_dict()
     _swap_back(twin_cfg)
-    twin = MODELS.build(twin_cfg)
+    twin = MODELS.build(Config(dict(model=twin_cfg)).model)  # heads read test_cfg.nms
     state = model.state_dict()
     for name in dn_layers(model):
         for key in [key for key in state if key.startswith(f'{name}.')]:
