@@ -77,6 +77,20 @@ def product(variants, seeds, lr_factors=(1.0, ), batches=(None, ), epochs=None) 
             for factor in lr_factors for batch in batches for variant in variants]
 
 
+def choose(points: list[Point], names) -> list[Point]:
+    """The points of the first variant and of those named.
+
+    Raises:
+        ConfigError: there is no variant of such a name.
+    """
+    first, *others = dict.fromkeys(point.variant.name for point in points)
+    unknown = set(names) - {first, *others}
+    if unknown:
+        raise ConfigError(f'{", ".join(sorted(unknown))}: no such variant; expected some of '
+                          f'{", ".join(others)}')
+    return [point for point in points if point.variant.name in {first, *names}]
+
+
 def check(points, allow_different=False) -> list[Point]:
     """Builds each model once and looks for the data, before anything is written.
 

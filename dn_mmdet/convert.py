@@ -39,8 +39,7 @@ _CHECKS = {nn.BatchNorm1d._check_input_dim: 0, nn.BatchNorm2d._check_input_dim: 
 FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, SyncDNC)}
 
 # The rest of a layer's arguments is the BatchNorm's own.
-ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'statistics', 'outputs',
-             'bn_requires_grad')
+ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'variant')
 
 
 class DNBAct(DNB):

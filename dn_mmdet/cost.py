@@ -70,7 +70,8 @@ def mult_adds(model: nn.Module, forward) -> dict[str, int]:
     def leave(layer, inputs, output):
         x = inputs[0]
         rows = 1 if layer.batch_shared else len(x)
-        counting.found['SC'] += rows * (layer.sc.w_in.numel() + layer.sc.w_out.numel())
+        counting.found['SC'] += rows * sum(weight.numel() for name, weight in
+                                           layer.sc.named_parameters() if name[0] == 'w')
         counting.found['norms (element-wise)'] += (1 if layer.batch_shared else 3) * x.numel()
         counting.pause = False
 

@@ -213,7 +213,6 @@ def _small_part_is_fused(call):
             and not (call.bn.training and call.bn.momentum is None)
             and type(sc).forward is SC.forward
             and list(sc._parameters) == ['w_in', 'b_in', 'w_out', 'b_out']
-            and sc.statistics == sc.outputs == 'both'
             and not (sc._forward_hooks or sc._forward_pre_hooks or sc._backward_hooks
                      or sc._backward_pre_hooks))
 

@@ -1,9 +1,12 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
+from functools import partial
+
 import torch
 import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .ablation import VariantSC
 from .functional import check_backend, dynamic_norm
 from .sc import SC
 
@@ -50,7 +53,8 @@ class _DynamicNorm(nn.Module):
         inputs (str): ``'raw'`` or ``'standardized'`` statistics for SC. DN-C has
             no batch to be relative to and takes only ``'raw'``.
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound).
-        statistics, outputs (str): of SC, for ablations; see :class:`SC`.
+        variant (dict | None): for ablations: arguments of
+            :class:`~dn_mmdet.ablation.VariantSC`, which takes SC's place.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see :func:`dynamic_norm`. All
@@ -70,14 +74,14 @@ class _DynamicNorm(nn.Module):
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
                  track_running_stats=True, reduction=32, min_channels=8, inputs='raw',
                  bound=0.5, bn_requires_grad=True, backend='auto', device=None, dtype=None,
-                 statistics='both', outputs='both'):
+                 variant=None):
         super().__init__()
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
                              f"the batch statistics themselves: expected 'raw', got "
                              f'{inputs!r}')
-        self.sc = SC(num_features, reduction, min_channels, inputs, bound, device, dtype,
-                     statistics, outputs)
+        make_sc = SC if variant is None else partial(VariantSC, **variant)
+        self.sc = make_sc(num_features, reduction, min_channels, inputs, bound, device, dtype)
         self.bn = self.bn_type(num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
         check_backend(backend)

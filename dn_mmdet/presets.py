@@ -9,7 +9,7 @@ from .compare import Variant, product
 from .convert import _norm_cfgs, _scope, swap_norm
 from .preflight import ConfigError, check_model
 
-# One factor at a time around the default SC; see `SC`.
+# One factor at a time around the default SC; see `SC` and `VariantSC`.
 SC_FACTORS = {
     'inputs-standardized': dict(inputs='standardized'),
     'bound-none': dict(bound=None),
@@ -17,10 +17,14 @@ SC_FACTORS = {
     'bound-1': dict(bound=1.0),
     'reduction-8': dict(reduction=8),
     'reduction-128': dict(reduction=128),
-    'mean-only': dict(statistics='mean'),
-    'std-only': dict(statistics='std'),
-    'scale-only': dict(outputs='scale'),
-    'shift-only': dict(outputs='shift'),
+    'channelwise': dict(variant=dict(hidden='channelwise')),
+    'hidden-normalized': dict(variant=dict(hidden='normalized')),
+    '2-sigmoid-1': dict(bound=1.0, variant=dict(squash='sigmoid')),
+    'default-init': dict(variant=dict(init='default')),
+    'mean-only': dict(variant=dict(statistics='mean')),
+    'std-only': dict(variant=dict(statistics='std')),
+    'scale-only': dict(variant=dict(outputs='scale')),
+    'shift-only': dict(variant=dict(outputs='shift')),
 }
 GROUPS = 8  # of GroupNorm: divides every width of MobileNetV2
 

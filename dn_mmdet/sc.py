@@ -6,11 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INPUTS = ('raw', 'standardized')
-STATISTICS = ('both', 'mean', 'std')
-OUTPUTS = ('both', 'scale', 'shift')
 
 
-def _no_autocast(device_type):
+def no_autocast(device_type):
     """float16 linears would overflow on raw statistics and lose what float32 kept.
 
     Only where autocast is on: torch.export takes every such region out of the graph and
@@ -19,6 +17,16 @@ def _no_autocast(device_type):
     if device_type == 'meta' or not torch.is_autocast_enabled(device_type):  # meta has none
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def in_dtype_of(like: Tensor, tensors) -> list[Tensor]:
+    return [t if t.dtype == like.dtype else t.to(like.dtype) for t in tensors]
+
+
+def check_choices(given: dict[str, str], known: dict[str, tuple[str, ...]]) -> None:
+    for name, value in given.items():
+        if value not in known[name]:
+            raise ValueError(f'{name}: expected one of {known[name]}, got {value!r}')
 
 
 class SC(nn.Module):
@@ -47,9 +55,6 @@ class SC(nn.Module):
             Stored here; the caller prepares what it passes.
         bound (float | None): outputs lie in (-bound, bound); ``None`` leaves
             them unbounded, which diverges at high learning rates.
-        statistics (str): ``'both'``, or ``'mean'`` or ``'std'`` alone.
-        outputs (str): ``'both'``, or ``'scale'`` (h = 0) or ``'shift'`` (g = 0)
-            alone.
 
     Shape:
         - mean, std: (N, C), floating point of one dtype (float32 or wider)
@@ -64,34 +69,31 @@ class SC(nn.Module):
         (torch.Size([4, 16]), 0, 0)
     """
 
+    OUTPUT_PARAMETERS = ('w_out', 'b_out')  # g = h = 0 where these are zero
+
     def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.5, device=None, dtype=None, statistics='both', outputs='both'):
+                 bound=0.5, device=None, dtype=None):
         super().__init__()
         for name, value in (('num_features', num_features), ('reduction', reduction),
                             ('min_channels', min_channels)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
-        for name, value, known in (('inputs', inputs, INPUTS), ('outputs', outputs, OUTPUTS),
-                                   ('statistics', statistics, STATISTICS)):
-            if value not in known:
-                raise ValueError(f'{name}: expected one of {known}, got {value!r}')
+        check_choices(dict(inputs=inputs), dict(inputs=INPUTS))
         if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
             raise ValueError(f'bound: expected a number above 0, or None for no bound, '
                              f'got {bound!r}')
         self.num_features = num_features
         self.inputs = inputs
         self.bound = bound
-        self.statistics = statistics
-        self.outputs = outputs
-        given = (2 if statistics == 'both' else 1) * num_features
-        made = (2 if outputs == 'both' else 1) * num_features
-        hidden = max(num_features // reduction, min_channels)
-        factory = dict(device=device, dtype=dtype)
-        self.w_in = nn.Parameter(torch.empty(hidden, given, **factory))
-        self.b_in = nn.Parameter(torch.empty(hidden, **factory))
-        self.w_out = nn.Parameter(torch.empty(made, hidden, **factory))
-        self.b_out = nn.Parameter(torch.empty(made, **factory))
+        self._make_parameters(max(num_features // reduction, min_channels),
+                              dict(device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _make_parameters(self, hidden, factory, given=2, made=2):
+        self.w_in = nn.Parameter(torch.empty(hidden, given * self.num_features, **factory))
+        self.b_in = nn.Parameter(torch.empty(hidden, **factory))
+        self.w_out = nn.Parameter(torch.empty(made * self.num_features, hidden, **factory))
+        self.b_out = nn.Parameter(torch.empty(made * self.num_features, **factory))
 
     def reset_parameters(self):
         """He initialisation of the first linear, zero for the last."""
@@ -100,28 +102,22 @@ class SC(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        w_in, b_in, w_out, b_out = (
-            p.to(mean.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
-        given = {'both': (mean, std), 'mean': (mean, ), 'std': (std, )}[self.statistics]
-        with _no_autocast(mean.device.type):
-            hidden = F.relu(F.linear(torch.cat(given, dim=1), w_in, b_in))
+        w_in, b_in, w_out, b_out = in_dtype_of(
+            mean, (self.w_in, self.b_in, self.w_out, self.b_out))
+        with no_autocast(mean.device.type):
+            hidden = F.relu(F.linear(torch.cat((mean, std), dim=1), w_in, b_in))
             out = F.linear(hidden, w_out, b_out)
         if self.bound is not None:
             out = self.bound * torch.tanh(out)
-        if self.outputs == 'both':
-            return out.chunk(2, dim=1)
-        zero = torch.zeros_like(out)
-        return (out, zero) if self.outputs == 'scale' else (zero, out)
+        return out.chunk(2, dim=1)
 
     def identity_state_dict(self, prefix: str = '') -> dict[str, Tensor]:
         """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0."""
         state = {prefix + name: tensor.clone() for name, tensor in self.state_dict().items()}
-        for name in ('w_out', 'b_out'):
+        for name in self.OUTPUT_PARAMETERS:
             state[prefix + name].zero_()
         return state
 
     def extra_repr(self):
-        some = ''.join(f', {name}={getattr(self, name)!r}' for name in ('statistics', 'outputs')
-                       if getattr(self, name) != 'both')
         return (f'{self.num_features}, hidden={len(self.b_in)}, inputs={self.inputs!r}, '
-                f'bound={self.bound}{some}')
+                f'bound={self.bound}')

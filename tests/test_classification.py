@@ -21,7 +21,7 @@ from dn_mmdet.layers import _DynamicNorm  # noqa: E402
 from dn_mmdet.preflight import ConfigError, check_data, check_model  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-DATA = ('imagenet100', 'tinyin100')
+DATA = ('imagenet100', 'tinyin100', 'tinyin100_32px')
 
 
 def read(norm, data):

@@ -50,6 +50,14 @@ def test_a_point_at_the_configs_own_values_changes_no_schedule():
     assert cfg.randomness.seed == 3
 
 
+def test_of_a_preset_some_variants_can_be_chosen_and_the_first_stays():
+    points = [point(name=name, seed=seed) for seed in (0, 1) for name in ('bn', 'a', 'b')]
+    assert [(p.seed, p.variant.name) for p in compare.choose(points, ['b'])] == [
+        (0, 'bn'), (0, 'b'), (1, 'bn'), (1, 'b')]
+    with pytest.raises(ConfigError, match='c, d: no such variant; expected some of a, b'):
+        compare.choose(points, ['d', 'b', 'c'])
+
+
 def test_the_learning_rate_follows_factor_and_batch_and_schedules_with_it():
     cfg, numbers = configured(point(lr_factor=4., batch=16))
     assert numbers['lr'] == cfg.optim_wrapper.optimizer.lr == pytest.approx(0.8)
@@ -343,6 +351,7 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
 
 @pytest.mark.parametrize('arguments,message', [
     (('--preset', 'robustness', 'a.py', 'b.py'), 'expected one config'),
+    (('--variants', 'dnb', 'a.py'), 'none is given'),
     ((), 'expected config files, or --report-only'),
     (('a.py', '--lr', 'x0'), 'expected a factor above 0'),
     (('a.py', '--batch', '2.5'), 'expected an integer'),

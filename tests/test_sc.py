@@ -4,7 +4,7 @@ import torch
 from conftest import awake
 from torch import nn
 
-from dn_mmdet import DNB, SC
+from dn_mmdet import SC
 
 
 def test_hand_computed():
@@ -48,45 +48,6 @@ def test_outputs_stay_within_the_bound(bound):
 def test_unbounded_outputs_exceed_any_bound():
     g, _ = awake(SC(16, bound=None), std=10)(torch.randn(8, 16) * 100, torch.rand(8, 16))
     assert g.abs().max() > 100
-
-
-@pytest.mark.parametrize('statistics', ['mean', 'std'])
-def test_one_statistic_alone_is_all_that_its_outputs_depend_on(statistics):
-    sc = awake(SC(16, statistics=statistics))
-    assert sc.w_in.shape == (8, 16) and sc.w_out.shape == (32, 8)
-    mean, std, other = torch.randn(3, 4, 16).unbind()
-    changed = dict(mean=(mean, other), std=(other, std))[statistics]
-    for before, after in zip(sc(mean, std), sc(*changed), strict=True):
-        assert torch.equal(before, after)
-    changed = dict(mean=(other, std), std=(mean, other))[statistics]
-    assert not torch.equal(sc(mean, std)[0], sc(*changed)[0])
-
-
-def test_scale_or_shift_alone_leaves_the_other_at_zero():
-    statistics = torch.randn(2, 4, 16).unbind()
-    for outputs, place in (('scale', 0), ('shift', 1)):
-        sc = awake(SC(16, outputs=outputs))
-        assert sc.w_out.shape == (16, 8) and sc.b_out.shape == (16, )
-        made = sc(*statistics)
-        assert made[place].any() and not made[1 - place].any()
-        assert all(t.shape == (4, 16) for t in made)
-
-
-@pytest.mark.parametrize('args', [dict(outputs='scale'), dict(outputs='shift'),
-                                  dict(statistics='mean'), dict(statistics='std')])
-def test_a_layer_with_a_reduced_sc_trains_the_same_in_every_backend(args, close):
-    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
-    found = []
-    for backend in ('reference', 'torch'):
-        layer = DNB(8, backend=backend, dtype=torch.float64, **args)
-        close(layer(x), layer.bn(x))  # fresh
-        torch.manual_seed(0)
-        y = awake(layer)(x)
-        y.square().sum().backward()
-        found.append([y, *(p.grad for p in layer.parameters())])
-    for actual, expected in zip(found[1], found[0], strict=True):
-        assert expected.any()
-        close(actual, expected)
 
 
 def test_every_parameter_has_a_gradient_by_the_second_step():

@@ -23,6 +23,8 @@ def parse(argv):
                         help='config files; the first is what the others are compared with')
     parser.add_argument('--preset', choices=sorted(presets.PRESETS),
                         help='variants and grid of a kind, made from one BatchNorm config')
+    parser.add_argument('--variants', nargs='+', metavar='NAME',
+                        help='of the preset, only these (and the config itself)')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='SEED')
     parser.add_argument('--lr', nargs='+', type=_factor, metavar='xFACTOR',
                         help="factors on the config's learning rate, as in x1 x4")
@@ -53,6 +55,8 @@ def parse(argv):
         parser.error('expected config files, or --report-only FOLDER')
     if args.preset and len(args.configs) != 1:
         parser.error(f'--preset {args.preset}: expected one config, with BatchNorm')
+    if args.variants and not args.preset:
+        parser.error('--variants: chooses from a --preset, and none is given')
     return parser, args
 
 
@@ -84,6 +88,8 @@ def grid(args):
     if args.preset:
         points = presets.PRESETS[args.preset](variants[0], args.seeds, args.lr, args.batch,
                                               args.epochs)
+        if args.variants:
+            points = compare.choose(points, args.variants)
     else:
         points = compare.product(variants, args.seeds, args.lr or [1.], args.batch or [None],
                                  args.epochs)

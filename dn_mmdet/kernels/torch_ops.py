@@ -4,12 +4,11 @@ BatchNorm's own kernels, in eval mode on a view with one channel per sample's ch
 are the fastest stock operators for these passes: each is one pass over all cores. A map
 that is made anew costs more than a pass over it, so that each primitive makes one at most.
 """
-import contextlib
-
 import torch
 from torch import Tensor
 
 from dn_mmdet.reference import widen
+from dn_mmdet.sc import in_dtype_of, no_autocast
 
 # Sums that an operator makes one value after the other are made in blocks of this many, so
 # that their rounding does not grow with the size of the map.
@@ -118,7 +117,7 @@ class Coefficients:
             if averages is not None:
                 _update_averages(*averages, mu, var, n * size)
         else:
-            mu, var = _in_dtype_of(m, running)
+            mu, var = in_dtype_of(m, running)
             centred = m - mu
         sigma = (var + eps).sqrt_()
         if batch_shared:
@@ -127,8 +126,8 @@ class Coefficients:
             s = (v + eps).sqrt_()
             inputs = torch.cat((centred / sigma, (s / sigma).sub_(1)) if standardized
                                else (m, s), 1)
-        w_in, b_in, w_out, b_out = _in_dtype_of(m, sc_parameters)
-        with _no_autocast(m):
+        w_in, b_in, w_out, b_out = in_dtype_of(m, sc_parameters)
+        with no_autocast(m.device.type):
             hidden = torch.addmm(b_in, inputs, w_in.t()).relu_()
             out = torch.addmm(b_out, hidden, w_out.t())
         if bound is not None:
@@ -152,7 +151,7 @@ class Coefficients:
         mu, sigma, inputs, hidden, out = self.kept
         w, b, sc_parameters = self.parameters
         n, channels = m.shape
-        w_in, _, w_out, _ = _in_dtype_of(m, sc_parameters)
+        w_in, _, w_out, _ = in_dtype_of(m, sc_parameters)
         centred = m - mu
         per_sigma = 1 / sigma if w is None else w / sigma
         scale = out[:, :channels] + 1
@@ -166,7 +165,7 @@ class Coefficients:
         do = torch.cat((dscale, dc), 1)
         if self.bound is not None:
             do.mul_(out.square().mul_(-1 / self.bound).add_(self.bound))
-        with _no_autocast(m):
+        with no_autocast(m.device.type):
             dw_out, db_out = do.t().mm(hidden), do.sum(0)
             du = torch.ops.aten.threshold_backward.default(do.mm(w_out), hidden, 0)
             dw_in, db_in = du.t().mm(inputs), du.sum(0)
@@ -207,17 +206,6 @@ def _update_averages(running_mean, running_var, momentum, mu, var, count):
             running.lerp_(value, momentum)
         else:
             running.copy_(running + momentum * (value - running))
-
-
-def _in_dtype_of(m, tensors):
-    return [t if t.dtype == m.dtype else t.to(m.dtype) for t in tensors]
-
-
-def _no_autocast(m):
-    """float16 products would overflow on raw statistics and lose what float32 kept."""
-    if torch.is_autocast_enabled(m.device.type):
-        return torch.autocast(m.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _reduce(dy, x, m):
