@@ -1,7 +1,7 @@
-# For a CPU: half the width at 32 px, about 95 s an epoch on one core. The first two groups
-# keep the size of the image, so that the last map has 2 x 2 cells.
 _base_ = './mobilenetv2_bn_tinyin100.py'
 
+# For a CPU: half the width at 32 px, about 95 s an epoch on one core. The first two groups
+# keep the size of the image, so that the last map has 2 x 2 cells.
 model = dict(backbone=dict(widen_factor=0.5, strides=(1, 1, 2, 2, 2, 1, 2, 1)))
 
 resize = dict(type='Resize', scale=32, interpolation='area')

@@ -351,7 +351,7 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
 
 @pytest.mark.parametrize('arguments,message', [
     (('--preset', 'robustness', 'a.py', 'b.py'), 'expected one config'),
-    (('--variants', 'dnb', 'a.py'), 'none is given'),
+    (('a.py', '--variants', 'dnb'), 'none is given'),
     ((), 'expected config files, or --report-only'),
     (('a.py', '--lr', 'x0'), 'expected a factor above 0'),
     (('a.py', '--batch', '2.5'), 'expected an integer'),
