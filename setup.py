@@ -1,8 +1,32 @@
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 root = Path(__file__).parent
+
+
+def compiled_kernels():
+    """The CPU kernels, where torch and GCC are at hand; without them the layers run on
+    torch's own operators (`backend='torch'`).
+
+    They are compiled against the installed torch, which pip hides from a build unless told
+    --no-build-isolation. A compiler that fails is a warning, not an error.
+    """
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+    if not sys.platform.startswith('linux'):  # vector types and target_clones are GCC's
+        return {}
+    kernels = CppExtension('dn_mmdet.kernels._cpp', ['dn_mmdet/kernels/csrc/cpu.cpp'],
+                           extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno',
+                                               '-fno-trapping-math', '-Wno-psabi'],
+                           extra_link_args=['-fopenmp'], optional=True)
+    return dict(ext_modules=[kernels],
+                cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))
+
+
 namespace = {}
 exec((root / 'dn_mmdet' / 'version.py').read_text(), namespace)
 
@@ -14,6 +38,8 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['dn_mmdet', 'dn_mmdet.*']),
+    package_data={'dn_mmdet.kernels': ['csrc/*.cpp']},
+    **compiled_kernels(),
     python_requires='>=3.10',
     # Neither torch nor a framework: pip would replace the ones that are installed.
     install_requires=['pycocotools', 'rich', 'scikit-learn'],

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .functional import compiled_kernels
 from .layers import DNB, DNC
 from .sc import SC
 
@@ -71,6 +72,7 @@ class Variant(NamedTuple):
         return f'{self.norm} {self.backend}'.strip()
 
 
+FUSED = 'torch', 'cpp', 'triton'
 BN, GN, FOLDED = Variant('BN'), Variant('GN'), Variant('BN', 'folded')
 REFERENCE, COMPILED = Variant('DNB', 'reference'), Variant('DNB', 'compiled')
 
@@ -84,7 +86,9 @@ class Setting(NamedTuple):
 
     @property
     def fused(self):
-        return ('torch', 'triton') if self.device == 'cuda' else ('torch', )
+        if self.device == 'cuda':
+            return 'torch', 'triton'
+        return ('torch', 'cpp') if compiled_kernels() else ('torch', )
 
     @property
     def format(self):
@@ -628,7 +632,7 @@ def table(rows) -> str:
 def _bar(row):
     """What DN-B's fused backends have to reach, and should."""
     key = row['part'], row['task'], row['measure']
-    if row['norm'] != 'DNB' or row['backend'] not in ('torch', 'triton') \
+    if row['norm'] != 'DNB' or row['backend'] not in FUSED \
             or row['unit'] == 'of BN folded':
         return '', ''
     return BARS.get(key, ('', ''))

@@ -17,6 +17,8 @@ of each sample's channel and ``s = sqrt(v + eps)``::
 ``s / sigma - 1`` (``'standardized'``). Where the inner BatchNorm would use its
 running statistics, they stand for mu and var.
 """
+import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ from . import reference
 from .kernels import torch_ops
 from .sc import SC
 
-BACKENDS = ('auto', 'reference', 'torch', 'triton')
+BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,8 +58,8 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
         backend: ``'reference'`` (plain autograd), ``'torch'`` (fused, from stock
-            operators), ``'triton'`` (fused, GPU kernels) or ``'auto'``, which chooses by
-            device.
+            operators), ``'cpp'`` (fused, compiled for CPUs), ``'triton'`` (fused, GPU
+            kernels) or ``'auto'``, which chooses by device and by what is installed.
 
     Shape:
         - x: (N, C, ...)
@@ -67,7 +69,8 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         ValueError: x has a wrong number of dimensions or of channels, or one
             value per channel where batch statistics are needed; or backend is
             unknown or cannot run on x.
-        ImportError: backend is ``'triton'``, which is not installed.
+        ImportError: backend is ``'triton'``, which is not installed, or ``'cpp'``,
+            which was not compiled.
     """
     check_backend(backend)
     _check_shape(x, sc.num_features, ndims)
@@ -83,15 +86,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         names, parameters = zip(*sc.named_parameters(), strict=True)
         y = _FusedNorm.apply(call, ops, names, planes, bn.weight, bn.bias, *parameters)
     else:
-        m, v = ops.moments(planes)
-        if _small_part_is_fused(call):
-            small = _fused_coefficients(call, ops, m, v, planes,
-                                        (bn.weight, bn.bias, *sc.parameters()), keep=False)
-            a, c = small.a, small.c
-        else:
-            a, c, *observed = coefficients(call, m, v, planes, bn.weight, bn.bias)
-            update_running_averages(bn, *observed)
-        y = ops.affine(planes, m, a, c)
+        y = _without_gradients(call, ops, planes)
     return y if x.dim() > 2 else y.squeeze(2)
 
 
@@ -219,15 +214,35 @@ def _small_part_is_fused(call):
 
 def _fused_coefficients(call, ops, m, v, x, parameters, keep):
     w, b, *sc_parameters = parameters
-    bn, sc = call.bn, call.sc
+    bn = call.bn
     averages = None
     if bn.training and bn.track_running_stats:
         bn.num_batches_tracked.add_(1)
         averages = bn.running_mean, bn.running_var, bn.momentum
     return ops.Coefficients(m, v, x.numel() // m.numel(), call.running, averages, w, b,
-                            sc_parameters, eps=bn.eps, bound=sc.bound,
-                            standardized=sc.inputs == 'standardized' and not call.batch_shared,
-                            batch_shared=call.batch_shared, keep=keep)
+                            sc_parameters, keep=keep, **_options(call))
+
+
+def _options(call):
+    return dict(eps=call.bn.eps, bound=call.sc.bound, batch_shared=call.batch_shared,
+                standardized=call.sc.inputs == 'standardized' and not call.batch_shared)
+
+
+def _without_gradients(call, ops, x):
+    bn, parameters = call.bn, (call.bn.weight, call.bn.bias, *call.sc.parameters())
+    fused = _small_part_is_fused(call)
+    if fused and call.running is not None and hasattr(ops, 'infer'):
+        y = ops.infer(x, call.running, *parameters[:2], parameters[2:], **_options(call))
+        if y is not None:
+            return y
+    m, v = ops.moments(x)
+    if fused:
+        small = _fused_coefficients(call, ops, m, v, x, parameters, keep=False)
+        a, c = small.a, small.c
+    else:
+        a, c, *observed = coefficients(call, m, v, x, bn.weight, bn.bias)
+        update_running_averages(bn, *observed)
+    return ops.affine(x, m, a, c)
 
 
 def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
@@ -256,8 +271,10 @@ def _primitives(x, sc, backend):
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
     if backend == 'auto':
-        # torch on GPUs too, until `pytest -m gpu` has passed on one: nobody's training
-        # is to be the first run of the Triton kernels.
+        if x.is_cpu:
+            return compiled_kernels() or torch_ops if fits else None
+        # torch on GPUs, until `pytest -m gpu` has passed on one: nobody's training is to be
+        # the first run of the Triton kernels.
         return torch_ops if fits else None
     if not fits:
         raise ValueError(f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
@@ -265,9 +282,9 @@ def _primitives(x, sc, backend):
                          f"backend='reference' or 'auto'")
     if backend == 'torch':
         return torch_ops
-    triton_ops = _triton_ops()
-    triton_ops.check_runs_on(x)
-    return triton_ops
+    ops = _triton_ops() if backend == 'triton' else _cpp_ops()
+    ops.check_runs_on(x)
+    return ops
 
 
 def _triton_ops():
@@ -278,6 +295,27 @@ def _triton_ops():
         raise ImportError(f"backend='triton': Triton cannot be imported ({error}). It comes with "
                           f"torch on Linux (pip install triton); or use backend='auto'") from error
     return triton_ops
+
+
+def _cpp_ops():
+    try:
+        from .kernels import cpp_ops
+    except ImportError as error:
+        raise ImportError(f"backend='cpp': the compiled kernels cannot be imported ({error}). "
+                          f'With GCC on Linux, install this package against the torch in use: '
+                          f"pip install --no-build-isolation; or use backend='auto'") from error
+    return cpp_ops
+
+
+@functools.cache
+def compiled_kernels():
+    """The module of CPU kernels, or None where they were never built or fit another torch."""
+    try:
+        return _cpp_ops()
+    except ImportError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            warnings.warn(f'{error}. Until then, DN layers on CPUs are slower', stacklevel=2)
+        return None
 
 
 def _autograd_must_see(x):

@@ -9,7 +9,7 @@ from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, kernels
 
-FUSED = ('torch', )
+FUSED = ('torch', 'auto')
 LAYERS = {'dnb-raw': (DNB, dict(inputs='raw')),
           'dnb-standardized': (DNB, dict(inputs='standardized')),
           'dnc': (DNC, {})}
@@ -69,9 +69,10 @@ def test_equals_the_reference(kind, training, shape, layout, backend, close):
 
 @pytest.mark.parametrize('kind', LAYERS)
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
-def test_gradients_of_gradients(kind, training):
+@pytest.mark.parametrize('backend', FUSED)
+def test_gradients_of_gradients(backend, kind, training):
     cls, kwargs = LAYERS[kind]
-    layer = trained(cls(3, backend='torch', **kwargs)).double().train(training)
+    layer = trained(cls(3, backend=backend, **kwargs)).double().train(training)
     names, parameters = zip(*dict(layer.named_parameters()).items(), strict=True)
 
     def run(x, *parameters):

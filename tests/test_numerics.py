@@ -288,7 +288,7 @@ def test_sync_layers_without_processes_are_the_plain_ones(cls, training, close):
     close(sync.running_var, plain.running_var)
 
 
-@pytest.mark.parametrize('backend', ['reference', 'torch'])
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
 @pytest.mark.parametrize('momentum', [0.1, None])  # None differentiates the small part by autograd
 @pytest.mark.parametrize('use_reentrant', [False, True])
 def test_a_checkpointed_layer_is_computed_twice_as_batch_norm_is(backend, momentum,

@@ -81,7 +81,8 @@ def test_a_set_up_that_is_ready_does_nothing(path, tmp_path):
     stamp = tmp_path / 'venv' / '.ready'
     stamp.parent.mkdir()
     text = b''.join((TOOLS.parent / file).read_bytes() for file in (
-        'requirements/onedl.txt', 'setup.py', 'tools/setup_env.sh'))
+        'requirements/onedl.txt', 'setup.py', 'dn_mmdet/kernels/csrc/cpu.cpp',
+        'tools/setup_env.sh'))
     stamp.write_bytes(subprocess.run(['cksum'], input=text, capture_output=True).stdout)
     done = subprocess.run([TOOLS / 'setup_env.sh', 'onedl', tmp_path / 'venv', 'python3'],
                           capture_output=True, env=dict(os.environ, PATH=str(path)))
@@ -112,4 +113,5 @@ def test_operators_built_for_another_torch_are_built_anew(path, tmp_path):
         ['install', '-q'], ['install', '-v'], ['cache', 'remove'], ['uninstall', '-q'],
         ['install', '-v'], ['install', '-q']]
     assert calls[2][2] == 'onedl-mmcv' and '--no-build-isolation' in calls[4]
+    assert '--no-build-isolation' in calls[5]  # else the CPU kernels are left out
     assert (venv / '.ready').is_file()

@@ -19,7 +19,7 @@ mkdir -p "$folder" || exit 2
 failed=0
 
 # These need no mmdet.
-tests=(tests/test_torch_ops.py tests/test_triton_ops.py tests/test_functional.py)
+tests=(tests/test_kernels.py tests/test_triton_ops.py tests/test_functional.py)
 echo "GPU tests: $folder/tests.txt"
 "$python" -m pytest -q -m gpu "${tests[@]}" > "$folder/tests.txt" 2>&1 || failed=1
 tail -n 1 "$folder/tests.txt"

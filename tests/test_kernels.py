@@ -1,0 +1,256 @@
+"""The torch and cpp backends are as accurate as plain PyTorch in every dtype, shape, layout."""
+import copy
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from parity import (
+    CUDA,
+    KINDS,
+    LAYOUTS,
+    MODES,
+    OFFSETS,
+    assert_as_accurate_as_plain_pytorch,
+    assert_equals_reference,
+    assert_primitives,
+    make_layer,
+    step,
+)
+
+import dn_mmdet.kernels
+from dn_mmdet import DNB, functional
+from dn_mmdet.kernels import torch_ops
+
+try:
+    from dn_mmdet.kernels import cpp_ops
+except ImportError:
+    cpp_ops = None
+OPS = dict(torch=torch_ops, cpp=cpp_ops)
+CPP = pytest.mark.skipif(cpp_ops is None, reason='the compiled kernels were not built')
+PLACES = pytest.mark.parametrize('backend, device', [
+    ('torch', 'cpu'), pytest.param('cpp', 'cpu', marks=CPP),
+    pytest.param('torch', 'cuda', marks=CUDA.marks)])
+ON_CPUS = pytest.mark.parametrize('backend', ['torch', pytest.param('cpp', marks=CPP)])
+DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
+                                 ids=['fp32', 'fp16', 'bf16'])
+CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
+         ((4, 6, 1, 1), 'contiguous'), ((1, 4, 9, 5), 'contiguous'),
+         ((2, 3, 41, 37), 'contiguous'), ((2, 3, 41, 37), 'channels_last')]
+
+
+@PLACES
+@pytest.mark.parametrize('shape, layout', CASES, ids=str)
+@DTYPES
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_errors_are_within_twice_plain_pytorchs(kind, training, dtype, shape, layout, backend,
+                                                  device):
+    assert_as_accurate_as_plain_pytorch(backend, kind, shape, layout, dtype, training, device)
+
+
+@PLACES
+@pytest.mark.parametrize('layout', LAYOUTS)
+@DTYPES
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_also_where_the_mean_is_large(kind, training, dtype, layout, backend, device):
+    assert_as_accurate_as_plain_pytorch(backend, kind, (4, 5, 12, 11), layout, dtype, training,
+                                        device, offset=OFFSETS[dtype])
+
+
+@PLACES
+@pytest.mark.parametrize('offset', [False, True], ids=['centred', 'large-mean'])
+@pytest.mark.parametrize('dtype', OFFSETS, ids=str)
+@pytest.mark.parametrize('shape', [(3, 5, 7), (3, 5, 7, 3), (2, 7, 47, 43), (2, 3, 3, 4, 5)],
+                         ids=str)
+def test_each_primitive_in_each_layout(shape, dtype, offset, backend, device):
+    offset = OFFSETS[dtype] if offset else 0.
+    x = (torch.randn(shape, device=device) + offset).to(dtype)
+    assert_primitives(OPS[backend], x, offset)
+    assert_primitives(OPS[backend], x.mT.contiguous().mT, offset)
+    if x.dim() > 3:
+        memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        assert_primitives(OPS[backend], x.contiguous(memory_format=memory_format), offset)
+
+
+@ON_CPUS
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_gradient_of_any_strides(layout, backend, close):
+    ops = OPS[backend]
+    x, a, dy = torch.randn(3, 4, 6, 5, 7, dtype=torch.float64)
+    x = LAYOUTS[layout](x)
+    m = torch.randn(4, 6, dtype=torch.float64)
+    for view in (dy, dy.mT.contiguous().mT, dy[:1].expand_as(dy), dy[:, :, :1, :1].expand_as(dy),
+                 dy.contiguous(memory_format=torch.channels_last)):
+        expected = ops.reduce(view.contiguous(), x.contiguous(), m)
+        for actual, wanted in zip(ops.reduce(view, x, m), expected, strict=True):
+            close(actual, wanted)
+        coefficients = torch.randn(3, 4, 6, dtype=torch.float64)
+        close(ops.input_gradient(view, x, m, *coefficients),
+              ops.input_gradient(view.contiguous(), x.contiguous(), m, *coefficients))
+
+
+@ON_CPUS
+@MODES
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_nothing_reads_uninitialised_memory(kind, layout, training, backend):
+    layer = make_layer(kind, 5, backend, training)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x, dy = torch.randn(2, 3, 5, 41, 37)
+    expected = step(layer, LAYOUTS[layout](x), dy)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    layer.load_state_dict(state)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()  # what is not written shows
+        actual = step(layer, LAYOUTS[layout](x), dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name], wanted), name
+
+
+@ON_CPUS
+@given(n=st.integers(1, 5), c=st.integers(1, 9), height=st.integers(1, 40),
+       width=st.integers(1, 40), kind=st.sampled_from(list(KINDS)), training=st.booleans(),
+       layout=st.sampled_from(list(LAYOUTS)))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_shape(backend, n, c, height, width, kind, training, layout):
+    if training and n * height * width == 1:
+        height = 2  # BatchNorm needs more than one value per channel
+    x = LAYOUTS[layout](torch.randn(n, c, height, width, dtype=torch.float64))
+    assert_equals_reference(backend, kind, x, training)
+
+
+def eval_layer(kind, channels, backend, **kwargs):
+    return make_layer(kind, channels, backend, training=False, **kwargs)
+
+
+@CPP
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('shape', [(1, 5, 9, 7), (2, 5, 1, 1), (3, 40, 33, 31), (17, 3, 2, 2),
+                                   (0, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('args', [{}, dict(bound=None), dict(affine=False)], ids=str)
+def test_inference_at_one_call_equals_the_reference(kind, args, shape, dtype, close):
+    layer = eval_layer(kind, shape[1], 'cpp', **args).to(dtype)
+    reference = copy.deepcopy(layer).double()
+    reference.backend = 'reference'
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        close(layer(x).double(), reference(x.double()), dtype)
+
+
+@CPP
+def test_one_call_is_what_inference_makes(monkeypatch):
+    layer, calls = eval_layer('dnb-raw', 5, 'auto'), []
+    infer = cpp_ops.infer
+    monkeypatch.setattr(cpp_ops, 'infer',
+                        lambda *args, **kwargs: calls.append(1) or infer(*args, **kwargs))
+    x = torch.randn(2, 5, 4, 4)
+    layer(x)
+    assert not calls  # a gradient may be asked for
+    with torch.no_grad():
+        layer(x)
+        assert calls == [1]
+        layer.train()(x)
+    assert calls == [1]
+
+
+@CPP
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_threads_change_nothing(threads, close):
+    x, dy = torch.randn(2, 5, 24, 40, 41)
+    layer = make_layer('dnb-raw', 24, 'cpp', True)
+    expected = step(copy.deepcopy(layer), x, dy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = step(copy.deepcopy(layer), x, dy)
+        for name, wanted in expected.items():
+            close(actual[name].float(), wanted.float())
+        with torch.no_grad():
+            whole = layer.eval()(x)
+            for samples in (1, 2):  # fewer than threads
+                close(layer(x[:samples]), whole[:samples])
+    finally:
+        torch.set_num_threads(before)
+
+
+@CPP
+def test_tanh_of_the_compiled_sc():
+    """By way of its bias: the output of an SC whose weights are zero."""
+    values = torch.cat((torch.linspace(-12, 12, 4001), torch.logspace(-8, 30, 401),
+                        torch.tensor([0., -0., float('inf'), -float('inf')]))).repeat(2)
+    channels = len(values) // 2
+    layer = DNB(channels, bound=1., affine=False, backend='cpp').eval()
+    layer.sc.b_out.data = values
+    with torch.no_grad():
+        layer.bn.running_var.fill_(1 - layer.eps)
+        y = layer(torch.zeros(1, channels, 1, 1))  # h
+        assert (y.flatten() - values[channels:].double().tanh()).abs().max() <= 1.5e-7
+        layer.sc.b_out.data.fill_(float('nan'))
+        assert layer(torch.zeros(1, channels, 1, 1)).isnan().all()
+
+
+@CPP
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_no_number_spreads_as_in_the_reference(value):
+    x = torch.randn(3, 4, 6, 6)
+    x[1, 2, 3, 3] = value
+    for training in (True, False):
+        layer = make_layer('dnb-raw', 4, 'cpp', training)
+        reference = copy.deepcopy(layer)
+        reference.backend = 'reference'
+        with torch.no_grad():
+            assert torch.equal(layer(x).isfinite(), reference(x).isfinite())
+
+
+@CPP
+def test_an_outlier_in_the_middle_costs_no_accuracy(close):
+    x = torch.randn(2, 3, 64, 65)
+    x.flatten(2)[..., 64 * 65 // 2] = 1e4  # the value that the sums are centred on
+    (m, v), wide = cpp_ops.moments(x), x.double().flatten(2)
+    close(m.double(), wide.mean(2), torch.float32)
+    close(v.double() / wide.var(2, correction=0), torch.ones(2, 3).double(), torch.float32)
+    constant = torch.full((2, 3, 64, 65), 0.1)
+    m, v = cpp_ops.moments(constant)
+    assert torch.equal(m, constant[..., 0, 0]) and not v.any()
+
+
+@pytest.fixture
+def forgets_the_kernels():
+    functional.compiled_kernels.cache_clear()
+    yield
+    functional.compiled_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures('forgets_the_kernels')
+def test_without_the_compiled_kernels_the_stock_operators_run(monkeypatch, recwarn):
+    monkeypatch.delattr(dn_mmdet.kernels, 'cpp_ops', raising=False)
+    monkeypatch.delitem(sys.modules, 'dn_mmdet.kernels.cpp_ops', raising=False)
+    monkeypatch.setitem(sys.modules, 'dn_mmdet.kernels._cpp', None)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(DNB(3)(x), DNB(3, backend='torch')(x))
+    assert not recwarn.list
+    with pytest.raises(ImportError, match="backend='cpp'.*pip install --no-build-isolation"):
+        DNB(3, backend='cpp')(x)
+
+
+@pytest.mark.usefixtures('forgets_the_kernels')
+def test_kernels_of_another_torch_are_said_once(monkeypatch):
+    def broken():
+        try:
+            raise ImportError('undefined symbol: _ZN2at4')
+        except ImportError as error:
+            raise ImportError("backend='cpp': undefined symbol: _ZN2at4") from error
+    monkeypatch.setattr(functional, '_cpp_ops', broken)
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match='undefined symbol.*slower') as caught:
+        assert torch.equal(DNB(3)(x), DNB(3, backend='torch')(x))
+        DNB(3)(x)
+    assert len(caught) == 1
