@@ -97,6 +97,20 @@ def picky(*takes):
                       max_per_img=5))))
 
 
+def test_deformable_convolutions_are_compared_without_random_offsets(monkeypatch):
+    built, build = [], zoo._build
+    monkeypatch.setattr(zoo, '_build', lambda cfg: built.append(build(cfg)) or built[-1])
+    cfg = picky('BatchNorm2d', 'DNB')
+    cfg.model.backbone.update(depth=50, dcn=dict(type='DCNv2', deform_groups=1),
+                              stage_with_dcn=(False, True, True, True), base_channels=8)
+    cfg.model.neck.in_channels = [32, 64, 128, 256]
+    row = check(cfg)
+    assert row['status'] == PASS and row['difference'] < 1e-5
+    offsets = [module.conv_offset for module in built[0].modules()
+               if hasattr(module, 'conv_offset')]
+    assert offsets and not any(offset.weight.any() for offset in offsets)
+
+
 def test_what_works_with_batch_norm_alone_fails():
     row = check(picky('BatchNorm2d'))
     assert (row['status'], row['reason']) == (FAIL, 'ValueError: no DNB here')
@@ -110,8 +124,7 @@ def test_what_does_not_work_with_batch_norm_is_not_applicable(monkeypatch):
     cfg.model.neck.type = 'NoSuchNeck'
     row = check(cfg)
     assert row['status'] == NOT_APPLICABLE and row['reason'] == (
-        'with BatchNorm it fails as well: NoSuchNeck is not in mmdet but in a package that is not '
-        'installed')
+        'with BatchNorm it fails as well: NoSuchNeck is not in mmdet but in another package')
 
 
 def test_a_detector_without_batch_norm_is_not_applicable():
