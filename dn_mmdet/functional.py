@@ -229,15 +229,16 @@ def _options(call):
 
 
 def _without_gradients(call, ops, x):
-    bn, parameters = call.bn, (call.bn.weight, call.bn.bias, *call.sc.parameters())
+    bn, sc_parameters = call.bn, (*call.sc._parameters.values(), )
     fused = _small_part_is_fused(call)
     if fused and call.running is not None and hasattr(ops, 'infer'):
-        y = ops.infer(x, call.running, *parameters[:2], parameters[2:], **_options(call))
+        y = ops.infer(x, call.running, bn.weight, bn.bias, sc_parameters, **_options(call))
         if y is not None:
             return y
     m, v = ops.moments(x)
     if fused:
-        small = _fused_coefficients(call, ops, m, v, x, parameters, keep=False)
+        small = _fused_coefficients(call, ops, m, v, x, (bn.weight, bn.bias, *sc_parameters),
+                                    keep=False)
         a, c = small.a, small.c
     else:
         a, c, *observed = coefficients(call, m, v, x, bn.weight, bn.bias)

@@ -72,6 +72,13 @@ INLINE void shifted_sums(const T* x, int64_t size, T shift, double& sum, double&
       q0 += d0 * d0;
       q1 += d1 * d1;
     }
+    if (size - i < 2 * V::LANES && size - i >= V::LANES) {
+      V::load(x + i, d0);
+      d0 -= shift;
+      s0 += d0;
+      q0 += d0 * d0;
+      i += V::LANES;
+    }
     sum += V::sum(s0 + s1);
     square_sum += V::sum(q0 + q1);
   }
@@ -121,6 +128,13 @@ FOR_EACH_CPU void row_reduce(const T* dy, const T* x, int64_t size, T m, T& da, 
       p1 += dy1 * (x1 - m);
       s0 += dy0;
       s1 += dy1;
+    }
+    if (size - i < 2 * V::LANES && size - i >= V::LANES) {
+      V::load(x + i, x0);
+      V::load(dy + i, dy0);
+      p0 += dy0 * (x0 - m);
+      s0 += dy0;
+      i += V::LANES;
     }
     product_sum += V::sum(p0 + p1);
     sum += V::sum(s0 + s1);
@@ -228,7 +242,9 @@ struct Norm {
         w_out(as(sc[2], dtype)), b_out(as(sc[3], dtype)), eps(eps), bound(bound),
         standardized(standardized), batch_shared(batch_shared) {}
 
-  static Tensor as(const Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+  static Tensor as(const Tensor& t, at::ScalarType dtype) {
+    return t.scalar_type() == dtype && t.is_contiguous() ? t : t.to(dtype).contiguous();
+  }
   static OptionalTensor as(const OptionalTensor& t, at::ScalarType dtype) {
     return t ? OptionalTensor(as(*t, dtype)) : t;
   }
