@@ -5,8 +5,11 @@ detection and classification alike.
 """
 import copy
 
+import torch
+
 from .compare import Variant, product
 from .convert import _norm_cfgs, _scope, swap_norm
+from .functional import compiled_kernels
 from .preflight import ConfigError, check_model
 
 # One factor at a time around the default SC; see `SC` and `VariantSC`.
@@ -52,7 +55,18 @@ def fair_controls(bn, seeds, lr_factors, batches, epochs):
     return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
 
 
-PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls}
+def backends(bn, seeds, lr_factors, batches, epochs):
+    """DN-B in each backend that runs here: curves that part say that one of them is wrong."""
+    fused = ['torch', 'triton'] if torch.cuda.is_available() else ['torch']
+    if compiled_kernels() and not torch.cuda.is_available():
+        fused.append('cpp')
+    variants = [_swapped(bn, f'dnb-{backend}', 'DNB', backend=backend)
+                for backend in ('reference', *fused)]
+    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+
+
+PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls,
+           'backends': backends}
 
 
 def _swapped(bn, name, norm, **args):

@@ -9,6 +9,7 @@ from dn_mmdet import DNB, DNC
 from dn_mmdet.compare import Variant, check, configured, differences
 from dn_mmdet.controls import BNSE
 from dn_mmdet.convert import batch_norms, dn_layers
+from dn_mmdet.functional import compiled_kernels
 from dn_mmdet.preflight import ConfigError, check_model
 from dn_mmdet.presets import PRESETS, SC_FACTORS, widened
 
@@ -71,6 +72,16 @@ def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
         assert repr(DNB(640, **changed).sc) != repr(default)
         norm_cfg = dict(found[name].cfg.model.backbone.norm_cfg)
         assert norm_cfg == dict(type='DNB', eps=0.001, momentum=0.03, **changed)
+
+
+def test_backends_are_all_that_run_here_and_nothing_else_differs(bn):
+    found = variants(grid('backends', bn))
+    backends = {name: {layer.backend for layer in dn_layers(check_model(variant.cfg)).values()}
+                for name, variant in found.items()}
+    assert next(iter(found)) == 'dnb-reference' and 'dnb-torch' in found
+    assert backends == {name: {name.removeprefix('dnb-')} for name in found}
+    assert ('dnb-cpp' in found) == (compiled_kernels() is not None
+                                    and not torch.cuda.is_available())
 
 
 @pytest.mark.slow
