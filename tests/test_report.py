@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dn_mmdet import report
+from dn_mmdet import report, results
 from dn_mmdet.preflight import ConfigError
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
@@ -18,7 +18,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
 
 def test_an_interval_is_that_of_students_t(close=math.isclose):
     values = [0.31, 0.35, 0.30, 0.37, 0.33]
-    found = report.interval(values)
+    found = results.interval(values)
     low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
     assert found.n == 5 and close(found.mean, np.mean(values))
     assert close(found.low, low) and close(found.high, high)
@@ -26,19 +26,19 @@ def test_an_interval_is_that_of_students_t(close=math.isclose):
 
 def test_an_interval_by_hand():
     # sd = 1, n = 4: half width t(0.975, 3) / 2 = 3.1824 / 2
-    found = report.interval([-1.2247448714, 0, 0, 1.2247448714])
+    found = results.interval([-1.2247448714, 0, 0, 1.2247448714])
     assert found.mean == pytest.approx(0)
     assert found.high == -found.low == pytest.approx(1.59122, abs=1e-4)
 
 
 def test_of_one_value_there_is_no_interval_and_of_none_no_mean():
-    assert report.interval([0.5]) == (1, 0.5, None, None)
-    assert report.interval([]) == (0, None, None, None)
+    assert results.interval([0.5]) == (1, 0.5, None, None)
+    assert results.interval([]) == (0, None, None, None)
 
 
 def test_a_paired_difference_is_that_of_scipys_paired_test():
     values, baseline = [0.41, 0.44, 0.40, 0.46], [0.40, 0.41, 0.40, 0.42]
-    found, p = report.paired(dict(enumerate(values)), dict(enumerate(baseline)))
+    found, p = results.paired(dict(enumerate(values)), dict(enumerate(baseline)))
     test = stats.ttest_rel(values, baseline)
     assert p == pytest.approx(test.pvalue)
     assert found.mean == pytest.approx(0.02)
@@ -46,9 +46,9 @@ def test_a_paired_difference_is_that_of_scipys_paired_test():
 
 
 def test_a_seed_without_its_partner_is_no_pair_and_equal_differences_have_no_p():
-    found, p = report.paired({0: 2., 1: 3., 7: 100.}, {0: 1., 1: 2., 8: -100.})
+    found, p = results.paired({0: 2., 1: 3., 7: 100.}, {0: 1., 1: 2., 8: -100.})
     assert found == (2, 1., 1., 1.) and p is None
-    found, p = report.paired({0: 2.}, {0: 1.})
+    found, p = results.paired({0: 2.}, {0: 1.})
     assert found == (1, 1., None, None) and p is None
 
 
@@ -102,13 +102,13 @@ def grid(tmp_path):
 
 
 def test_the_table_holds_mean_interval_paired_difference_and_cost(grid):
-    table = report.summarise(report.read([grid]), 'zbn')
+    table = results.summarise(results.read([grid]), 'zbn')
     assert len(table) == 6
     bn, dnb = (next(row for row in table if row['config'] == name and row['lr'] == 0.01)
                for name in ('zbn', 'dnb'))
     assert (bn['seeds'], bn['mean']) == (3, pytest.approx(0.31))
     assert bn['difference'] is None and bn['p'] is None
-    expected = report.interval([0.02, 0.03, 0.04])
+    expected = results.interval([0.02, 0.03, 0.04])
     assert dnb['difference'] == pytest.approx(expected.mean)
     assert dnb['difference_low'] == pytest.approx(expected.low)
     assert dnb['p'] == pytest.approx(stats.ttest_rel([.32, .34, .36], [.30, .31, .32]).pvalue)
@@ -132,10 +132,10 @@ def test_all_files_are_written_and_rows_read_back_give_the_same_table(grid, tmp_
                  'scale_shift'):
         assert (out / f'{name}.png').stat().st_size > 5000
         assert f'{name}.png' in (out / 'report.md').read_text()
-    assert report.read_rows(out / 'runs.csv') == written.rows
+    assert results.read_rows(out / 'runs.csv') == written.rows
     assert len(written.rows) == 18
     kept = ('config', 'lr', 'seeds', 'mean', 'low', 'difference', 'difference_high', 'p')
-    tables = [report.summarise(report.read([source]), 'zbn')
+    tables = [results.summarise(results.read([source]), 'zbn')
               for source in (grid, out / 'runs.csv')]
     by_lr = [{(row['config'], row['lr']): [row[key] for key in kept] for row in table}
              for table in tables]
@@ -143,7 +143,7 @@ def test_all_files_are_written_and_rows_read_back_give_the_same_table(grid, tmp_
 
 
 def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
-    figures = report.figures(report.read([grid]), 'zbn')
+    figures = report.figures(results.read([grid]), 'zbn')
     panel, = figures['metric_vs_lr'][1]
     line = next(line for line in panel.lines if line.name == 'dnb')
     assert line.x == [0.01, 0.04] and line.y == pytest.approx([0.34, 0.34])
@@ -167,7 +167,7 @@ def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
     store(tmp_path, 'dnb', 1, status='failed')
     store(tmp_path, 'dnb', 2, status='unfinished')
     store(tmp_path, 'wide', 0, different=['model.backbone.widen_factor: 1.0 and 1.3'])
-    head = '\n'.join(report.notes(report.read([tmp_path])))
+    head = '\n'.join(report.notes(results.read([tmp_path])))
     for text in ('1 of 8 runs unfinished: dnb (lr 0.01, batch 8, seed 2)',
                  '1 of 8 runs failed: dnb (lr 0.01, batch 8, seed 1)',
                  '1 of 8 runs diverged: bn (lr 0.01, batch 8, seed 3)',
@@ -181,7 +181,7 @@ def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
 def test_a_clean_report_has_no_head(tmp_path):
     store(tmp_path, 'bn', 0)
     store(tmp_path, 'dnb', 0)
-    assert report.notes(report.read([tmp_path])) == []
+    assert report.notes(results.read([tmp_path])) == []
 
 
 def test_a_diverged_run_counts_as_diverged_and_in_no_mean(tmp_path):
@@ -191,15 +191,15 @@ def test_a_diverged_run_counts_as_diverged_and_in_no_mean(tmp_path):
     store(tmp_path, 'dnb', 1, status='diverged')
     written = report.write([tmp_path], tmp_path / 'report')
     assert [row['status'] for row in written.rows].count('diverged') == 1
-    row = report.summarise(report.read([tmp_path]), 'bn')[1]
+    row = results.summarise(results.read([tmp_path]), 'bn')[1]
     assert (row['seeds'], row['diverged'], row['mean'], row['pairs']) == (1, 1, 0.5, 1)
 
 
 def test_another_metric_can_be_chosen(tmp_path):
     store(tmp_path)
-    assert report.read([tmp_path])[0].row['value'] == 0.3
-    assert report.read([tmp_path], 'coco/cat_precision')[0].row['value'] == 0.4
-    assert report.read([tmp_path], 'coco/owl_precision')[0].row['value'] is None
+    assert results.read([tmp_path])[0].row['value'] == 0.3
+    assert results.read([tmp_path], 'coco/cat_precision')[0].row['value'] == 0.4
+    assert results.read([tmp_path], 'coco/owl_precision')[0].row['value'] is None
 
 
 def test_a_run_that_is_found_twice_counts_once_and_that_is_said(tmp_path):
@@ -212,24 +212,24 @@ def test_a_run_that_is_found_twice_counts_once_and_that_is_said(tmp_path):
 
 def test_rows_are_merged_into_a_file_without_losing_those_of_other_runs(tmp_path):
     path = tmp_path / 'docs' / 'runs.csv'
-    rows = [run.row for run in report.read([store(tmp_path, seed=seed).parent.parent
+    rows = [run.row for run in results.read([store(tmp_path, seed=seed).parent.parent
                                             for seed in (0, )])]
-    report.merge_rows(path, rows)
+    results.merge_rows(path, rows)
     other = dict(rows[0], seed=5, question='another, with a comma')
-    report.merge_rows(path, [other])
+    results.merge_rows(path, [other])
     better = dict(rows[0], value=0.9)
-    report.merge_rows(path, [better])
-    assert report.read_rows(path) == [better, other]
+    results.merge_rows(path, [better])
+    assert results.read_rows(path) == [better, other]
     (tmp_path / 'wrong.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ConfigError, match='expected the columns question, data'):
-        report.read_rows(tmp_path / 'wrong.csv')
+        results.read_rows(tmp_path / 'wrong.csv')
 
 
 def test_sources_without_runs_are_told(tmp_path):
     with pytest.raises(ConfigError, match='holds no runs'):
-        report.read([tmp_path])
+        results.read([tmp_path])
     with pytest.raises(ConfigError, match='expected a folder'):
-        report.read([tmp_path / 'absent'])
+        results.read([tmp_path / 'absent'])
 
 
 def test_the_page_needs_nothing_from_elsewhere(grid, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dn_mmdet import command_line, compare, preflight, presets, report
+from dn_mmdet import command_line, compare, preflight, presets, report, results
 
 
 def parse(argv):
@@ -38,7 +38,7 @@ def parse(argv):
                         help='runs at once (default: one per CPU core, or one per GPU)')
     parser.add_argument('--question', default='', help='what is asked, for the table')
     parser.add_argument('--metric', help='metric to report, as the log names it (default: '
-                        f'{" or ".join(report.METRICS)})')
+                        f'{" or ".join(results.METRICS)})')
     parser.add_argument('--csv', type=Path, help='also put the rows into this file, in which '
                         'rows of other runs stay')
     parser.add_argument('--commit', help='of the code, for the table, where git cannot tell')
@@ -112,7 +112,7 @@ def main(argv=None):
             folders = [run.folder for run in runs]
         written = report.write(folders, args.out / 'report', args.metric, args.baseline)
         if args.csv:
-            report.merge_rows(args.csv, written.rows)
+            results.merge_rows(args.csv, written.rows)
     for name, text in failures.items():
         console.print(f'\n{name} failed: {text}', markup=False, soft_wrap=True)
     console.print(written.text, markup=False, soft_wrap=True)
