@@ -38,6 +38,18 @@ def test_autocast_keeps_the_dtype_and_the_precision(cls, inputs, dtype, close):
 
 
 @variants
+@pytest.mark.parametrize('backend', ['torch', 'auto'])
+def test_autocast_narrows_nothing_inside_a_layer(cls, inputs, backend):
+    layer = awake(cls(8, inputs=inputs, backend=backend))
+    other, x = copy.deepcopy(layer), torch.randn(4, 8, 5, 5)
+    layer(x).square().sum().backward()
+    with torch.autocast('cpu', torch.bfloat16):  # around the backward pass too
+        other(x).square().sum().backward()
+    for (name, p), q in zip(layer.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+@variants
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_models(cls, inputs, dtype, close):
     layer, exact = pair(cls, inputs, dtype)

@@ -536,6 +536,8 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
                               outs + 2 * r * channels, ws, bs, channels,
                               small.bound, douts + 2 * r * channels, dper_sigma,
                               db);
+    // bfloat16 products would lose what the statistics kept.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     dw_out = at::mm(dout.t(), hidden);
     db_out = dout.sum(0);
     Tensor du = at::mm(dout, norm.w_out).masked_fill_(hidden.eq(0), 0);
