@@ -131,14 +131,14 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
+        if call.running is not None:  # they may have moved when backward comes
+            call = call._replace(running=tuple(t.clone() for t in call.running))
         m, v = ops.moments(x)
         if _small_part_is_fused(call):
             small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
             small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
                                   (w, b, *sc_parameters))
-        if call.running is not None:  # they may have moved when backward comes
-            call = call._replace(running=tuple(t.clone() for t in call.running))
         ctx.save_for_backward(x, w, b, *sc_parameters)
         ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
         return ops.affine(x, m, small.a, small.c)

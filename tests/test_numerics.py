@@ -313,3 +313,20 @@ def test_a_checkpointed_layer_is_computed_twice_as_batch_norm_is(backend, moment
     assert layer.num_batches_tracked == bn.num_batches_tracked == 2
     close(layer.running_mean, bn.running_mean)
     close(layer.running_var, bn.running_var)
+
+
+@variants
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
+def test_running_statistics_may_move_between_forward_and_backward(cls, inputs, backend, close):
+    layer = awake(cls(8, inputs=inputs, backend=backend, dtype=torch.float64)).eval()
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    wanted = (x, *dict(layer.named_parameters()).values())
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    loss = layer(x).square().sum()
+    if backend != 'reference':  # plain autograd refuses to go on
+        layer.bn.running_mean.add_(1)
+        layer.bn.running_var.mul_(2)
+    for actual, value in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
+        close(actual, value)
