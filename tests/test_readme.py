@@ -1,4 +1,5 @@
 """What the README claims in code and in numbers holds."""
+import csv
 import re
 from pathlib import Path
 
@@ -64,3 +65,31 @@ def test_parameters_and_mult_adds_are_as_stated():
     counted = mult_adds(model, lambda: model(torch.randn(1, 3, 224, 224)))
     share = counted['SC'] / (counted['convolutions'] + counted['linears'])
     assert f'SC adds {share:.2%} Mult-Adds'.replace('%', ' %') in README
+
+
+# Rows of the speed table: part, task, batch, measure and unit of the benchmark's rows.
+SPEED = {
+    'train step, batch 8': ('detector', 'train', '8', 'time', 'of BN'),
+    'inference, batch 8': ('detector', 'inference', '8', 'time', 'of BN'),
+    'inference, batch 1': ('detector', 'inference', '1', 'time', 'of BN'),
+    'inference, batch 8, against BN folded into the convolutions': (
+        'detector', 'inference', '8', 'time', 'of BN folded'),
+    'inference, batch 1, against BN folded into the convolutions': (
+        'detector', 'inference', '1', 'time', 'of BN folded'),
+    'the 76 layers alone, forward + backward, geometric mean': (
+        'layers', 'train', '8', 'time', 'of BN'),
+    'bytes saved for backward': ('layers', 'train', '8', 'bytes saved', 'of BN')}
+
+
+def test_the_speed_table_is_the_benchmarks():
+    with open(ROOT / 'docs' / 'results' / 'benchmark_cpu.csv', newline='') as file:
+        measured = {tuple(row[key] for key in ('part', 'task', 'batch', 'measure', 'unit',
+                                               'norm', 'backend')): row
+                    for row in csv.DictReader(file) if row['part'] != 'layer'}
+    for label, key in SPEED.items():
+        cells = re.search(rf'^\| {re.escape(label)} \|(.+)\|$', README, re.M).group(1)
+        for cell, backend in zip(cells.split('|'), ('cpp', 'torch', 'reference'), strict=False):
+            row = measured[*key, 'DNB', backend]
+            expected = [row['median']] if label.startswith('bytes') else [
+                row['median'], row['q10'], row['q90']]
+            assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
