@@ -31,6 +31,7 @@ def step(model, run, x):
     return y, gradients, dict(model.named_buffers())
 
 
+@pytest.mark.shows('`torch.compile(fullgraph=True)`, `torch.export`')
 @pytest.mark.slow
 @pytest.mark.parametrize('training', [True, False])
 def test_compile_makes_one_graph_of_a_detector(detector, training, close):
@@ -79,6 +80,7 @@ class Tensors(nn.Module):
         return self.detector(x, mode='tensor')
 
 
+@pytest.mark.shows('`torch.compile(fullgraph=True)`, `torch.export`')
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
 def test_export_keeps_a_detector_through_a_file_for_any_batch(detector, tmp_path, close):

@@ -178,6 +178,7 @@ def test_a_batch_norm_checkpoint_loads_into_the_converted_model(close):
     close(model.eval()(x), source.eval()(x))
 
 
+@pytest.mark.shows('copies and pickles')
 def test_a_converted_model_can_be_pickled_and_copied(close):
     model = awake(convert_norm(small_net().eval(), 'DNB'))
     x = torch.randn(2, 3, 9, 7)
@@ -185,6 +186,7 @@ def test_a_converted_model_can_be_pickled_and_copied(close):
         close(twin(x), model(x))
 
 
+@pytest.mark.shows('conversion of mmdet, torchvision and timm models: the output stays')
 @pytest.mark.parametrize('build, shape', [
     (torchvision.models.mobilenet_v2, (2, 3, 64, 64)),
     (torchvision.models.resnet18, (2, 3, 64, 64)),
@@ -218,6 +220,7 @@ def test_a_frozen_batch_norm_stays_frozen_inside(close):
     assert_same_outputs(before, twin, torch.randn(4, 3, 9, 7), close=close)
 
 
+@pytest.mark.shows('conversion of mmdet, torchvision and timm models: the output stays')
 @pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'mobilenetv3_small_050',
                                   'resnetv2_50x1_bit', 'regnety_002'])
 def test_timm_models(name, close):

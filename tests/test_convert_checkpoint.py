@@ -39,6 +39,7 @@ def test_a_backbones_weights(tmp_path, close, capsys):
     close(model(x), source(x))
 
 
+@pytest.mark.shows('BatchNorm checkpoints')
 def test_a_detectors_checkpoint_by_its_config(tmp_path, close):
     source = detector(write_config(tmp_path, 'BN'))
     content = dict(meta=dict(epoch=3, cfg='of BN'), state_dict=source.state_dict(),

@@ -121,6 +121,8 @@ CASES = [
 ]
 
 
+@pytest.mark.shows("synchronised statistics: "
+                   "`SyncDNB`, torch's and mmengine's conversion, RTMDet's own")
 @pytest.mark.parametrize('sizes', [(4, 4), (5, 3), (1, 7), (8, 0), (0, 8)])
 @pytest.mark.parametrize('cls, convert, kwargs', CASES)
 def test_training(two_processes, sizes, cls, convert, kwargs, close):
@@ -197,6 +199,7 @@ def ddp_training(rank, kwargs, broadcast_buffers, accumulate):
     return net.state_dict()
 
 
+@pytest.mark.shows('DDP, buffers broadcast or not, accumulated gradients')
 @pytest.mark.parametrize('kwargs', [dict(), dict(bn_requires_grad=False)])
 @pytest.mark.parametrize('broadcast_buffers', [True, False])
 @pytest.mark.parametrize('accumulate', [1, 2])
@@ -256,6 +259,8 @@ def rtmdet(rank, norm):
                 inner=sorted({type(m.bn).__name__ for m in norms}))
 
 
+@pytest.mark.shows("synchronised statistics: "
+                   "`SyncDNB`, torch's and mmengine's conversion, RTMDet's own")
 def test_rtmdets_use_syncbn_keeps_dnb(two_processes):
     results = two_processes(rtmdet, 'DNB')
     for result in results:

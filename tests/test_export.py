@@ -111,6 +111,7 @@ def test_the_batch_norm_twin_is_the_same_detector_without_sc(tmp_path, close):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.shows('ONNX')
 @with_extra
 @pytest.mark.slow
 @pytest.mark.parametrize('build', [ssdlite, retinanet])

@@ -60,6 +60,7 @@ def layers_of(model):
 
 class TestFusing:
 
+    @pytest.mark.shows('`fuse_conv_bn` and `efficient_conv_bn_eval` leave it alone')
     @norms
     def test_fuse_conv_bn_leaves_it_alone(self, norm):
         model, x = two_blocks(norm).eval(), images()
@@ -84,6 +85,7 @@ class TestFusing:
         x = images()
         assert not torch.allclose(fuse_conv_bn(copy.deepcopy(model))(x), model(x))
 
+    @pytest.mark.shows('`fuse_conv_bn` and `efficient_conv_bn_eval` leave it alone')
     @norms
     @pytest.mark.parametrize('training', [True, False])
     def test_efficient_conv_bn_eval_of_conv_module(self, norm, training, close):
@@ -291,6 +293,7 @@ class TestInitialisation:
         assert net(images(96, num=2).float())[-1].isfinite().all()
 
 
+@pytest.mark.shows('gradient checkpointing, `with_cp=True`')
 def test_with_cp_gives_the_same_gradients(close):
     """A backbone's option that computes blocks anew in the backward pass (re-entrant)."""
     model = awake(ResNet(18, base_channels=8, with_cp=True, norm_eval=False,
@@ -342,6 +345,7 @@ class TestAveraging:
                 averaged = update_buffers or 'running' not in name
                 close(got[name], 0.75 * start[name] + 0.25 * value if averaged else value)
 
+    @pytest.mark.shows('averaged weights: EMAHook, SWA')
     def test_ema_hook_swaps_everything_for_validation(self, close):
         model = two_blocks()
         runner = SimpleNamespace(model=model, iter=0, max_iters=2)
@@ -365,6 +369,7 @@ class TestAveraging:
         hook.before_save_checkpoint(runner, checkpoint)
         assert any('.sc.w_out' in name for name in checkpoint['ema_state_dict'])
 
+    @pytest.mark.shows('averaged weights: EMAHook, SWA')
     @norms
     def test_swa_update_bn_recomputes_the_running_statistics(self, norm, close):
         model = two_blocks(norm)
@@ -391,6 +396,7 @@ class TestBatchNormCheckpoint:
     def twins(self):
         return two_blocks('BN').eval(), two_blocks('DNB').eval()
 
+    @pytest.mark.shows('BatchNorm checkpoints')
     def test_loads_strictly_and_is_batch_norm(self, twins, close):
         bn, dn = twins
         state = bn.state_dict()

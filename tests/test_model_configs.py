@@ -57,6 +57,7 @@ def test_a_config_differs_from_its_parent_in_nothing_but_the_norm(name):
     assert bare(cfg.to_dict()) == bare(parent.to_dict())
 
 
+@pytest.mark.shows('training by config and by `--norm`')
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.slow] if name.startswith('mask') else [])
     for name in PARENTS])

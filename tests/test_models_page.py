@@ -1,4 +1,4 @@
-"""docs/models.md: its code runs, and every claim names a test that exists."""
+"""docs/models.md: its code runs."""
 import re
 from pathlib import Path
 
@@ -18,10 +18,3 @@ def test_the_code_runs_and_gives_dnb(tmp_path, monkeypatch):
     model = names['model']
     assert type(model.bn1).__name__ == 'DNB'
     assert type(model.layer1[0].bn1).__name__ == 'BatchNorm2d'
-
-
-def test_every_claim_is_shown_by_a_test():
-    claims = re.findall(r'`(test_\w+\.py)::(test_\w+)`', PAGE)
-    assert len(claims) > 20
-    for file, name in claims:
-        assert f'def {name}(' in (TESTS / file).read_text(), f'{file}::{name}'

@@ -19,6 +19,7 @@ def pair(cls, inputs='raw', dtype=torch.float32, **kwargs):
     return layer, copy.deepcopy(layer).double()
 
 
+@pytest.mark.shows('mixed precision, float16 and bfloat16')
 @variants
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast_keeps_the_dtype_and_the_precision(cls, inputs, dtype, close):
@@ -75,6 +76,7 @@ def test_mixed_precision_like_batch_norm(cls):
     torch.testing.assert_close(layer(x), bn(x))
 
 
+@pytest.mark.shows('mixed precision, float16 and bfloat16')
 @variants
 @pytest.mark.parametrize('training', [True, False])
 def test_large_activations_do_not_overflow_float16(cls, inputs, training):
@@ -163,6 +165,7 @@ def test_an_empty_batch_follows_torch(cls, shape, kwargs, close):
     assert layer.eval()(x).shape == shape
 
 
+@pytest.mark.shows('channels_last')
 @variants
 def test_channels_last_gives_the_same(cls, inputs, close):
     layer, twin = (pair(cls, inputs)[1] for _ in range(2))
@@ -233,6 +236,7 @@ def test_a_second_forward_before_the_backward(cls, inputs, close):
         close(got, one + two)
 
 
+@pytest.mark.shows('gradient checkpointing, `with_cp=True`')
 @pytest.mark.parametrize('use_reentrant', [True, False])
 @variants
 def test_gradient_checkpointing(cls, inputs, use_reentrant, close):

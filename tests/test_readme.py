@@ -3,6 +3,7 @@ import csv
 import re
 from pathlib import Path
 
+import claims
 import torch
 import torch.nn.functional as F
 from conftest import awake
@@ -93,3 +94,8 @@ def test_the_speed_table_is_the_benchmarks():
             expected = [row['median']] if label.startswith('bytes') else [
                 row['median'], row['q10'], row['q90']]
             assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
+
+
+def test_what_works_is_the_table_of_the_tests_that_show_it():
+    assert len(claims.claims()) > 10
+    assert claims.with_table(README) == README, 'python tests/claims.py writes the table anew'

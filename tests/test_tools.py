@@ -127,6 +127,7 @@ def test_overwrite_replaces_the_checkpoints_and_nothing_else(user):
     assert (user / 'work' / 'notes.txt').read_text() == 'mine'
 
 
+@pytest.mark.shows('resuming a training')
 @pytest.mark.slow
 def test_a_killed_training_resumes_and_gives_what_an_uninterrupted_one_gives(tmp_path):
     make_coco(tmp_path, num_images=30)

@@ -62,6 +62,7 @@ def test_what_cannot_be_done_is_one_message_and_writes_nothing(argv, message, tm
     assert re.search(message, error), error
 
 
+@pytest.mark.shows('training by config and by `--norm`')
 @pytest.mark.slow
 def test_trains_and_leaves_a_config_and_a_checkpoint_that_need_no_option(tmp_path):
     make_coco(tmp_path)

@@ -30,6 +30,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.shows('conversion of mmdet, torchvision and timm models: the output stays')
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SAMPLE)
 def test_a_sample_of_the_zoo(name):

@@ -1,0 +1,40 @@
+"""The README's table "What works with DN-B", made of the tests marked with what they show.
+
+    python tests/claims.py    # writes it anew
+"""
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / 'README.md'
+BEGIN, END = '<!-- written by tests/claims.py -->', '<!-- end -->'
+
+
+def claims() -> dict[str, list[str]]:
+    """{what works: [file::test, ...]}, by ``@pytest.mark.shows(what works)``."""
+    found = defaultdict(list)
+    for path in sorted(TESTS.glob('test_*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for mark in getattr(node, 'decorator_list', ()):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == 'pytest.mark.shows':
+                    found[ast.literal_eval(mark.args[0])].append(f'{path.name}::{node.name}')
+    return found
+
+
+def table() -> str:
+    found = claims()
+    rows = [f'| {what} | {", ".join(f"`{test}`" for test in found[what])} |'
+            for what in sorted(found, key=lambda what: what.strip('`').lower())]
+    return '\n'.join(('| what | shown by, in `tests/` |', '|---|---|', *rows))
+
+
+def with_table(page: str) -> str:
+    """A page with the table anew between its two marks."""
+    before, after = re.split(f'(?s){BEGIN}.*?{END}', page)
+    return f'{before}{BEGIN}\n{table()}\n{END}{after}'
+
+
+if __name__ == '__main__':
+    README.write_text(with_table(README.read_text()))
