@@ -10,7 +10,7 @@ from .sc import SC, check_choices, in_dtype_of, no_autocast
 
 CHOICES = dict(statistics=('both', 'mean', 'std'), outputs=('both', 'scale', 'shift'),
                squash=('tanh', 'sigmoid'), hidden=('plain', 'normalized', 'channelwise'),
-               init=('zero', 'default'))
+               init=('zero', 'default'), gradient=('full', 'stopped'))
 
 
 class VariantSC(SC):
@@ -26,6 +26,8 @@ class VariantSC(SC):
             of a channel are linear, without bias, in its own statistics.
         init (str): ``'zero'``, or ``'default'``: the last linear starts as torch's
             ``nn.Linear`` does, and a fresh layer is not BatchNorm.
+        gradient (str): ``'full'``, or ``'stopped'``: none flows from scale and shift back
+            into the statistics that they were made from.
 
     Raises:
         ValueError: an argument is out of range.
@@ -35,9 +37,9 @@ class VariantSC(SC):
 
     def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw', bound=0.5,
                  device=None, dtype=None, statistics='both', outputs='both', squash='tanh',
-                 hidden='plain', init='zero'):
+                 hidden='plain', init='zero', gradient='full'):
         choices = dict(statistics=statistics, outputs=outputs, squash=squash, hidden=hidden,
-                       init=init)
+                       init=init, gradient=gradient)
         check_choices(choices, CHOICES)
         self.choices = choices
         if hidden == 'channelwise':
@@ -65,6 +67,8 @@ class VariantSC(SC):
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         given = {'both': (mean, std), 'mean': (mean, ), 'std': (std, )}[
             self.choices['statistics']]
+        if self.choices['gradient'] == 'stopped':
+            given = [statistic.detach() for statistic in given]
         with no_autocast(mean.device.type):
             if self.choices['hidden'] == 'channelwise':
                 w_out, = in_dtype_of(mean, (self.w_out, ))

@@ -55,6 +55,25 @@ def fair_controls(bn, seeds, lr_factors, batches, epochs):
     return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
 
 
+def dnc_failure(bn, seeds, lr_factors, batches, epochs):
+    """DN-C, and DN-C without one of what may keep it from training.
+
+    The gap between training and evaluation (batch statistics in both), the feedback from
+    scale and shift into the statistics (no gradient through them), the size of its outputs,
+    the noise of a batch (4 times as large, at the rate in proportion).
+    """
+    variants = [bn, _swapped(bn, 'dnb', 'DNB'), _swapped(bn, 'dnc', 'DNC'),
+                _with_norm(bn, 'dnc-batch-statistics',
+                           lambda node: dict(node, type='DNC', track_running_stats=False),
+                           imports=['dn_mmdet']),
+                _swapped(bn, 'dnc-no-feedback', 'DNC', variant=dict(gradient='stopped')),
+                _swapped(bn, 'dnc-bound-0.1', 'DNC', bound=0.1),
+                _swapped(bn, 'dnc-unbounded', 'DNC', bound=None)]
+    points = product(variants, seeds, lr_factors or [1.], [None], epochs)
+    large = batches or [4 * bn.cfg.train_dataloader.batch_size]
+    return points + product([bn, variants[2]], seeds, lr_factors or [1.], large, epochs)
+
+
 def backends(bn, seeds, lr_factors, batches, epochs):
     """DN-B in each backend that runs here: curves that part say that one of them is wrong."""
     fused = ['torch', 'triton'] if torch.cuda.is_available() else ['torch']
@@ -66,7 +85,7 @@ def backends(bn, seeds, lr_factors, batches, epochs):
 
 
 PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls,
-           'backends': backends}
+           'dnc-failure': dnc_failure, 'backends': backends}
 
 
 def _swapped(bn, name, norm, **args):

@@ -73,6 +73,14 @@ def test_channelwise_by_hand():
     assert (g.item(), h.item()) == (31., -1.5)
 
 
+def test_a_stopped_gradient_leaves_sc_to_train_and_the_statistics_alone():
+    mean, std = (t.requires_grad_() for t in torch.rand(2, 4, 16).unbind())
+    sc = awake(VariantSC(16, gradient='stopped'))
+    sum(out.sum() for out in sc(mean, std)).backward()
+    assert mean.grad is None and std.grad is None
+    assert all(parameter.grad.any() for parameter in sc.parameters())
+
+
 def test_default_init_does_not_start_at_batch_norm():
     layer = DNB(16, variant=dict(init='default'))
     limit = layer.sc.w_out.shape[1]**-0.5

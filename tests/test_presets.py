@@ -74,6 +74,23 @@ def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
         assert norm_cfg == dict(type='DNB', eps=0.001, momentum=0.03, **changed)
 
 
+def test_dnc_loses_one_suspect_at_a_time(bn):
+    points = grid('dnc-failure', bn, seeds=[0])
+    checked = check(points)  # only norms differ
+    layers = {name: dn_layers(check_model(variant.cfg))
+              for name, variant in variants(checked).items()}
+    assert {name: {type(layer) for layer in found.values()} for name, found in layers.items()} \
+        == {'tiny_bn': set(), 'dnb': {DNB}, **{name: {DNC} for name in (
+            'dnc', 'dnc-batch-statistics', 'dnc-no-feedback', 'dnc-bound-0.1',
+            'dnc-unbounded')}}
+    first = {name: next(iter(found.values()), None) for name, found in layers.items()}
+    assert first['dnc'].track_running_stats
+    assert not first['dnc-batch-statistics'].track_running_stats
+    assert first['dnc-no-feedback'].sc.choices['gradient'] == 'stopped'
+    assert first['dnc-unbounded'].sc.bound is None
+    assert {(p.variant.name, p.batch) for p in points if p.batch} == {('tiny_bn', 8), ('dnc', 8)}
+
+
 def test_backends_are_all_that_run_here_and_nothing_else_differs(bn):
     found = variants(grid('backends', bn))
     backends = {name: {layer.backend for layer in dn_layers(check_model(variant.cfg)).values()}
