@@ -144,8 +144,9 @@ def report(rows, command, total, left_out=()) -> str:
         _table(('result', 'detectors'), [(status, len(by_status[status]))
                                          for status in by_status]),
         "**pass**: it is built, gives BatchNorm's output (the largest difference, over the "
-        'largest value, is in the column "difference"), trains one step with finite losses and '
-        'an SC that moves, and predicts. **not applicable**: it has no BatchNorm, or fails with '
+        'largest value, is in the column "difference", in float64 where a rounding of float32 '
+        'tips a comparison that the detector makes), trains one step with finite losses and an '
+        'SC that moves, and predicts. **not applicable**: it has no BatchNorm, or fails with '
         'BatchNorm as well.',
         '## fail', _by_reason(by_status[FAIL]),
         '## not applicable', _by_reason(by_status[NOT_APPLICABLE]),
