@@ -276,10 +276,10 @@ def _branches(data):
 
 
 def train_step(model, data) -> dict:
-    """One step of SGD; the losses as numbers."""
+    """One step of SGD, which fails where gradients are not finite; the losses as numbers."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1))
+    wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1, error_if_nonfinite=True))
     if isinstance(model, SemiBaseDetector):
         data = _branches(data)
     model.train()  # some return nothing
