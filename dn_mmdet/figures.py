@@ -168,7 +168,7 @@ def _draw_panel(axes, panel):
                           yerr=[np.subtract(middle, low), np.subtract(high, middle)],
                           color=drawn[0].get_color())
         else:
-            drawn = axes.plot(line.x, line.y, label=line.name)
+            drawn = axes.plot(line.x, line.y, 'o' if len(line.x) == 1 else '-', label=line.name)
             axes.fill_between([line.x[i] for i in banded], low, high, alpha=0.2,
                               color=drawn[0].get_color())
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y,
@@ -226,4 +226,5 @@ def _traces(go, line, panel, colour, shown):
                          + [line.low[i] for i in banded][::-1], fill='toself', opacity=0.2,
                          fillcolor=colour, mode='none', hoverinfo='skip', showlegend=False,
                          legendgroup=line.name)
-    yield go.Scatter(x=line.x, y=line.y, name=line.name, mode='lines', showlegend=shown, **group)
+    yield go.Scatter(x=line.x, y=line.y, name=line.name, showlegend=shown,
+                     mode='markers' if len(line.x) == 1 else 'lines', **group)

@@ -17,6 +17,7 @@ from mmdet.models.detectors import SemiBaseDetector
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
@@ -257,7 +258,7 @@ def example(model, cfg, size) -> dict:
     segments = "'with_seg': True" in pipelines or 'LoadPanopticAnnotations' in pipelines
     data = demo_mm_inputs(
         2, image_shapes=(3, size, size), num_items=[3, 2], num_classes=max(num_classes, 2),
-        with_mask=True, with_semantic=segments,
+        with_mask="'with_mask': True" in pipelines, with_semantic=segments,
         sem_seg_output_strides=8 if 'SegRescale' in pipelines else 1, use_box_type=True)
     boxes = torch.tensor([[0, 0, size / 2, size / 2], [size / 4, size / 4, size, size]])
     for sample in data['data_samples']:
@@ -282,6 +283,8 @@ def train_step(model, data) -> dict:
     wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1, error_if_nonfinite=True))
     if isinstance(model, SemiBaseDetector):
         data = _branches(data)
+    for counter in ('epoch', 'iter'):  # a runner tells; TOOD and BoxInst ask
+        MessageHub.get_current_instance().update_info(counter, 0)
     model.train()  # some return nothing
     losses = model.train_step(data, wrapper)
     return {name: float(value.detach()) for name, value in losses.items()}
