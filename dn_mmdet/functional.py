@@ -173,7 +173,7 @@ class _Coefficients:
                                            strict=True)]
         # This graph keeps its tensors: under gradient checkpointing they would be computed
         # anew, with all of the layer, once for this graph and once for the outer one.
-        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), saved_tensors_hooks(_detached, _as_it_is):
             a, c, *observed = coefficients(call, *self.leaves[:2], x, *self.leaves[2:4],
                                            dict(zip(names, self.leaves[4:], strict=True)))
         update_running_averages(call.bn, *observed)
@@ -190,6 +190,10 @@ class _Coefficients:
             return None, None, *rest
         p = torch.zeros_like(dm) if dv is None else dv * (2 / self.size)
         return p, (dm - self.a * dc) / self.size, *rest
+
+
+def _detached(tensor):
+    return tensor.detach()  # an operator that keeps its own output would keep itself alive
 
 
 def _as_it_is(tensor):

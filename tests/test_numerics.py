@@ -1,6 +1,9 @@
 """Precision, odd shapes, and everything that autograd and torch do around a layer."""
 import copy
+import gc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import awake
@@ -334,3 +337,22 @@ def test_running_statistics_may_move_between_forward_and_backward(cls, inputs, b
         layer.bn.running_var.mul_(2)
     for actual, value in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
         close(actual, value)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(momentum=None), dict(variant=dict(hidden='normalized'))], ids=str)
+@pytest.mark.parametrize('cls', [DNB, DNC])
+@pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
+@pytest.mark.parametrize('through', ['backward', 'forward'])
+def test_a_step_leaves_no_memory_behind(cls, kwargs, backend, through):
+    layer = awake(cls(8, backend=backend, **kwargs))
+    memory = [np.random.default_rng(0).normal(size=shape).astype(np.float32)
+              for shape in ((4, 8, 5, 5), (16, 8))]
+    alive = [weakref.ref(each) for each in memory]  # as long as a tensor or a graph uses it
+    x, layer.sc.w_out.data = map(torch.from_numpy, memory)
+    y = layer(x.requires_grad_())
+    if through == 'backward':
+        y.sum().backward()
+    del memory, x, y, layer
+    gc.collect()  # the layer's own
+    assert [each() for each in alive] == [None, None]
