@@ -255,10 +255,11 @@ def example(model, cfg, size) -> dict:
               if isinstance(getattr(module, 'num_things_classes', None), int)]
     num_classes = min(things or [number for number in classes if number > 1] or [1])
     pipelines = str(cfg)
-    segments = "'with_seg': True" in pipelines or 'LoadPanopticAnnotations' in pipelines
+    panoptic = 'LoadPanopticAnnotations' in pipelines
+    segments = "'with_seg': True" in pipelines or panoptic
     data = demo_mm_inputs(
         2, image_shapes=(3, size, size), num_items=[3, 2], num_classes=max(num_classes, 2),
-        with_mask="'with_mask': True" in pipelines, with_semantic=segments,
+        with_mask="'with_mask': True" in pipelines or panoptic, with_semantic=segments,
         sem_seg_output_strides=8 if 'SegRescale' in pipelines else 1, use_box_type=True)
     boxes = torch.tensor([[0, 0, size / 2, size / 2], [size / 4, size / 4, size, size]])
     for sample in data['data_samples']:

@@ -58,13 +58,14 @@ def test_layers_alone_where_mmdet_is_missing(tmp_path):
         assert float(row['q10']) <= float(row['median']) <= float(row['q90'])
         assert row['device'] and row['torch'] == torch.__version__.partition('+')[0]
         assert len(row['commit']) >= 12 or row['commit'] == 'unknown'
-    shapes = benchmark.ssdlite_shapes(32)
+    shapes, fused = benchmark.ssdlite_shapes(32), benchmark.Setting('cpu').fused
+    variants = 2 + 2 * (len(fused) + 1)  # BN, GN; DN-B and DN-C, fused and reference
     timed = [row for row in rows if row['part'] == 'layer' and row['unit'] == 'of BN']
-    assert len(timed) == len(shapes) * 2 * 6  # train and inference of six variants
+    assert len(timed) == len(shapes) * 2 * variants  # train and inference
     assert all(float(row['median']) == 1 for row in timed if row['norm'] == 'BN')
     assert all(row['pairs'] == '2' for row in timed)
     whole = [row for row in rows if row['part'] == 'layers' and row['measure'] == 'time']
-    assert {row['layers'] for row in whole} == {'76'} and len(whole) == 12
+    assert {row['layers'] for row in whole} == {'76'} and len(whole) == 2 * variants
 
 
 def test_nothing_is_printed_or_written_without_parity(main, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import runpy
+import signal
 import sys
 import time
 from multiprocessing import forkserver
@@ -90,6 +91,7 @@ def _run(path, argv, cwd, log, file_size, environ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     os.chdir(cwd)
     os.environ.update(environ)
     if file_size is not None:
