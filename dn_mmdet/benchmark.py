@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .functional import compiled_kernels
+from .functional import fused_backends
 from .layers import DNB, DNC
 from .sc import SC
 
@@ -86,9 +86,7 @@ class Setting(NamedTuple):
 
     @property
     def fused(self):
-        if self.device == 'cuda':
-            return 'torch', 'triton'
-        return ('torch', 'cpp') if compiled_kernels() else ('torch', )
+        return fused_backends(self.device)
 
     @property
     def format(self):

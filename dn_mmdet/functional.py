@@ -323,6 +323,13 @@ def compiled_kernels():
         return None
 
 
+def fused_backends(device: str) -> tuple[str, ...]:
+    """Those that run on 'cpu' or 'cuda' here: what to hold against the reference, and to time."""
+    if device == 'cuda':
+        return 'torch', 'triton'
+    return ('torch', 'cpp') if compiled_kernels() else ('torch', )
+
+
 def _autograd_must_see(x):
     """Whether something looks at, or transforms, the operations one by one."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()

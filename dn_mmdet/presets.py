@@ -9,7 +9,7 @@ import torch
 
 from .compare import Variant, product
 from .convert import _norm_cfgs, _scope, swap_norm
-from .functional import compiled_kernels
+from .functional import fused_backends
 from .preflight import ConfigError, check_model
 
 # One factor at a time around the default SC; see `SC` and `VariantSC`.
@@ -76,9 +76,7 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
 
 def backends(bn, seeds, lr_factors, batches, epochs):
     """DN-B in each backend that runs here: curves that part say that one of them is wrong."""
-    fused = ['torch', 'triton'] if torch.cuda.is_available() else ['torch']
-    if compiled_kernels() and not torch.cuda.is_available():
-        fused.append('cpp')
+    fused = fused_backends('cuda' if torch.cuda.is_available() else 'cpu')
     variants = [_swapped(bn, f'dnb-{backend}', 'DNB', backend=backend)
                 for backend in ('reference', *fused)]
     return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)

@@ -144,8 +144,6 @@ def main(argv=None):
                 Console(highlight=False))
     except ChildFailed as error:
         parser.exit(1, f'{parser.prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{parser.prog}: interrupted; both trainings were ended\n')
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ def infer(x: Tensor, running, w, b, sc_parameters, *, eps, bound, standardized,
 
     None where x is not of the compiled kind.
     """
-    if not (_is_compiled(x) and x.is_contiguous()):
+    if not _is_compiled(x):
         return None
     return _infer(x, *running, w, b, sc_parameters, eps, bound, standardized, batch_shared)
 

@@ -234,13 +234,13 @@ struct Norm {
   Tensor w_in, b_in, w_out, b_out;
   double eps;
   std::optional<double> bound;
-  bool standardized, batch_shared;
+  bool standardized;
 
   Norm(const OptionalTensor& w, const OptionalTensor& b, const std::vector<Tensor>& sc, double eps,
-       std::optional<double> bound, bool standardized, bool batch_shared, at::ScalarType dtype)
+       std::optional<double> bound, bool standardized, at::ScalarType dtype)
       : w(as(w, dtype)), b(as(b, dtype)), w_in(as(sc[0], dtype)), b_in(as(sc[1], dtype)),
         w_out(as(sc[2], dtype)), b_out(as(sc[3], dtype)), eps(eps), bound(bound),
-        standardized(standardized), batch_shared(batch_shared) {}
+        standardized(standardized) {}
 
   static Tensor as(const Tensor& t, at::ScalarType dtype) {
     return t.scalar_type() == dtype && t.is_contiguous() ? t : t.to(dtype).contiguous();
@@ -384,12 +384,12 @@ std::vector<Tensor> coefficients(const Tensor& m, const Tensor& v, int64_t size,
                                  const std::vector<Tensor>& sc, double eps,
                                  std::optional<double> bound, bool standardized,
                                  bool batch_shared) {
-  const Norm norm(w, b, sc, eps, bound, standardized, batch_shared, m.scalar_type());
+  const Norm norm(w, b, sc, eps, bound, standardized, m.scalar_type());
   const int64_t samples = m.size(0), channels = m.size(1), rows = batch_shared ? 1 : samples;
   Tensor mu, var;
   if (running_mean) {
-    mu = running_mean->to(m.scalar_type()).contiguous();
-    var = running_var->to(m.scalar_type()).contiguous();
+    mu = Norm::as(*running_mean, m.scalar_type());
+    var = Norm::as(*running_var, m.scalar_type());
   } else {
     mu = at::empty({channels}, m.options());
     var = at::empty_like(mu);
@@ -499,7 +499,7 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
                                           const OptionalTensor& b, const std::vector<Tensor>& sc,
                                           double eps, std::optional<double> bound,
                                           bool standardized, bool batch_shared, bool training) {
-  const Norm norm(w, b, sc, eps, bound, standardized, batch_shared, m.scalar_type());
+  const Norm norm(w, b, sc, eps, bound, standardized, m.scalar_type());
   const int64_t samples = m.size(0), channels = m.size(1), rows = out.size(0);
   Tensor sums = at::zeros({4, channels}, m.options());
   Tensor received = at::empty_like(m), dout = at::empty_like(out);
@@ -533,14 +533,13 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
     }
     for (int64_t r = 0; r < rows; ++r)
       through_scale_and_shift(all + r * channels, dcs + r * channels, sigmas,
-                              outs + 2 * r * channels, ws, bs, channels,
-                              small.bound, douts + 2 * r * channels, dper_sigma,
-                              db);
+                              outs + 2 * r * channels, ws, bs, channels, small.bound,
+                              douts + 2 * r * channels, dper_sigma, db);
     // bfloat16 products would lose what the statistics kept.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     dw_out = at::mm(dout.t(), hidden);
     db_out = dout.sum(0);
-    Tensor du = at::mm(dout, norm.w_out).masked_fill_(hidden.eq(0), 0);
+    Tensor du = at::threshold_backward(at::mm(dout, norm.w_out), hidden, 0);
     dw_in = at::mm(du.t(), inputs);
     db_in = du.sum(0);
     Tensor dinputs = at::mm(du, norm.w_in);
@@ -582,7 +581,7 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
 Tensor infer(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
              const OptionalTensor& w, const OptionalTensor& b, const std::vector<Tensor>& sc,
              double eps, std::optional<double> bound, bool standardized, bool batch_shared) {
-  const Norm norm(w, b, sc, eps, bound, standardized, batch_shared, x.scalar_type());
+  const Norm norm(w, b, sc, eps, bound, standardized, x.scalar_type());
   const int64_t samples = x.size(0), channels = x.size(1), size = row_size(x);
   const Tensor mu = Norm::as(running_mean, x.scalar_type());
   const Tensor var = Norm::as(running_var, x.scalar_type());
