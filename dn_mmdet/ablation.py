@@ -35,7 +35,7 @@ class VariantSC(SC):
 
     EPS = 1e-5  # under the root of the hidden units' mean square
 
-    def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw', bound=0.5,
+    def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw', bound=0.25,
                  device=None, dtype=None, statistics='both', outputs='both', squash='tanh',
                  hidden='plain', init='zero', gradient='full'):
         choices = dict(statistics=statistics, outputs=outputs, squash=squash, hidden=hidden,

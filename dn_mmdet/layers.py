@@ -73,7 +73,7 @@ class _DynamicNorm(nn.Module):
 
     def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
                  track_running_stats=True, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.5, bn_requires_grad=True, backend='auto', device=None, dtype=None,
+                 bound=0.25, bn_requires_grad=True, backend='auto', device=None, dtype=None,
                  variant=None):
         super().__init__()
         if self.batch_shared and inputs != 'raw':

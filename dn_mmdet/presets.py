@@ -16,7 +16,7 @@ from .preflight import ConfigError, check_model
 SC_FACTORS = {
     'inputs-standardized': dict(inputs='standardized'),
     'bound-none': dict(bound=None),
-    'bound-0.25': dict(bound=0.25),
+    'bound-0.5': dict(bound=0.5),
     'bound-1': dict(bound=1.0),
     'reduction-8': dict(reduction=8),
     'reduction-128': dict(reduction=128),

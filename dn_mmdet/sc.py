@@ -72,7 +72,7 @@ class SC(nn.Module):
     OUTPUT_PARAMETERS = ('w_out', 'b_out')  # g = h = 0 where these are zero
 
     def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.5, device=None, dtype=None):
+                 bound=0.25, device=None, dtype=None):
         super().__init__()
         for name, value in (('num_features', num_features), ('reduction', reduction),
                             ('min_channels', min_channels)):

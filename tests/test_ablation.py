@@ -129,4 +129,4 @@ def test_an_argument_that_does_not_exist_is_named():
 
 def test_repr_shows_what_was_changed():
     assert repr(VariantSC(16, hidden='channelwise', outputs='both')) == (
-        "VariantSC(16, inputs='raw', bound=0.5, parameters=64, hidden='channelwise')")
+        "VariantSC(16, inputs='raw', bound=0.25, parameters=64, hidden='channelwise')")

@@ -63,7 +63,7 @@ def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
     assert {point.lr_factor for point in points} == {1, 8}
     found = variants(points)
     assert set(found) == {'tiny_bn', 'dnb', *SC_FACTORS}
-    assert {'inputs-standardized', 'bound-none', 'bound-0.25', 'bound-1', 'reduction-8',
+    assert {'inputs-standardized', 'bound-none', 'bound-0.5', 'bound-1', 'reduction-8',
             'reduction-128', 'channelwise', 'hidden-normalized', '2-sigmoid-1', 'default-init',
             'mean-only', 'std-only', 'scale-only', 'shift-only'} == set(SC_FACTORS)
     default = DNB(640).sc

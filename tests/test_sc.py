@@ -125,4 +125,4 @@ def test_bad_arguments_are_named(bad, said):
 
 
 def test_extra_repr():
-    assert repr(SC(64)) == "SC(64, hidden=8, inputs='raw', bound=0.5)"
+    assert repr(SC(64)) == "SC(64, hidden=8, inputs='raw', bound=0.25)"
