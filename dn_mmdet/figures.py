@@ -8,6 +8,7 @@ import numpy as np
 
 from .results import SETTING, grouped, interval, key_of
 
+TRAINING_ACCURACY = 'accuracy_top-1'  # of mmpretrain's heads with cal_acc=True
 CLASS_AP = '_precision'  # how mmdet's CocoMetric ends the name of a class's AP
 COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2',
            '#7f7f7f', '#bcbd22', '#17becf')
@@ -60,13 +61,14 @@ def _curves(runs):
         metric = next((run.row['metric'] for run in group if run.row['metric']), None)
         configs = grouped(group, lambda run: run.row['config'])
         for label, pick in (('training loss', lambda line: line.get('loss')),
+                            ('training top-1', lambda line: line.get(TRAINING_ACCURACY)),
                             (metric, lambda line, m=metric: line.get('metrics', {}).get(m))):
             lines = [_band(name, [[(line['epoch'], pick(line)) for line in run.lines
                                    if pick(line) is not None] for run in members])
                      for name, members in configs.items()]
             lines = [line for line in lines if line.x]
             if lines:
-                panels.append(Panel(title, 'epoch', label, lines, False, label != metric))
+                panels.append(Panel(title, 'epoch', label, lines, False, label == 'training loss'))
     return panels
 
 

@@ -68,7 +68,7 @@ class RecordRun(Hook):
         _write(self.log, ''.join(json.dumps(line) + '\n' for line in lines))
         _write(self.folder / 'environment.json', json.dumps(environment(runner), indent=1))
         self.every = max(1, runner.max_iters // self.lines)
-        self.losses = []
+        self.logged = []
         self.since_line = self.since_losses = time.perf_counter()
         if runner.epoch and (runner.epoch % runner.train_loop.val_interval == 0
                              or runner.epoch == runner.max_epochs):
@@ -87,13 +87,16 @@ class RecordRun(Hook):
             message = f'the loss became {loss} in step {step} of {runner.max_iters}'
             self._write_line(step, runner, diverged=message)
             raise Diverged(message)
-        self.losses.append(loss)
+        self.logged.append({name: value.item() for name, value in outputs.items()
+                            if name == 'loss' or name.startswith('accuracy')})
         if step % self.every == 0 or batch_idx + 1 == len(runner.train_dataloader):
             now = time.perf_counter()
-            self._write_line(step, runner, loss=sum(self.losses) / len(self.losses),
+            means = {name: sum(each[name] for each in self.logged) / len(self.logged)
+                     for name in self.logged[0]}
+            self._write_line(step, runner, **means,
                              lr=runner.optim_wrapper.get_lr()['lr'][0],
-                             time=(now - self.since_losses) / len(self.losses))
-            self.losses = []
+                             time=(now - self.since_losses) / len(self.logged))
+            self.logged = []
             self.since_losses = now
 
     def after_val_epoch(self, runner, metrics=None):

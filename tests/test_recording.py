@@ -124,6 +124,22 @@ def test_after_a_kill_every_step_and_every_validation_is_there_once(point, tmp_p
     assert (tmp_path / 'measured.json').is_file()
 
 
+def test_training_accuracy_is_logged_beside_the_loss_where_the_model_gives_it(tmp_path):
+    model = Toy()
+    forward, given = model.forward, iter(range(100))
+
+    def with_accuracy(inputs, data_samples=None, mode='tensor'):
+        out = forward(inputs, data_samples, mode)
+        if mode == 'loss':
+            out['accuracy_top-1'] = torch.tensor(float(next(given)))
+        return out
+
+    model.forward = with_accuracy
+    runner(tmp_path, model, epochs=1).train()
+    lines = [line for line in read_log(tmp_path) if 'loss' in line]
+    assert [line['accuracy_top-1'] for line in lines] == [0, 1, 2]
+
+
 def test_a_model_whose_cost_cannot_be_counted_loses_nothing_else(tmp_path):
     model = Toy()
     forward = model.forward

@@ -158,6 +158,17 @@ def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
     assert losses.low[0] < losses.y[0] < losses.high[0]
 
 
+def test_curves_show_training_accuracy_where_the_log_has_it(tmp_path):
+    folder = store(tmp_path, 'bn')
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    for line in lines[:4]:
+        line['accuracy_top-1'] = 10. * line['step']
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    panels = report.figures(results.read([tmp_path]), 'bn')['learning_curves'][1]
+    assert [panel.y for panel in panels] == ['training loss', 'training top-1', 'coco/bbox_mAP']
+    assert panels[1].lines[0].y == [10, 20, 30, 40] and not panels[1].log_y
+
+
 def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
     store(tmp_path, 'bn', 0)
     store(tmp_path, 'bn', 1, fingerprint='other')
