@@ -8,14 +8,16 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dn_mmdet.convert import dn_layers
 from dn_mmdet.layers import _DynamicNorm
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-DATA = ('coco', 'voc07', 'digits')
+DATA = ('coco', 'voc07', 'voc07_128px', 'digits')
 NORMS = ('dnb', 'dnc')
-NORM_LAYERS = dict(coco=76, voc07=76, digits=66)
+NORM_LAYERS = dict(coco=76, voc07=76, voc07_128px=66, digits=66)
 
 
 def read(norm, data):
@@ -109,6 +111,8 @@ def test_a_fresh_dn_detector_computes_what_its_bn_twin_does(norm, close):
 def test_builds_and_trains(path):
     model = build(Config.fromfile(path))
     model.init_weights()
+    for layer in dn_layers(model).values():
+        nn.init.constant_(layer.sc.b_in, 2)  # two images of noise can leave all units at zero
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs, samples = batch(model)
     for _ in range(2):  # SC's first linear has a gradient from the second step on
