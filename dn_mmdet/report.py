@@ -143,17 +143,17 @@ def markdown(table, baseline) -> str:
         title = f'{named["question"]}: ' if named['question'] else ''
         text += (f'## {title}{named["data"]}, {named["epochs"]} epochs, lr {named["lr"]:g}, '
                  f'batch {named["batch"]}\n\n')
-        text += _markdown_table(*_metric_table(rows, baseline)) + '\n'
-        text += _markdown_table(*_cost_table(rows)) + '\n'
+        text += markdown_table(*metric_table(rows, baseline)) + '\n'
+        text += markdown_table(*_cost_table(rows)) + '\n'
     return text
 
 
-def _markdown_table(header, rows):
+def markdown_table(header, rows):
     lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
 
 
-def _metric_table(rows, baseline):
+def metric_table(rows, baseline):
     metrics = ', '.join(sorted({row['metric'] for row in rows if row['metric']}))
     header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
               f'paired difference to {baseline}', '95 % interval', 'p']
@@ -199,7 +199,7 @@ def _page(drawn, head, table, baseline):
     for setting, rows in grouped(table, lambda row: key_of(row, SETTING)).items():
         parts.append(f'<h2>{html.escape(", ".join(map(str, filter(None, setting[:3]))))} epochs, '
                      f'lr {setting[3]:g}, batch {setting[4]}</h2>')
-        parts += [_html_table(*_metric_table(rows, baseline)), _html_table(*_cost_table(rows))]
+        parts += [_html_table(*metric_table(rows, baseline)), _html_table(*_cost_table(rows))]
     parts += figures_html
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison'
             '</title><style>body{font-family:sans-serif;margin:2em}td,th{padding:2px 10px;'

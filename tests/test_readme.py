@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import claims
+import evidence
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import awake
@@ -112,3 +114,18 @@ def test_the_speed_table_is_the_benchmarks():
 def test_what_works_is_the_table_of_the_tests_that_show_it():
     assert len(claims.claims()) > 10
     assert claims.with_table(README) == README, 'python tests/claims.py writes the table anew'
+
+
+@pytest.mark.parametrize('path', evidence.PAGES, ids=lambda path: path.name)
+def test_tables_of_evidence_are_those_of_the_runs(path):
+    page = path.read_text()
+    assert evidence.with_tables(page) == page, 'python tests/evidence.py writes them anew'
+
+
+def test_a_table_of_evidence_follows_the_runs():
+    page = '<!-- runs of Classification: mobilenetv2_bn_tinyin100_32px -->\nold\n<!-- end -->'
+    made = evidence.with_tables(page)
+    assert 'old' not in made and made.count('mobilenetv2_bn_tinyin100_32px') == 3
+    assert evidence.with_tables(made) == made
+    with pytest.raises(ValueError, match="no run of 'Other'"):
+        evidence.tables('Other')

@@ -1,0 +1,51 @@
+"""The tables of evidence in the README and in docs/results, made of docs/results/runs.csv.
+
+    python tests/evidence.py    # writes them anew
+
+A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
+QUESTION: CONFIG, CONFIG -->`` for some of the configs. The first config is the baseline.
+"""
+import re
+from pathlib import Path
+
+from dn_mmdet import report, results
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
+MARKS = re.compile(r'(?s)<!-- runs of ([^:]+?)(?:: (.+?))? -->\n.*?<!-- end -->')
+BASELINE = re.compile(r'(mobilenetv2|ssdlite_mbv2)_bn_')
+
+
+def tables(question: str, configs: str | None = None) -> str:
+    """A table for each setting: the metric over seeds, paired with BatchNorm's."""
+    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
+            if run.row['question'] == question]
+    if not runs:
+        raise ValueError(f'docs/results/runs.csv has no run of {question!r}')
+    baseline = next(run.row['config'] for run in runs if BASELINE.match(run.row['config']))
+    wanted = configs and configs.split(', ')
+    text = []
+    for setting, rows in results.grouped(results.summarise(runs, baseline), lambda row: (
+            row['data'], row['epochs'], row['lr'], row['batch'])).items():
+        rows = [row for row in rows if not wanted or row['config'] in wanted]
+        header, lines = report.metric_table(rows, baseline)
+        parameters = [f'{row["parameters"] / 1e6:.2f} M' for row in rows]
+        data, epochs, lr, batch = setting
+        text.append(f'{data}, {epochs} epochs, lr {lr:g}, batch {batch}:\n\n'
+                    + report.markdown_table(
+                        [header[0], 'parameters', *header[1:]],
+                        [[line[0], count, *line[1:]]
+                         for line, count in zip(lines, parameters, strict=True)]))
+    return '\n'.join(text)
+
+
+def with_tables(page: str) -> str:
+    def anew(found):
+        begin = found.group().split('\n')[0]
+        return f'{begin}\n{tables(*found.groups())}<!-- end -->'
+    return MARKS.sub(anew, page)
+
+
+if __name__ == '__main__':
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))
