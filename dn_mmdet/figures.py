@@ -5,10 +5,12 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from .results import SETTING, grouped, interval, key_of
 
 TRAINING_ACCURACY = 'accuracy_top-1'  # of mmpretrain's heads with cal_acc=True
+POINTS = 60  # of a curve: a batch's loss is mostly noise
 CLASS_AP = '_precision'  # how mmdet's CocoMetric ends the name of a class's AP
 COLOURS = ('#1f77b4', '#ff7f0e', '#2ca02c', '#d62728', '#9467bd', '#8c564b', '#e377c2',
            '#7f7f7f', '#bcbd22', '#17becf')
@@ -35,6 +37,7 @@ class Panel(NamedTuple):
 
 def figures(runs, baseline) -> dict[str, tuple[str, list[Panel]]]:
     """{file stem: (title, panels)} of the figures that these runs have the data for."""
+    runs = sorted(runs, key=lambda run: run.row['config'] != baseline)  # it comes first
     found = dict(
         learning_curves=('Learning curves, mean over seeds and its 95 % interval',
                          _curves(runs)),
@@ -63,13 +66,20 @@ def _curves(runs):
         for label, pick in (('training loss', lambda line: line.get('loss')),
                             ('training top-1', lambda line: line.get(TRAINING_ACCURACY)),
                             (metric, lambda line, m=metric: line.get('metrics', {}).get(m))):
-            lines = [_band(name, [[(line['epoch'], pick(line)) for line in run.lines
-                                   if pick(line) is not None] for run in members])
+            lines = [_band(name, [_thinned([(line['epoch'], pick(line)) for line in run.lines
+                                            if pick(line) is not None]) for run in members])
                      for name, members in configs.items()]
             lines = [line for line in lines if line.x]
             if lines:
                 panels.append(Panel(title, 'epoch', label, lines, False, label == 'training loss'))
     return panels
+
+
+def _thinned(points):
+    """At most `POINTS`, each the mean of as many that follow each other, at the last one's x."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i:i + size] for i in range(0, len(points), size or 1)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def _band(name, curves):
@@ -153,34 +163,47 @@ def draw(drawn, out):
                                     layout='constrained')
         for cell in axes.flat[len(panels):]:
             cell.set_visible(False)
+        colours = {}  # a line's is the same in every panel
         for cell, panel in zip(axes.flat, panels, strict=False):
-            _draw_panel(cell, panel)
+            _draw_panel(cell, panel, colours)
         figure.suptitle(title)
         figure.savefig(out / f'{name}.png', dpi=110)
         plt.close(figure)
 
 
-def _draw_panel(axes, panel):
+def _draw_panel(axes, panel, colours):
     for line in panel.lines:
+        colour = colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
         banded = [i for i, low in enumerate(line.low) if low is not None]
         low, high, middle = ([side[i] for i in banded] for side in (line.low, line.high, line.y))
         if line.bars:
-            drawn = axes.plot(line.x, line.y, 'o-' if panel.log_x else 'o', label=line.name)
+            axes.plot(line.x, line.y, 'o-' if panel.log_x else 'o', label=line.name, color=colour)
             axes.errorbar([line.x[i] for i in banded], middle, fmt='none', capsize=3,
                           yerr=[np.subtract(middle, low), np.subtract(high, middle)],
-                          color=drawn[0].get_color())
+                          color=colour)
         else:
-            drawn = axes.plot(line.x, line.y, 'o' if len(line.x) == 1 else '-', label=line.name)
-            axes.fill_between([line.x[i] for i in banded], low, high, alpha=0.2,
-                              color=drawn[0].get_color())
+            axes.plot(line.x, line.y, 'o' if len(line.x) == 1 else '-', label=line.name,
+                      color=colour)
+            axes.fill_between([line.x[i] for i in banded], low, high, alpha=0.2, color=colour)
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y,
              xscale='log' if panel.log_x else axes.get_xscale(),
              yscale='log' if panel.log_y else axes.get_yscale())
+    if panel.log_x:
+        _label(axes.xaxis, FixedLocator(sorted({x for line in panel.lines for x in line.x})))
+    if panel.log_y:
+        _label(axes.yaxis, LogLocator(subs=(1, 2, 3, 5)))
     if isinstance(panel.lines[0].x[0], str):
         axes.tick_params(axis='x', rotation=90)
         axes.axhline(0, color='grey', lw=0.8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _label(axis, locator):
+    """Ticks of a logarithmic axis, as 0.2 and not as 2 x 10^-1."""
+    axis.set_major_locator(locator)
+    axis.set_major_formatter('{x:g}')
+    axis.set_minor_locator(NullLocator())
 
 
 def interactive(drawn) -> list[str] | None:

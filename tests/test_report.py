@@ -152,10 +152,20 @@ def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
     panel, = figures['per_class'][1]
     assert panel.lines[0].x == ['cat', 'dog']
     assert panel.lines[0].y == pytest.approx([0.03, 0.03])
-    losses = figures['learning_curves'][1][0].lines[1]
+    losses = next(line for line in figures['learning_curves'][1][0].lines if line.name == 'dnb')
     assert losses.x == [0.5, 1.0, 1.5, 2.0]
     assert losses.y == pytest.approx([4.1, 2.1, 4 / 3 + 0.1, 1.1])
     assert losses.low[0] < losses.y[0] < losses.high[0]
+
+
+def test_long_curves_are_means_of_their_stretches(tmp_path):
+    folder = store(tmp_path, 'bn')
+    lines = [dict(step=step, steps=150, epoch=step / 75, seconds=1., loss=float(step), lr=0.1,
+                  time=0.5) for step in range(1, 151)]
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    loss = report.figures(results.read([tmp_path]), 'bn')['learning_curves'][1][0].lines[0]
+    assert len(loss.x) == 50 and loss.x[-1] == 2
+    assert loss.y == [2. + 3 * i for i in range(50)]
 
 
 def test_curves_show_training_accuracy_where_the_log_has_it(tmp_path):
