@@ -91,7 +91,7 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert_norm(model, 'DNB')[1]
         DNB(
-          (sc): SC(8, hidden=8, inputs='raw', bound=0.5)
+          (sc): SC(8, hidden=8, inputs='raw', bound=0.25)
           (bn): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
         )
     """

@@ -35,7 +35,7 @@ def trained(model):
     awake(used(model), 0.1)
     for name, parameter in model.bbox_head.named_parameters():
         if 'sc.' not in name and 'bn.' not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
