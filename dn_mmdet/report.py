@@ -148,12 +148,14 @@ def markdown(table, baseline) -> str:
     return text
 
 
-def markdown_table(header, rows):
+def markdown_table(header, rows) -> str:
+    """A table, its first column to the left and the others to the right."""
     lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
 
 
-def metric_table(rows, baseline):
+def metric_table(rows, baseline) -> tuple[list, list[list]]:
+    """Header and lines of the rows of `summarise`: what came out, without what it cost."""
     metrics = ', '.join(sorted({row['metric'] for row in rows if row['metric']}))
     header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
               f'paired difference to {baseline}', '95 % interval', 'p']

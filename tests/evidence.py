@@ -3,7 +3,7 @@
     python tests/evidence.py    # writes them anew
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
-QUESTION: CONFIG, CONFIG -->`` for some of the configs. The first config is the baseline.
+QUESTION: CONFIG, CONFIG -->`` for some of the configs. The baseline is the config with BN.
 """
 import re
 from pathlib import Path
