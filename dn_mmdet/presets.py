@@ -59,8 +59,9 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
     """DN-C, and DN-C without one of what may keep it from training.
 
     The gap between training and evaluation (batch statistics in both), the feedback from
-    scale and shift into the statistics (no gradient through them), the size of its outputs,
-    the noise of a batch (4 times as large, at the rate in proportion).
+    scale and shift into the statistics (no gradient through them), the size of its outputs
+    (also without the feedback), the noise of a batch (4 times as large, at the rate in
+    proportion).
     """
     variants = [bn, _swapped(bn, 'dnb', 'DNB'), _swapped(bn, 'dnc', 'DNC'),
                 _with_norm(bn, 'dnc-batch-statistics',
@@ -68,7 +69,9 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
                            imports=['dn_mmdet']),
                 _swapped(bn, 'dnc-no-feedback', 'DNC', variant=dict(gradient='stopped')),
                 _swapped(bn, 'dnc-bound-0.1', 'DNC', bound=0.1),
-                _swapped(bn, 'dnc-unbounded', 'DNC', bound=None)]
+                _swapped(bn, 'dnc-unbounded', 'DNC', bound=None),
+                _swapped(bn, 'dnc-unbounded-no-feedback', 'DNC', bound=None,
+                         variant=dict(gradient='stopped'))]
     points = product(variants, seeds, lr_factors or [1.], [None], epochs)
     large = batches or [4 * bn.cfg.train_dataloader.batch_size]
     return points + product([bn, variants[2]], seeds, lr_factors or [1.], large, epochs)

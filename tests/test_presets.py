@@ -82,12 +82,14 @@ def test_dnc_loses_one_suspect_at_a_time(bn):
     assert {name: {type(layer) for layer in found.values()} for name, found in layers.items()} \
         == {'tiny_bn': set(), 'dnb': {DNB}, **{name: {DNC} for name in (
             'dnc', 'dnc-batch-statistics', 'dnc-no-feedback', 'dnc-bound-0.1',
-            'dnc-unbounded')}}
+            'dnc-unbounded', 'dnc-unbounded-no-feedback')}}
     first = {name: next(iter(found.values()), None) for name, found in layers.items()}
     assert first['dnc'].track_running_stats
     assert not first['dnc-batch-statistics'].track_running_stats
     assert first['dnc-no-feedback'].sc.choices['gradient'] == 'stopped'
     assert first['dnc-unbounded'].sc.bound is None
+    assert first['dnc-unbounded-no-feedback'].sc.bound is None
+    assert first['dnc-unbounded-no-feedback'].sc.choices['gradient'] == 'stopped'
     assert {(p.variant.name, p.batch) for p in points if p.batch} == {('tiny_bn', 8), ('dnc', 8)}
 
 
