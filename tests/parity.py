@@ -4,6 +4,8 @@ import copy
 import pytest
 import torch
 from conftest import TOLERANCE, awake
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dn_mmdet import DNB, DNC
 
@@ -123,6 +125,29 @@ def assert_primitives(ops, x, offset=0.):
         assert results[name].dtype == stored_in, name
         error = (results[name].double() - wanted).abs().max().item()
         assert error <= tolerance, f'{name}: off by {error:.3g}, allowed {tolerance:.3g}'
+
+
+class WritesApart(TorchDispatchMode):
+    """Fails where an operator may write to memory that another of its arguments shows.
+
+    Some operators ignore such an output on one device and use it as memory on another, so
+    that a wrong value shows on the other alone.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = list(zip(function._schema.arguments, args, strict=False))
+        given += [(a, kwargs[a.name]) for a in function._schema.arguments if a.name in kwargs]
+        seen = {}
+        for argument, value in given:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for t in tree_leaves(value):
+                if isinstance(t, torch.Tensor):
+                    where = t.untyped_storage()._cdata
+                    name, written = seen.setdefault(where, (argument.name, writes))
+                    assert name == argument.name or not (writes or written), (
+                        f'{function}: {name} and {argument.name} are the same memory')
+        return function(*args, **kwargs)
 
 
 def _is_channels_last(x):

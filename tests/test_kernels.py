@@ -12,6 +12,7 @@ from parity import (
     LAYOUTS,
     MODES,
     OFFSETS,
+    WritesApart,
     assert_as_accurate_as_plain_pytorch,
     assert_equals_reference,
     assert_primitives,
@@ -73,6 +74,36 @@ def test_each_primitive_in_each_layout(shape, dtype, offset, backend, device):
     if x.dim() > 3:
         memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         assert_primitives(OPS[backend], x.contiguous(memory_format=memory_format), offset)
+
+
+def test_one_memory_for_two_outputs_is_noticed():
+    x, m, unused = torch.randn(1, 4, 6), torch.randn(4), torch.empty(0)
+    with WritesApart(), pytest.raises(AssertionError, match='save_mean and save_invstd'):
+        torch.native_batch_norm(x, m, m, m, torch.ones(4), False, 0., 0.,
+                                out=(torch.empty_like(x), unused, unused))
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 6), (2, 4, 6, 5), (2, 4, 3, 6, 5)], ids=str)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@MODES
+@pytest.mark.parametrize('kind', KINDS)
+def test_stock_operators_write_to_memory_of_their_own(kind, training, layout, shape):
+    x, dy = torch.randn(2, *shape)
+    if layout != 'channels_last' or x.dim() == 4:
+        x = LAYOUTS[layout](x)
+    layer = make_layer(kind, shape[1], 'torch', training)
+    bn, sc = layer.bn, layer.sc
+    averages = bn.running_mean, bn.running_var
+    with WritesApart(), torch.no_grad():
+        m, v = torch_ops.moments(x)
+        small = torch_ops.Coefficients(
+            m, v, x[0, 0].numel(), None if training else averages,
+            (*averages, 0.1) if training else None, bn.weight, bn.bias, list(sc.parameters()),
+            eps=bn.eps, bound=sc.bound, standardized=sc.inputs == 'standardized',
+            batch_shared=layer.batch_shared, keep=True)
+        torch_ops.affine(x, m, small.a, small.c)
+        p, q, *_ = small.backward(*torch_ops.reduce(dy, x, m))
+        torch_ops.input_gradient(dy, x, m, small.a, p, q)
 
 
 @ON_CPUS

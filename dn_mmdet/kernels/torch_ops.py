@@ -40,17 +40,18 @@ def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
         m, a, c = (_over(x, t) for t in (m, a, c))
         return (a * (widen(x) - m) + c).to(x.dtype)
     y = torch.empty_like(x)
-    unused = m.new_empty(0)
+    # Two tensors: CPUs leave these outputs alone, CUDA resizes them and reads them again.
+    mean, invstd = m.new_empty(0), m.new_empty(0)
     if x.is_contiguous():  # small maps feel each operator that `_parts` would add
         rows = m.numel()
         torch.native_batch_norm(
             x.view(1, rows, -1), a.reshape(rows), c.reshape(rows), m.reshape(rows),
-            m.new_ones(rows), False, 0., 0., out=(y.view(1, rows, -1), unused, unused))
+            m.new_ones(rows), False, 0., 0., out=(y.view(1, rows, -1), mean, invstd))
         return y
     for x_part, y_part, m_part, a_part, c_part in _parts(x, y, m, a, c):
         torch.ops.aten.native_batch_norm.out(
             x_part, a_part, c_part, m_part, torch.ones_like(m_part), False, 0., 0.,
-            out=y_part, save_mean=unused, save_invstd=unused)
+            out=y_part, save_mean=mean, save_invstd=invstd)
     return y
 
 
@@ -209,9 +210,9 @@ def _update_averages(running_mean, running_var, momentum, mu, var, count):
 
 
 def _reduce(dy, x, m):
-    one, unused = torch.ones_like(m), m.new_empty(0)
+    one, to_be_computed = torch.ones_like(m), m.new_empty(0)  # from m and one, in eval mode
     _, da, dc = torch.ops.aten.native_batch_norm_backward(
-        dy, x, one, m, one, unused, unused, False, 0., (False, True, True))
+        dy, x, one, m, one, to_be_computed, to_be_computed, False, 0., (False, True, True))
     return da, dc
 
 
