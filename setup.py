@@ -7,8 +7,10 @@ root = Path(__file__).parent
 
 
 def compiled_kernels():
-    """The CPU kernels, where torch and GCC are at hand; without them the layers run on
-    torch's own operators (`backend='torch'`).
+    """The CPU kernels and what launches the GPU's, where torch and GCC are at hand.
+
+    Without the first, layers on CPUs run on torch's own operators (`backend='torch'`);
+    without the second, the Triton kernels are launched from Python. Neither needs CUDA.
 
     They are compiled against the installed torch, which pip hides from a build unless told
     --no-build-isolation. A compiler that fails is a warning, not an error.
@@ -23,7 +25,10 @@ def compiled_kernels():
                            extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno',
                                                '-fno-trapping-math', '-Wno-psabi'],
                            extra_link_args=['-fopenmp'], optional=True)
-    return dict(ext_modules=[kernels],
+    host = CppExtension('dn_mmdet.kernels._host', ['dn_mmdet/kernels/csrc/host.cpp'],
+                        extra_compile_args=['-O2', '-g0', '-fvisibility=hidden'],
+                        libraries=['dl'], optional=True)
+    return dict(ext_modules=[kernels, host],
                 cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))
 
 

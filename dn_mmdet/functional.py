@@ -18,12 +18,15 @@ of each sample's channel and ``s = sqrt(v + eps)``::
 running statistics, they stand for mu and var.
 """
 import functools
+import logging
 import warnings
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_reduce
@@ -58,8 +61,9 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
         backend: ``'reference'`` (plain autograd), ``'torch'`` (fused, from stock
-            operators), ``'cpp'`` (fused, compiled for CPUs), ``'triton'`` (fused, GPU
-            kernels) or ``'auto'``, which chooses by device and by what is installed.
+            operators), ``'cpp'`` (fused, compiled: kernels for CPUs, and on a GPU the
+            Triton kernels launched from C++), ``'triton'`` (the same kernels, launched from
+            Python) or ``'auto'``, which chooses by device and by what is installed.
 
     Shape:
         - x: (N, C, ...)
@@ -73,10 +77,15 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
             which was not compiled.
     """
     check_backend(backend)
+    if x.is_cuda and backend in ('auto', 'cpp') and not torch.compiler.is_compiling():
+        host = gpu_host()
+        y = host and host.call(x, bn, sc, batch_shared, ndims)
+        if y is not None:  # else a case that is not the plain one, or an error to be told
+            return y
     _check_shape(x, sc.num_features, ndims)
     if not is_torch_batch_norm(bn):
         return _around_another_norm(x, bn, sc, batch_shared)
-    call = _Call(bn, _running_statistics(bn), _process_group(bn), sc, batch_shared)
+    call = _Call(bn, _running_statistics(bn), process_group(bn), sc, batch_shared)
     _check_count(x, call)
     ops = _primitives(x, sc, backend)
     if ops is None:
@@ -258,6 +267,32 @@ def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
     return _gradients((y, ), (dy, ), wanted, create_graph=True)
 
 
+def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, parameters, needed, *,
+                      batch: bool, batch_shared: bool, standardized: bool, eps: float,
+                      bound: float | None, group: str):
+    """A differentiable backward pass for the compiled GPU host, which keeps no modules.
+
+    Args:
+        mu, sigma: (C,), what the forward pass normalised by, unless batch.
+        parameters: w, b (None where missing) and SC's four.
+        needed: whether x and each parameter needs a gradient.
+        group: the name of the processes that reduce statistics, or empty.
+
+    Returns:
+        A tuple: the gradient, or None, of x and of each parameter.
+    """
+    w_in, b_in = parameters[2:4]
+    channels = x.shape[1]
+    sc = SC(channels, channels, len(b_in), 'standardized' if standardized else 'raw', bound,
+            device='meta', dtype=w_in.dtype)
+    names = [name for name, _ in sc.named_parameters()]
+    if group:
+        group = dist.distributed_c10d._resolve_process_group(group)
+    call = _Call(SimpleNamespace(eps=eps), None if batch else (mu, sigma.square() - eps),
+                 group or None, sc, batch_shared)
+    return tuple(_differentiable_backward(call, names, needed, dy, x, *parameters))
+
+
 def _gradients(outputs, output_gradients, inputs, create_graph=False):
     """`torch.autograd.grad`, with None for each input that is None or needs none.
 
@@ -278,15 +313,16 @@ def _primitives(x, sc, backend):
     if backend == 'auto':
         if x.is_cpu:
             return compiled_kernels() or torch_ops if fits else None
-        # torch on GPUs, until `pytest -m gpu` has passed on one: nobody's training is to be
-        # the first run of the Triton kernels.
-        return torch_ops if fits else None
+        return _on_gpu(x.device.index) or torch_ops if fits else None
     if not fits:
         raise ValueError(f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
                          f'{FUSED_DTYPES}, got {x.dtype} on {x.device}; use '
                          f"backend='reference' or 'auto'")
     if backend == 'torch':
         return torch_ops
+    if backend == 'cpp' and x.is_cuda:
+        _gpu_host()  # says so where it cannot be imported
+        return _triton_ops()
     ops = _triton_ops() if backend == 'triton' else _cpp_ops()
     ops.check_runs_on(x)
     return ops
@@ -323,10 +359,50 @@ def compiled_kernels():
         return None
 
 
+def _gpu_host():
+    try:
+        from .kernels import host
+    except ImportError as error:
+        raise ImportError(f"backend='cpp': the compiled host of the GPU kernels cannot be "
+                          f'imported ({error}). With Triton and GCC on Linux, install this '
+                          f'package against the torch in use: pip install '
+                          f"--no-build-isolation; or use backend='auto'") from error
+    return host
+
+
+@functools.cache
+def gpu_host():
+    """The module that launches the GPU kernels from C++, or None where it was not built."""
+    try:
+        return _gpu_host()
+    except ImportError as error:
+        print_log(f'dn_mmdet: on GPUs DN layers are launched from Python, which is slower: '
+                  f'{error}', logger='current', level=logging.WARNING)
+        return None
+
+
+@functools.cache
+def _on_gpu(index: int):
+    """The Triton kernels launched from Python, or None where they do not run on this GPU."""
+    host = gpu_host()
+    if host is not None and not host.kernels_run_on(index):
+        return None
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        print_log(f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
+                  f'needs compute capability 8.0', logger='current', level=logging.WARNING)
+        return None
+    try:
+        return _triton_ops()
+    except ImportError as error:
+        print_log(f"dn_mmdet: on GPUs DN layers run on torch's own operators: {error}",
+                  logger='current', level=logging.WARNING)
+        return None
+
+
 def fused_backends(device: str) -> tuple[str, ...]:
     """Those that run on 'cpu' or 'cuda' here: what to hold against the reference, and to time."""
     if device == 'cuda':
-        return 'torch', 'triton'
+        return ('torch', 'triton', 'cpp') if gpu_host() else ('torch', 'triton')
     return ('torch', 'cpp') if compiled_kernels() else ('torch', )
 
 
@@ -485,7 +561,7 @@ def _running_statistics(bn):
     return bn.running_mean, bn.running_var
 
 
-def _process_group(bn):
+def process_group(bn: nn.Module):
     """The group over which bn's batch statistics are to be reduced, or None."""
     if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
             and dist.is_initialized()):

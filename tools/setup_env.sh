@@ -12,7 +12,7 @@ pins=requirements/$stack.txt
 [ -f "$pins" ] || { echo "setup: unknown stack '$stack': expected onedl or openmmlab" >&2; exit 2; }
 
 stamp=$venv/.ready
-ready=$(cat "$pins" setup.py dn_mmdet/kernels/csrc/cpu.cpp "$0" | cksum)
+ready=$(cat "$pins" setup.py dn_mmdet/kernels/csrc/*.cpp "$0" | cksum)
 [ "$(cat "$stamp" 2>/dev/null)" = "$ready" ] && exit 0
 
 # --- what is missing is named before anything is downloaded ---

@@ -1,0 +1,824 @@
+// Launches the Triton kernels of a layer by one C++ call per direction. Python's part of a
+// Triton launch costs more than most maps take a GPU, and a layer has eight of them.
+//
+// Compiled by g++ alone: the CUDA driver is reached by dlopen, PyTorch's streams and memory
+// through c10's device-independent registries. What a layer's call needs is read from its
+// modules here; anything out of the ordinary is answered by None, and the caller goes the
+// general way, which also words the errors. See host.py for the plans.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// ---------------------------------------------------------------- the CUDA driver
+
+using CUresult = int;
+using Handle = void*;  // CUcontext, CUmodule, CUfunction, CUstream: all opaque pointers
+
+struct Driver {
+  CUresult (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                     Handle, void**, void**);
+  CUresult (*module_load)(Handle*, const void*);
+  CUresult (*get_function)(Handle*, Handle, const char*);
+  CUresult (*set_attribute)(Handle, int, int);
+  CUresult (*get_attribute)(int*, int, Handle);
+  CUresult (*get_context)(Handle*);
+  CUresult (*set_context)(Handle);
+  CUresult (*retain_context)(Handle*, int);
+  CUresult (*exchange_capture_mode)(int*);
+  CUresult (*error_string)(CUresult, const char**);
+};
+
+std::string driver_path = "libcuda.so.1";
+bool accepts_cpu = false;  // where a test put another driver in its place
+
+const Driver& driver() {
+  static const Driver found = [] {
+    void* library = dlopen(driver_path.c_str(), RTLD_NOW);
+    TORCH_CHECK(library != nullptr, "cannot open the CUDA driver: ", dlerror());
+    Driver d;
+    auto resolve = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+      TORCH_CHECK(function != nullptr, "the CUDA driver ", driver_path, " has no ", name);
+    };
+    resolve(d.launch, "cuLaunchKernel");
+    resolve(d.module_load, "cuModuleLoadData");
+    resolve(d.get_function, "cuModuleGetFunction");
+    resolve(d.set_attribute, "cuFuncSetAttribute");
+    resolve(d.get_attribute, "cuFuncGetAttribute");
+    resolve(d.get_context, "cuCtxGetCurrent");
+    resolve(d.set_context, "cuCtxSetCurrent");
+    resolve(d.retain_context, "cuDevicePrimaryCtxRetain");
+    resolve(d.exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
+    resolve(d.error_string, "cuGetErrorString");
+    return d;
+  }();
+  return found;
+}
+
+void check(CUresult code, const char* what) {
+  if (code == 0) return;
+  const char* text = nullptr;
+  driver().error_string(code, &text);
+  TORCH_CHECK(false, what, ": CUDA error ", code, " (", text ? text : "unknown", ")");
+}
+
+// A thread of autograd's may have no context yet: the runtime makes one at its first real
+// call, and to set the device that is set already is none.
+void ensure_context(int device) {
+  Handle context = nullptr;
+  check(driver().get_context(&context), "cuCtxGetCurrent");
+  if (context == nullptr) {
+    check(driver().retain_context(&context, device), "cuDevicePrimaryCtxRetain");
+    check(driver().set_context(context), "cuCtxSetCurrent");
+  }
+}
+
+Handle stream_of(c10::Device device) {
+  if (!device.is_cuda()) return nullptr;  // a test without a GPU
+  const auto* impl = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA);
+  return impl->getStreamNativeHandle(impl->getStream(device));
+}
+
+// ---------------------------------------------------------------- plans
+
+// Where an argument comes from; the order is that of host.py's SOURCES.
+enum Source {
+  X, Y, DY, DX,
+  W, B, W_IN, B_IN, W_OUT, B_OUT, RUNNING_MEAN, RUNNING_VAR, TRACKED,
+  KEPT, SCRATCH, BACKWARD_SCRATCH, GRADIENTS, TABLE, DTABLE,
+  POINTERS,
+  EPS = POINTERS, MOMENTUM, BOUND,
+  NUMBER,
+};
+constexpr int PARAMETERS = 6;  // W to B_OUT
+constexpr int STATE = 3;       // RUNNING_MEAN to TRACKED
+constexpr int MAX_ARGUMENTS = 48;
+
+struct Scalars {
+  double eps, momentum, bound;
+};
+
+struct Launch {
+  Handle function = nullptr;  // null: an all-reduce of the table
+  unsigned grid = 0, threads = 0, shared = 0;
+  std::vector<int16_t> sources;
+  std::vector<int64_t> values;  // byte offset from the source, or the number itself
+
+  void run(char* const* pointers, const Scalars& scalars, Handle stream) const {
+    int64_t buffer[MAX_ARGUMENTS];
+    void* params[MAX_ARGUMENTS + 2];
+    const int n = static_cast<int>(sources.size());
+    for (int i = 0; i < n; ++i) {
+      const int source = sources[i];
+      if (source < POINTERS) {
+        buffer[i] = reinterpret_cast<int64_t>(pointers[source] + values[i]);
+      } else if (source == NUMBER) {
+        buffer[i] = values[i];
+      } else {
+        const double value = source == EPS        ? scalars.eps
+                             : source == MOMENTUM ? scalars.momentum
+                                                  : scalars.bound;
+        std::memcpy(&buffer[i], &value, sizeof(value));
+      }
+      params[i] = &buffer[i];
+    }
+    int64_t scratch = 0;  // Triton's global_scratch and profile_scratch, which are not used
+    params[n] = params[n + 1] = &scratch;
+    const CUresult code =
+        driver().launch(function, grid, 1, 1, threads, 1, 1, shared, stream, params, nullptr);
+    if (code != 0) check(code, "cuLaunchKernel");
+  }
+};
+
+struct Plan {
+  std::vector<Launch> forward, backward;
+  int64_t kept, scratch, backward_scratch;  // bytes
+  int64_t mu, sigma;                        // where they stand in kept, in bytes
+  int64_t gradients;
+  std::array<int64_t, PARAMETERS> offsets;  // of the gradients, in bytes
+  int64_t table;                            // values; 0: statistics of one process
+  at::ScalarType accumulator;
+};
+
+// device; N, C, S; hidden; layout, mode and dtype; dtypes of what the layer has; world; rank
+using Key = std::array<int64_t, 9>;
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t h = 1469598103934665603ull;
+    for (int64_t v : key) h = (h ^ static_cast<uint64_t>(v)) * 1099511628211ull + (h >> 29);
+    return h;
+  }
+};
+
+std::unordered_map<Key, std::shared_ptr<Plan>, KeyHash> plans;  // under the GIL
+constexpr size_t MOST_PLANS = 1 << 14;  // maps of ever new sizes are not to fill the memory
+
+enum Mode { BATCH = 1, UPDATE = 2, CUMULATIVE = 4, SHARED = 8, STANDARDIZED = 16, BOUNDED = 32,
+            CHANNELS_LAST = 64 };
+
+// ---------------------------------------------------------------- tensors, past the dispatcher
+
+c10::Allocator* allocator_of(c10::DeviceType type) {
+  static c10::Allocator* const cuda =
+      accepts_cpu ? nullptr : c10::GetAllocator(c10::DeviceType::CUDA);
+  return type == c10::DeviceType::CUDA ? cuda : c10::GetAllocator(type);
+}
+
+Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type,
+             const Tensor& like) {
+  if (at::globalContext().deterministicAlgorithms())  // which may fill it
+    return at::empty_strided(sizes, strides, like.options().dtype(type));
+  const c10::DispatchKeySet keys(like.is_cuda() ? c10::DispatchKey::CUDA
+                                                : c10::DispatchKey::CPU);
+  return Tensor(at::detail::empty_strided_generic(
+      sizes, strides, allocator_of(like.device().type()), keys, type));
+}
+
+Tensor empty_bytes(int64_t bytes, const Tensor& like) {
+  return empty({(bytes + 7) / 8}, {1}, at::kDouble, like);
+}
+
+// A tensor of its own, with its own version, in a part of the memory of another.
+Tensor part(const Tensor& base, int64_t offset, at::IntArrayRef sizes, caffe2::TypeMeta type) {
+  auto t = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(base.storage()), base.key_set(),
+                                                    type);
+  auto* impl = t.unsafeGetTensorImpl();
+  impl->set_storage_offset(offset / static_cast<int64_t>(type.itemsize()));
+  impl->set_sizes_contiguous(sizes);
+  return t;
+}
+
+char* address(const Tensor& t) {
+  return t.defined() ? static_cast<char*>(const_cast<void*>(t.const_data_ptr())) : nullptr;
+}
+
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(address(t)) % 16 == 0; }
+
+// Whether the channels are innermost and all else is in order.
+bool is_channels_last(const Tensor& x) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  int64_t expected = 1;
+  auto fits = [&](int64_t d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+    return true;
+  };
+  if (!fits(1)) return false;
+  for (int64_t d = x.dim() - 1; d > 1; --d)
+    if (!fits(d)) return false;
+  return fits(0);
+}
+
+struct BelowAutograd {  // what is done inside is no part of the graph
+  at::AutoDispatchBelowADInplaceOrView guard;
+};
+
+// x itself, or an aligned copy that is contiguous or channels_last.
+Tensor dense(const Tensor& x, bool& channels_last) {
+  const bool contiguous = x.is_contiguous();
+  channels_last = !contiguous && is_channels_last(x);
+  if ((contiguous || channels_last) && is_aligned(x)) return x;
+  BelowAutograd guard;
+  return channels_last ? x.clone() : x.clone(at::MemoryFormat::Contiguous);
+}
+
+// ---------------------------------------------------------------- running a plan
+
+void all_reduce(Tensor& t, const std::string& group) {
+  std::vector<Tensor> tensors{t};
+  c10d::resolve_process_group(group)->allreduce(tensors)->wait();
+}
+
+void run(const std::vector<Launch>& launches, size_t count, char* const* pointers,
+         const Scalars& scalars, const Tensor& x, Tensor& reduced, const std::string& group) {
+  const Handle stream = stream_of(x.device());
+  ensure_context(x.is_cuda() ? x.device().index() : 0);
+  for (size_t i = 0; i < count; ++i) {
+    const auto& launch = launches[i];
+    if (launch.function == nullptr) {
+      all_reduce(reduced, group);
+    } else {
+      launch.run(pointers, scalars, stream);
+    }
+  }
+}
+
+PyObject* double_backward = nullptr;  // host.py's, set once
+
+struct DynamicNormBackward : public torch::autograd::Node {
+  std::shared_ptr<Plan> plan;
+  SavedVariable x_;
+  std::array<SavedVariable, PARAMETERS> parameters_;
+  std::array<bool, PARAMETERS> has;
+  Tensor kept, table;
+  Scalars scalars;
+  int64_t mode;
+  std::string group;
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list found(1 + PARAMETERS);
+    Tensor dy = grads[0];
+    if (!dy.defined()) return found;
+    const Tensor x = x_.unpack();  // says so where it was released or changed
+    std::array<Tensor, PARAMETERS> p;
+    for (int i = 0; i < PARAMETERS; ++i)
+      if (has[i]) p[i] = parameters_[i].unpack();
+    if (c10::GradMode::is_enabled()) return differentiable(dy, x, p);
+    c10::OptionalDeviceGuard guard(x.device());
+    if (dy.sizes() != x.sizes() || dy.strides() != x.strides() ||
+        dy.scalar_type() != x.scalar_type() || dy.is_conj() || dy.is_neg() || !is_aligned(dy)) {
+      Tensor copy = at::empty_like(x);
+      copy.copy_(dy);
+      dy = copy;
+    }
+    for (auto& t : p)
+      if (t.defined() && !t.is_contiguous()) t = t.contiguous();
+    const Tensor dx = empty(x.sizes(), x.strides(), x.scalar_type(), x);
+    const Tensor scratch = empty_bytes(plan->backward_scratch, x);
+    const Tensor all = empty_bytes(plan->gradients, x);
+    Tensor dtable;
+    if (plan->table) dtable = empty({plan->table}, {1}, plan->accumulator, x);
+    char* pointers[POINTERS] = {};
+    pointers[X] = address(x);
+    pointers[DY] = address(dy);
+    pointers[DX] = address(dx);
+    for (int i = 0; i < PARAMETERS; ++i) pointers[W + i] = address(p[i]);
+    pointers[KEPT] = address(kept);
+    pointers[BACKWARD_SCRATCH] = address(scratch);
+    pointers[GRADIENTS] = address(all);
+    pointers[TABLE] = address(table);
+    pointers[DTABLE] = address(dtable);
+    // the last launch makes dx
+    run(plan->backward, plan->backward.size() - !task_should_compute_output(0), pointers, scalars,
+        x, dtable, group);
+    if (task_should_compute_output(0)) found[0] = dx;
+    for (int i = 0; i < PARAMETERS; ++i)
+      if (has[i] && task_should_compute_output(i + 1))
+        found[i + 1] = part(all, plan->offsets[i], p[i].sizes(), p[i].dtype());
+    return found;
+  }
+
+  // create_graph=True: by plain PyTorch, whose every operation autograd sees.
+  variable_list differentiable(const Tensor& dy, const Tensor& x,
+                               const std::array<Tensor, PARAMETERS>& p) {
+    pybind11::gil_scoped_acquire gil;
+    auto wrap = [](const Tensor& t) {
+      return t.defined() ? THPVariable_Wrap(t) : (Py_INCREF(Py_None), Py_None);
+    };
+    THPObjectPtr parameters(PyTuple_New(PARAMETERS)), needed(PyTuple_New(1 + PARAMETERS));
+    if (!parameters || !needed) throw python_error();
+    for (int i = 0; i < PARAMETERS; ++i)
+      PyTuple_SET_ITEM(parameters.get(), i, wrap(has[i] ? p[i] : Tensor()));
+    for (int i = 0; i <= PARAMETERS; ++i)
+      PyTuple_SET_ITEM(needed.get(), i, PyBool_FromLong(task_should_compute_output(i)));
+    // of eval mode: the running statistics may have moved on
+    const auto type = c10::scalarTypeToTypeMeta(plan->accumulator);
+    const Tensor mu = part(kept, plan->mu, {x.size(1)}, type);
+    const Tensor sigma = part(kept, plan->sigma, {x.size(1)}, type);
+    THPObjectPtr result(PyObject_CallFunction(
+        double_backward, "NNNNOOLdds", wrap(dy), wrap(x), wrap(mu), wrap(sigma),
+        parameters.get(), needed.get(), static_cast<long long>(mode), scalars.eps,
+        scalars.bound, group.c_str()));
+    if (!result) throw python_error();
+    variable_list found(1 + PARAMETERS);
+    for (int i = 0; i <= PARAMETERS; ++i) {
+      PyObject* item = PyTuple_GET_ITEM(result.get(), i);
+      if (item != Py_None) found[i] = THPVariable_Unpack(item);
+    }
+    return found;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    x_.reset_data();
+    for (auto& v : parameters_) v.reset_data();
+    kept = Tensor();
+    table = Tensor();
+  }
+
+  std::string name() const override { return "DynamicNormBackward"; }
+};
+
+// A call as it was read from the layer's modules.
+struct Call {
+  std::array<Tensor, PARAMETERS> parameters;
+  std::array<Tensor, STATE> state;
+  Scalars scalars;
+  int64_t mode = 0;
+  std::string group;
+};
+
+Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, const Tensor& given,
+               Call& call) {
+  auto& p = call.parameters;
+  const bool differentiable =
+      torch::autograd::compute_requires_grad(given, p[0], p[1], p[2], p[3], p[4], p[5]);
+  c10::OptionalDeviceGuard guard(x.device());
+  Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
+  Tensor kept = empty_bytes(plan->kept, x);
+  const Tensor scratch = empty_bytes(plan->scratch, x);
+  Tensor table;
+  if (plan->table) table = empty({plan->table}, {1}, plan->accumulator, x);
+  char* pointers[POINTERS] = {};
+  std::array<Tensor, PARAMETERS> copies;
+  pointers[X] = address(x);
+  pointers[Y] = address(y);
+  for (int i = 0; i < PARAMETERS; ++i) {
+    if (p[i].defined() && !p[i].is_contiguous()) {
+      BelowAutograd below;
+      copies[i] = p[i].contiguous();
+    }
+    pointers[W + i] = address(copies[i].defined() ? copies[i] : p[i]);
+  }
+  for (int i = 0; i < STATE; ++i) pointers[RUNNING_MEAN + i] = address(call.state[i]);
+  pointers[KEPT] = address(kept);
+  pointers[SCRATCH] = address(scratch);
+  pointers[TABLE] = address(table);
+  run(plan->forward, plan->forward.size(), pointers, call.scalars, x, table, call.group);
+  if (call.mode & UPDATE)  // autograd is to notice, as it does an operator's write
+    for (const auto& t : call.state)
+      if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  if (differentiable) {
+    std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
+                                              torch::autograd::deleteNode);
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(given, p[0], p[1], p[2], p[3], p[4], p[5]));
+    node->plan = plan;
+    node->x_ = SavedVariable(x, false);
+    for (int i = 0; i < PARAMETERS; ++i) {
+      node->has[i] = p[i].defined();
+      if (p[i].defined()) node->parameters_[i] = SavedVariable(p[i], false);
+    }
+    node->kept = std::move(kept);
+    node->table = std::move(table);
+    node->scalars = call.scalars;
+    node->mode = call.mode;
+    node->group = call.group;
+    torch::autograd::set_history(y, node);
+  }
+  return y;
+}
+
+// ---------------------------------------------------------------- reading a layer
+
+PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
+
+struct Names {
+  PyObject *parameters = intern("_parameters"), *buffers = intern("_buffers"),
+           *training = intern("training"), *eps = intern("eps"), *momentum = intern("momentum"),
+           *track = intern("track_running_stats"), *forward = intern("forward"),
+           *bound = intern("bound"), *inputs = intern("inputs"),
+           *standardized = intern("standardized"), *is_replica = intern("_is_replica");
+  PyObject* hooks[4] = {intern("_forward_hooks"), intern("_forward_pre_hooks"),
+                        intern("_backward_hooks"), intern("_backward_pre_hooks")};
+  PyObject* norm_parameters[2] = {intern("weight"), intern("bias")};
+  PyObject* state[STATE] = {intern("running_mean"), intern("running_var"),
+                            intern("num_batches_tracked")};
+  PyObject* sc_parameters[4] = {intern("w_in"), intern("b_in"), intern("w_out"), intern("b_out")};
+};
+const Names* names = nullptr;
+
+PyObject* kind_of_type = nullptr;   // host.py's: a module's class -> int
+PyObject* group_of_norm = nullptr;  // host.py's: a SyncBatchNorm -> None or (name, world, rank)
+std::array<PyObject*, 4> global_hooks = {};  // torch's dicts of hooks for all modules
+
+enum Kind { OTHER = 0, NORM = 1, SYNC_NORM = 2, PLAIN_SC = 3 };
+
+// Errors of Python's are left set; the caller looks.
+int kind_of(PyObject* module) {
+  static std::unordered_map<PyTypeObject*, int> known;
+  PyTypeObject* type = Py_TYPE(module);
+  const auto found = known.find(type);
+  if (found != known.end()) return found->second;
+  THPObjectPtr kind(
+      PyObject_CallFunctionObjArgs(kind_of_type, reinterpret_cast<PyObject*>(type), nullptr));
+  if (!kind) return OTHER;
+  Py_INCREF(type);  // for good: the address is not to become another's
+  return known[type] = static_cast<int>(PyLong_AsLong(kind.get()));
+}
+
+// A module's attributes, looked up without nn.Module's own ways.
+struct Attributes {
+  THPObjectPtr dict;
+  explicit Attributes(PyObject* module) : dict(PyObject_GenericGetDict(module, nullptr)) {
+    if (!dict) PyErr_Clear();
+  }
+  PyObject* get(PyObject* name) const {  // borrowed, null where missing
+    return dict ? PyDict_GetItemWithError(const_cast<PyObject*>(dict.get()), name) : nullptr;
+  }
+  // Whether nothing is registered on the module and it computes what its class does.
+  bool is_plain() const {
+    for (PyObject* name : names->hooks) {
+      PyObject* hooks = get(name);
+      if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return false;
+    }
+    return get(names->forward) == nullptr && get(names->is_replica) == nullptr;
+  }
+};
+
+// The tensor of this name, undefined for None; false where it is neither, or missing.
+bool read_tensor(PyObject* dict, PyObject* name, Tensor& t) {
+  PyObject* found = PyDict_GetItemWithError(dict, name);
+  if (found == nullptr) return false;
+  if (found == Py_None) return true;
+  if (!THPVariable_CheckTypeExact(Py_TYPE(found))) return false;
+  t = THPVariable_Unpack(found);
+  return t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() && !t.is_meta();
+}
+
+bool read_number(PyObject* found, double& value) {
+  if (found == nullptr) return false;
+  if (!PyFloat_CheckExact(found) && !PyLong_CheckExact(found)) return false;
+  value = PyFloat_AsDouble(found);
+  return !PyErr_Occurred();
+}
+
+bool is_floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
+}
+
+bool has_sizes(const Tensor& t, const Tensor& x, at::IntArrayRef sizes) {
+  return t.sizes() == sizes && is_floating(t.scalar_type()) && t.device() == x.device();
+}
+
+// Whether something looks at, or transforms, the operations one by one.
+bool is_watched() {
+  return c10::impl::dispatch_mode_enabled() || torch::jit::tracer::isTracing() ||
+         c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+
+bool fits(const Tensor& x, PyObject* ndims) {
+  if (!x.defined() || x.layout() != at::kStrided || !is_floating(x.scalar_type()) ||
+      !(x.is_cuda() || (accepts_cpu && x.is_cpu())) || x.is_conj() || x.is_neg() ||
+      x.numel() == 0 || x.dim() < 2)
+    return false;
+  const Py_ssize_t n = PyTuple_GET_SIZE(ndims);
+  for (Py_ssize_t i = 0; i < n; ++i)
+    if (PyLong_AsLong(PyTuple_GET_ITEM(ndims, i)) == x.dim()) return true;
+  return n == 0;
+}
+
+// False: not the plain case. An error of Python's may be set.
+bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& call, Key& key) {
+  const int kind = kind_of(bn);
+  if ((kind != NORM && kind != SYNC_NORM) || kind_of(sc) != PLAIN_SC) return false;
+  for (PyObject* hooks : global_hooks)
+    if (PyDict_GET_SIZE(hooks) != 0) return false;
+  const Attributes norm(bn), module(sc);
+  if (!norm.is_plain() || !module.is_plain()) return false;
+  PyObject* dicts[3] = {norm.get(names->parameters), norm.get(names->buffers),
+                        module.get(names->parameters)};
+  for (PyObject* dict : dicts)
+    if (dict == nullptr || !PyDict_Check(dict)) return false;
+  if (PyDict_GET_SIZE(dicts[2]) != 4) return false;
+  auto& p = call.parameters;
+  for (int i = 0; i < 2; ++i)
+    if (!read_tensor(dicts[0], names->norm_parameters[i], p[i])) return false;
+  for (int i = 0; i < 4; ++i)
+    if (!read_tensor(dicts[2], names->sc_parameters[i], p[2 + i]) || !p[2 + i].defined())
+      return false;
+  for (int i = 0; i < STATE; ++i)
+    if (!read_tensor(dicts[1], names->state[i], call.state[i])) return false;
+
+  const int64_t c = x.size(1), hidden = p[3].numel();
+  for (int i = 0; i < 2; ++i) {
+    if (p[i].defined() && !has_sizes(p[i], x, {c})) return false;
+    if (call.state[i].defined() &&
+        !(has_sizes(call.state[i], x, {c}) && call.state[i].is_contiguous()))
+      return false;
+  }
+  if (!has_sizes(p[2], x, {hidden, 2 * c}) || !has_sizes(p[3], x, {hidden}) ||
+      !has_sizes(p[4], x, {2 * c, hidden}) || !has_sizes(p[5], x, {2 * c}) || hidden == 0)
+    return false;
+  Tensor& tracked = call.state[2];
+  if (tracked.defined() && (tracked.numel() != 1 || tracked.scalar_type() != at::kLong ||
+                            tracked.device() != x.device()))
+    return false;
+
+  const bool training = norm.get(names->training) == Py_True;
+  const bool averages = call.state[0].defined() && call.state[1].defined();
+  if (call.state[0].defined() != call.state[1].defined()) return false;
+  const bool batch = training || !averages;
+  if (!read_number(norm.get(names->eps), call.scalars.eps)) return false;
+  call.mode = (batch ? BATCH : 0) | (shared ? SHARED : 0);
+  call.scalars.momentum = call.scalars.bound = 0;
+  if (training && norm.get(names->track) == Py_True) {
+    if (!averages) return false;
+    call.mode |= UPDATE;
+    PyObject* momentum = norm.get(names->momentum);
+    if (momentum == Py_None) {
+      if (!tracked.defined()) return false;
+      call.mode |= CUMULATIVE;
+    } else if (!read_number(momentum, call.scalars.momentum)) {
+      return false;
+    }
+  }
+  PyObject* bound = module.get(names->bound);
+  if (bound == nullptr) return false;
+  if (bound != Py_None) {
+    if (!read_number(bound, call.scalars.bound)) return false;
+    call.mode |= BOUNDED;
+  }
+  PyObject* inputs = module.get(names->inputs);
+  if (inputs == nullptr || !PyUnicode_CheckExact(inputs)) return false;
+  if (!shared && PyUnicode_Compare(inputs, names->standardized) == 0) call.mode |= STANDARDIZED;
+
+  int64_t world = 1, rank = 0;
+  if (kind == SYNC_NORM && training) {
+    THPObjectPtr group(PyObject_CallFunctionObjArgs(group_of_norm, bn, nullptr));
+    if (!group) return false;
+    if (group.get() != Py_None) {
+      const char* name;
+      long long w, r;
+      if (!PyArg_ParseTuple(group.get(), "sLL", &name, &w, &r)) return false;
+      call.group = name;
+      world = w;
+      rank = r;
+    }
+  }
+  const int64_t n = x.size(0), s = x.numel() / (n * c);
+  if (batch && world == 1 && n * s == 1) return false;  // an error in training
+  int64_t dtypes = 0;
+  for (const auto& t : p) dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
+  for (const auto& t : call.state)
+    dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
+  key = {x.device().index(), n, c, s, hidden, (int64_t)x.scalar_type() << 8 | call.mode, dtypes,
+         world, rank};
+  return true;
+}
+
+// ---------------------------------------------------------------- Python
+
+template <typename F>
+PyObject* guarded(F&& body) {
+  try {
+    return body();
+  } catch (python_error& e) {  // of a hook on saved tensors, say
+    e.restore();
+  } catch (const c10::OutOfMemoryError& e) {
+    THPObjectPtr torch(PyImport_ImportModule("torch"));
+    THPObjectPtr type(torch ? PyObject_GetAttrString(torch, "OutOfMemoryError") : nullptr);
+    if (type) PyErr_SetString(type, e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+  }
+  return nullptr;
+}
+
+// call(x, bn, sc, batch_shared, ndims) -> y; None: not the plain case; or, where there is no
+// plan yet, the key of the one that add_plan wants.
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  if (n != 5 || !PyTuple_Check(args[4])) {
+    PyErr_SetString(PyExc_TypeError, "expected call(x, bn, sc, batch_shared, ndims: tuple)");
+    return nullptr;
+  }
+  if (!THPVariable_CheckTypeExact(Py_TYPE(args[0])) || is_watched()) Py_RETURN_NONE;
+  const Tensor& given = THPVariable_Unpack(args[0]);
+  if (!fits(given, args[4])) Py_RETURN_NONE;
+  return guarded([&]() -> PyObject* {
+    Call found;
+    Key key;
+    if (!read_call(given, args[1], args[2], args[3] == Py_True, found, key)) {
+      if (PyErr_Occurred()) return nullptr;
+      Py_RETURN_NONE;
+    }
+    bool channels_last = false;
+    const Tensor x = dense(given, channels_last);
+    if (channels_last) key[5] |= CHANNELS_LAST;
+    const auto at = plans.find(key);
+    if (at == plans.end()) {
+      THPObjectPtr tuple(PyTuple_New(key.size()));
+      if (!tuple) return nullptr;
+      for (size_t i = 0; i < key.size(); ++i)
+        PyTuple_SET_ITEM(tuple.get(), i, PyLong_FromLongLong(key[i]));
+      return tuple.release();
+    }
+    const std::shared_ptr<Plan> plan = at->second;  // owned: another thread may add plans
+    Tensor y;
+    {
+      pybind11::gil_scoped_release released;
+      y = forward(plan, x, given, found);
+    }
+    return THPVariable_Wrap(std::move(y));
+  });
+}
+
+// add_plan(key, blob of int64)
+PyObject* add_plan(PyObject*, PyObject* args) {
+  PyObject* tuple;
+  const char* data;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "O!y#", &PyTuple_Type, &tuple, &data, &size)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    Key key;
+    TORCH_CHECK(PyTuple_GET_SIZE(tuple) == (Py_ssize_t)key.size(), "a key of another length");
+    for (size_t i = 0; i < key.size(); ++i) {
+      key[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+      if (PyErr_Occurred()) return nullptr;
+    }
+    std::vector<int64_t> v(size / 8);
+    std::memcpy(v.data(), data, v.size() * 8);
+    size_t at = 0;
+    auto next = [&] {
+      TORCH_CHECK(at < v.size(), "plan too short");
+      return v[at++];
+    };
+    auto plan = std::make_shared<Plan>();
+    plan->kept = next();
+    plan->mu = next();
+    plan->sigma = next();
+    plan->scratch = next();
+    plan->backward_scratch = next();
+    plan->gradients = next();
+    for (auto& offset : plan->offsets) offset = next();
+    plan->table = next();
+    plan->accumulator = static_cast<at::ScalarType>(next());
+    for (auto* list : {&plan->forward, &plan->backward}) {
+      for (int64_t n = next(); n > 0; --n) {
+        Launch l;
+        l.function = reinterpret_cast<Handle>(next());
+        if (l.function != nullptr) {
+          l.grid = static_cast<unsigned>(next());
+          l.threads = static_cast<unsigned>(next());
+          l.shared = static_cast<unsigned>(next());
+          const int64_t count = next();
+          TORCH_CHECK(count <= MAX_ARGUMENTS, "too many arguments: ", count);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t source = next();
+            TORCH_CHECK(source >= 0 && source <= NUMBER, "no such source: ", source);
+            l.sources.push_back(static_cast<int16_t>(source));
+            l.values.push_back(next());
+          }
+        }
+        list->push_back(std::move(l));
+      }
+    }
+    TORCH_CHECK(at == v.size(), "plan too long");
+    if (plans.size() >= MOST_PLANS) plans.clear();
+    plans[key] = std::move(plan);
+    Py_RETURN_NONE;
+  });
+}
+
+// load(cubin: bytes, name: str, shared: int, device: int) -> (handle, registers, local bytes)
+PyObject* load(PyObject*, PyObject* args) {
+  const char *image, *name;
+  Py_ssize_t size;
+  int shared, device;
+  if (!PyArg_ParseTuple(args, "y#sii", &image, &size, &name, &shared, &device)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    std::optional<c10::OptionalDeviceGuard> guard;
+    if (!accepts_cpu) guard.emplace(c10::Device(c10::DeviceType::CUDA, device));
+    ensure_context(device);
+    int mode = 2;  // relaxed: a stream that is being captured does not mind
+    check(driver().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
+    Handle module = nullptr, function = nullptr;
+    const CUresult loaded = driver().module_load(&module, image);
+    check(driver().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
+    check(loaded, "cuModuleLoadData");
+    check(driver().get_function(&function, module, name), "cuModuleGetFunction");
+    if (shared > 48 * 1024)
+      check(driver().set_attribute(function, 8 /* MAX_DYNAMIC_SHARED_SIZE_BYTES */, shared),
+            "cuFuncSetAttribute");
+    int registers = 0, local = 0;
+    check(driver().get_attribute(&registers, 4 /* NUM_REGS */, function), "cuFuncGetAttribute");
+    check(driver().get_attribute(&local, 3 /* LOCAL_SIZE_BYTES */, function),
+          "cuFuncGetAttribute");
+    return Py_BuildValue("(Kii)", reinterpret_cast<unsigned long long>(function), registers,
+                         local);
+  });
+}
+
+// configure(kind_of_type, group_of_norm, double_backward, global hooks: tuple of 4 dicts)
+PyObject* configure(PyObject*, PyObject* args) {
+  PyObject *kind, *group, *backward, *hooks;
+  if (!PyArg_ParseTuple(args, "OOOO!", &kind, &group, &backward, &PyTuple_Type, &hooks))
+    return nullptr;
+  if (PyTuple_GET_SIZE(hooks) != static_cast<Py_ssize_t>(global_hooks.size())) {
+    PyErr_SetString(PyExc_ValueError, "expected 4 dicts of hooks");
+    return nullptr;
+  }
+  for (size_t i = 0; i < global_hooks.size(); ++i) {
+    Py_INCREF(global_hooks[i] = PyTuple_GET_ITEM(hooks, i));
+    if (!PyDict_Check(global_hooks[i])) {
+      PyErr_SetString(PyExc_TypeError, "expected dicts of hooks");
+      return nullptr;
+    }
+  }
+  Py_INCREF(kind_of_type = kind);
+  Py_INCREF(group_of_norm = group);
+  Py_INCREF(double_backward = backward);
+  Py_RETURN_NONE;
+}
+
+// use_driver(path): tests put their own in the CUDA driver's place, and maps on the CPU.
+PyObject* use_driver(PyObject*, PyObject* args) {
+  const char* path;
+  if (!PyArg_ParseTuple(args, "s", &path)) return nullptr;
+  driver_path = path;
+  accepts_cpu = true;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+     nullptr},
+    {"add_plan", add_plan, METH_VARARGS, nullptr},
+    {"load", load, METH_VARARGS, nullptr},
+    {"configure", configure, METH_VARARGS, nullptr},
+    {"use_driver", use_driver, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__host() {
+  names = new Names;
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,240 @@
+"""The Triton kernels launched from C++: plans, compiled kernels, and the compiled host.
+
+`call` hands a layer to `csrc/host.cpp`, which reads what it needs from the layer's modules,
+finds the plan for the map's shape and the layer's mode, and makes one launch after the other.
+A plan that is missing is made here, from `plans` and from kernels that Triton compiles (and
+keeps in its own cache). Nothing of it is kept in a layer, so that layers are copied, pickled
+and moved as ever.
+
+Triton passes a kernel's arguments in order, without constants, then two pointers to scratch
+memory; `compile_launch` checks that in the compiled code, and another version of Triton is
+refused.
+"""
+import functools
+import logging
+import re
+import struct
+
+import torch
+import torch.nn.modules.module as torch_modules
+import triton.language as tl
+from mmengine.logging import print_log
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+
+from dn_mmdet.sc import SC
+
+from . import _host, plans, triton_kernels
+
+# Where an argument comes from, in the order of host.cpp's Source.
+SOURCES = ('x', 'y', 'dy', 'dx', 'w', 'b', 'w_in', 'b_in', 'w_out', 'b_out', 'running_mean',
+           'running_var', 'tracked', 'kept', 'scratch', 'backward_scratch', 'gradients', 'table',
+           'dtable', 'eps', 'momentum', 'bound', 'number')
+# host.cpp's Mode.
+BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST = (1 << i
+                                                                          for i in range(7))
+# c10::ScalarType
+DTYPES = {4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64,
+          15: torch.bfloat16}
+NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+TRITON_TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32',
+                torch.float64: 'fp64', torch.int64: 'i64', 'i32': 'i32'}
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+# host.cpp's Kind.
+OTHER, NORM, SYNC_NORM, PLAIN_SC = range(4)
+
+
+
+class UnknownTriton(RuntimeError):
+    """A version of Triton whose kernels take their arguments in another way."""
+
+
+_unusable = {}  # device index -> why its kernels cannot be compiled or loaded
+
+
+def call(x, bn, sc, batch_shared: bool, ndims: tuple[int, ...]):
+    """y of a layer, or None where the layer, the map or the moment is not the plain case.
+
+    That is: a dense map on a GPU; a (Sync)BatchNorm and an SC as they come, with nothing
+    registered on them; no transform, trace or dispatch mode. All sizes, dtypes and devices
+    fit: whatever does not is left to the caller, who says so.
+    """
+    y = _host.call(x, bn, sc, batch_shared, ndims)
+    if y.__class__ is not tuple:
+        return y
+    return _host.call(x, bn, sc, batch_shared, ndims) if _add_plan(y) else None
+
+
+def _add_plan(key) -> bool:
+    device = max(key[0], 0)  # a test's maps are on the CPU
+    if device in _unusable:
+        return False
+    try:
+        plan = plan_of(key)
+        blob = encode(plan, lambda launch: _load(plan, launch, device))
+    except Exception as error:  # of Triton's compiler or of the driver, any
+        _unusable[device] = error
+        print_log(f'dn_mmdet: on GPU {device} DN layers run on slower operators: the kernels '
+                  f'cannot be compiled or loaded ({type(error).__name__}: {error})',
+                  logger='current', level=logging.WARNING)
+        return False
+    _host.add_plan(key, blob)
+    return True
+
+
+def kernels_run_on(device: int) -> bool:
+    """Whether nothing is known against Triton's kernels on this GPU."""
+    return isinstance(_unusable.get(device, UnknownTriton()), UnknownTriton)
+
+
+def plan_of(key) -> plans.Plan:
+    """The plan that host.cpp's key stands for."""
+    _, n, c, s, hidden, mode, dtypes, world, rank = key
+    shape = plans.Shape(n, c, s, bool(mode & CHANNELS_LAST), DTYPES[mode >> 8])
+    options = plans.Options(
+        hidden=hidden, batch=bool(mode & BATCH), update=bool(mode & UPDATE),
+        cumulative=bool(mode & CUMULATIVE), shared=bool(mode & SHARED),
+        standardized=bool(mode & STANDARDIZED), bounded=bool(mode & BOUNDED), world=world,
+        rank=rank)
+    names = (*plans.PARAMETERS, *plans.STATE)
+    given = {}
+    for i, name in enumerate(names):
+        number = dtypes >> 6 * (len(names) - 1 - i) & 63
+        if number:
+            given[name] = DTYPES[number - 1]
+    return plans.Plan(shape, options, given)
+
+
+def encode(plan: plans.Plan, handle_of) -> bytes:
+    """What host.cpp's add_plan takes. handle_of(launch) -> (function, shared memory)."""
+    itemsize = plan.shape.accumulator.itemsize
+    places = {name: ('x' if name == 'x' else name, 0) for name in (
+        *plans.MAPS, *plans.PARAMETERS, *plans.STATE, 'table', 'dtable')}
+    for source in ('kept', 'scratch', 'backward_scratch'):
+        for name, at in getattr(plan, source).items():
+            places[name] = source, at * itemsize
+    for name, at in plan.gradients.items():
+        places[f'd{name}'] = 'gradients', at
+    numbers = [itemsize * plan.kept_size, itemsize * plan.kept['mu'],
+               itemsize * plan.kept['sigma'], itemsize * plan.scratch_size,
+               itemsize * plan.backward_scratch_size, plan.gradient_bytes,
+               *(plan.gradients.get(name, 0) for name in plans.PARAMETERS), plan.table_size,
+               NUMBERS[plan.shape.accumulator]]
+    for launches in (plan.forward, plan.backward):
+        numbers.append(len(launches))
+        for launch in launches:
+            if not isinstance(launch, plans.Launch):
+                numbers.append(0)  # an all-reduce
+                continue
+            handle, shared = handle_of(launch)
+            arguments = plans.argument_names(launch)
+            numbers += [handle, launch.grid, 32 * launch.warps, shared, len(arguments)]
+            for name in arguments:
+                if plans.is_pointer(name):
+                    source, value = places[name.removesuffix('_ptr')]
+                elif name in plans.SCALARS:
+                    source, value = name, 0
+                else:
+                    source, value = 'number', launch.numbers[name]
+                numbers += [SOURCES.index(source), value]
+    return struct.pack(f'<{len(numbers)}q', *numbers)
+
+
+def compile_launch(plan: plans.Plan, launch: plans.Launch, capability: int):
+    """A launch's kernel, compiled for a GPU that need not be here (90: sm_90).
+
+    Raises:
+        UnknownTriton: this version of Triton passes arguments in another way.
+    """
+    kernel = getattr(triton_kernels, launch.kernel)
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in launch.constants:
+            value = launch.constants[name]
+            constants[name] = ACCUMULATORS[value] if name == 'ACC' else value
+            signature[name] = 'constexpr'
+            continue
+        pointer = plans.is_pointer(name)
+        signature[name] = '*' * pointer + TRITON_TYPES[plans.type_of(plan, name)]
+        # the layer's own tensors may start anywhere
+        own = pointer and name.removesuffix('_ptr') in (*plans.PARAMETERS, *plans.STATE)
+        if pointer and not own:
+            attributes[(i, )] = [['tt.divisibility', plans.Plan.ALIGNMENT]]
+        elif name in plans.HINTED and plans.divisor(launch.numbers[name]) > 1:
+            attributes[(i, )] = [['tt.divisibility', plans.divisor(launch.numbers[name])]]
+    options = dict(num_warps=launch.warps, num_stages=2)
+    if launch.registers:
+        options['maxnreg'] = launch.registers
+    binary = triton_compile(ASTSource(kernel, signature, constants, attributes),
+                            target=GPUTarget('cuda', capability, 32), options=options)
+    _check_arguments(binary, [signature[name] for name in plans.argument_names(launch)])
+    return binary
+
+
+def _check_arguments(binary, types):
+    meta = binary.metadata
+    entry = re.search(r'\.entry\s+\w+\((.*?)\)', binary.asm['ptx'], re.S).group(1)
+    sizes = [int(bits) // 8 for bits in re.findall(r'\.param \.[a-z](\d+)', entry)]
+    wanted = [4 if t == 'i32' else 8 for t in types] + [8, 8]  # two scratch pointers
+    if (sizes != wanted or meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl
+            or meta.global_scratch_size or meta.profile_scratch_size):
+        raise UnknownTriton(f"expected Triton's kernels to take {wanted} bytes of arguments, got "
+                           f'{sizes}: this version of Triton is not known; install triton 3.6')
+
+
+_loaded = {}
+
+
+def _load(plan, launch, device):
+    capability = torch.cuda.get_device_capability(device)
+    binary = compile_launch(plan, launch, 10 * capability[0] + capability[1])
+    found = _loaded.get((binary.hash, device))
+    if found is None:
+        handle, *_ = _host.load(binary.asm['cubin'], binary.metadata.name,
+                                binary.metadata.shared, device)
+        found = _loaded[binary.hash, device] = handle, binary.metadata.shared
+    return found
+
+
+def _kind_of_type(cls: type) -> int:
+    """What host.cpp takes a module of this class for."""
+    if getattr(cls, 'forward', None) is _BatchNorm.forward:
+        return NORM
+    if getattr(cls, 'forward', None) is nn.SyncBatchNorm.forward:
+        return SYNC_NORM
+    return PLAIN_SC if getattr(cls, 'forward', None) is SC.forward else OTHER
+
+
+def _group_of(bn):
+    """(name, world size, rank) of the processes that reduce bn's statistics, or None."""
+    from dn_mmdet.functional import process_group
+    group = process_group(bn)
+    if group is None:
+        return None
+    return group.group_name, torch.distributed.get_world_size(group), torch.distributed.get_rank(
+        group)
+
+
+def _double_backward(dy, x, mu, sigma, parameters, needed, mode, eps, bound, group):
+    """The gradients of x, w, b and SC's parameters, each operation seen by autograd."""
+    from dn_mmdet import functional
+    return functional.replayed_backward(
+        dy, x, mu, sigma, parameters, needed, batch=bool(mode & BATCH),
+        batch_shared=bool(mode & SHARED), standardized=bool(mode & STANDARDIZED), eps=eps,
+        bound=bound if mode & BOUNDED else None, group=group)
+
+
+@functools.cache
+def configured() -> bool:
+    """Tells the compiled host what it needs of Python, once."""
+    _host.configure(_kind_of_type, _group_of, _double_backward,
+                    (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks,
+                     torch_modules._global_backward_hooks,
+                     torch_modules._global_backward_pre_hooks))
+    return True
+
+
+configured()

@@ -1,0 +1,362 @@
+"""From the shape of a map to the launches of `triton_kernels`: tiles, grids, memory.
+
+A :class:`Plan` holds no tensor. It says for each launch which kernel runs on which grid and
+where each of its arguments comes from: a named tensor, a named number of the layer (eps,
+momentum, bound) or an integer that the shape decides. `triton_ops` launches plans from
+Python, `host` hands them to the compiled host.
+"""
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from . import triton_kernels
+
+SCALARS = ('eps', 'momentum', 'bound')
+# Tensors as big as x, the state of the layer, and the gradients of its parameters: what a
+# plan finds. All else it allots itself.
+MAPS = ('x', 'y', 'dy', 'dx')
+PARAMETERS = ('w', 'b', 'w_in', 'b_in', 'w_out', 'b_out')
+STATE = ('running_mean', 'running_var', 'tracked')
+
+
+class Shape(NamedTuple):
+    """A map as the kernels see it: N, C, S, and whether channels are innermost."""
+    samples: int
+    channels: int
+    size: int
+    channels_last: bool
+    dtype: torch.dtype
+
+    @property
+    def rows(self):
+        return self.channels if self.channels_last else self.samples * self.channels
+
+    @property
+    def outer(self):
+        return self.samples if self.channels_last else 1
+
+    @property
+    def accumulator(self):
+        """The dtype of sums and of all that is small."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+class Options(NamedTuple):
+    """What of a layer and its mode is compiled into the kernels."""
+    hidden: int
+    batch: bool  # statistics of the batch, else the running ones
+    update: bool  # of the running averages
+    cumulative: bool  # momentum=None
+    shared: bool  # DN-C
+    standardized: bool
+    bounded: bool
+    world: int = 1  # processes whose statistics are reduced
+    rank: int = 0
+
+
+class Launch(NamedTuple):
+    """One kernel on a 1-d grid."""
+    kernel: str
+    grid: int
+    warps: int
+    constants: dict[str, Any]
+    numbers: dict[str, int]
+    registers: int = 0  # at most, by thread; 0 for no limit
+
+
+class Tuning(NamedTuple):
+    """Sizes that decide speed alone. Waves: 16-byte loads of a thread in flight, by map."""
+    sum_warps: int = 8
+    moments_waves: int = 4
+    reduce_waves: int = 2
+    map_warps: int = 4
+    affine_waves: int = 4
+    gradient_waves: int = 2
+    programs: int = 528  # among which a sum over columns is split
+    least_steps: int = 3  # of a program of such a sum, before it is split further
+    registers: int = 64  # of a thread in sums
+
+
+TUNING = Tuning()
+# Hidden units that a program of the small part takes at once, at most.
+HIDDEN = 64
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Tile(NamedTuple):
+    """U deep, R rows, K columns; see `triton_kernels`. R K is one 16-byte load a thread."""
+    deep: int
+    rows: int
+    columns: int
+
+    @property
+    def width(self):
+        return self.deep * self.columns
+
+    @property
+    def constants(self):
+        return dict(U=self.deep, R=self.rows, K=self.columns)
+
+
+def tile(shape: Shape, warps: int, waves: int) -> Tile:
+    vector = 16 // shape.dtype.itemsize
+    wave = warps * 32 * vector
+    whole = next_power_of_2(shape.size)
+    if shape.channels_last:
+        # whole lines of 128 bytes if possible, few idle lanes
+        penalty = {256: 1., 128: 1., 64: 0.97, 32: 0.8, 16: 0.5}
+        most = next_power_of_2(shape.rows)
+        rows = max((r for r in penalty if r <= max(most, 16)),
+                   key=lambda r: shape.rows / (-(-shape.rows // r) * r) * penalty[r])
+        rows = min(rows, most)
+        columns = min(max(wave // rows, 1), whole)
+        return Tile(max(1, min(waves, whole // columns)), rows, columns)
+    rows = min(max(1, waves * wave // whole), next_power_of_2(shape.rows), waves * wave)
+    while rows > 1 and -(-shape.rows // rows) < 264 and rows * whole > wave // 4:
+        rows //= 2
+    columns = min(whole, max(wave // rows, min(vector, whole)))
+    return Tile(max(1, min(waves, whole // columns)), rows, columns)
+
+
+def splits(shape: Shape, tile: Tile, tuning: Tuning) -> tuple[int, int]:
+    """Into how many parts a sum over the columns is split, and the columns of each."""
+    programs = shape.outer * -(-shape.rows // tile.rows)
+    steps = -(-shape.size // tile.width)
+    most = tuning.programs // programs
+    # a program pays for its start: few of many steps beat many of one, once the GPU is full
+    if programs * steps > 132 * tuning.least_steps:
+        most = min(most, max(steps // tuning.least_steps, -(-132 // programs)))
+    parts = max(1, min(most, steps))
+    size = -(-steps // parts) * tile.width
+    return -(-shape.size // size), size
+
+
+def _big(kernel, shape, tile, grid, warps, registers=0, **numbers):
+    return Launch(kernel, grid, warps,
+                  dict(CL=shape.channels_last, ACC=shape.accumulator, **tile.constants),
+                  dict(rows=shape.rows, columns=shape.size,
+                       row_blocks=-(-shape.rows // tile.rows), **numbers), registers)
+
+
+def _sum(kernel, shape, waves, tuning):
+    """A launch of moments or reduce, and into how many parts of which size it splits."""
+    t = tile(shape, tuning.sum_warps, waves)
+    parts, size = splits(shape, t, tuning)
+    grid = shape.outer * -(-shape.rows // t.rows) * parts
+    registers = tuning.registers if shape.accumulator == torch.float32 else 0
+    return _big(kernel, shape, t, grid, tuning.sum_warps, registers,
+                total=shape.samples * shape.channels, splits=parts, split_size=size), parts, size
+
+
+def _map(kernel, shape, waves, tuning):
+    t = tile(shape, tuning.map_warps, waves)
+    parts = -(-shape.size // t.width)
+    grid = shape.outer * -(-shape.rows // t.rows) * parts
+    return _big(kernel, shape, t, grid, tuning.map_warps, parts=parts)
+
+
+def moments(shape: Shape, tuning: Tuning = TUNING) -> tuple[Launch, int, int]:
+    return _sum('moments_kernel', shape, tuning.moments_waves, tuning)
+
+
+def reduce(shape: Shape, tuning: Tuning = TUNING) -> tuple[Launch, int, int]:
+    return _sum('reduce_kernel', shape, tuning.reduce_waves, tuning)
+
+
+def affine(shape: Shape, tuning: Tuning = TUNING) -> Launch:
+    return _map('affine_kernel', shape, tuning.affine_waves, tuning)
+
+
+def input_gradient(shape: Shape, tuning: Tuning = TUNING) -> Launch:
+    return _map('input_gradient_kernel', shape, tuning.gradient_waves, tuning)
+
+
+class SmallPart:
+    """The launches between the big passes, and the sizes of what they keep."""
+
+    def __init__(self, shape: Shape, options: Options, missing: frozenset[str]):
+        """missing: which of w, b and tracked the layer does not have."""
+        n, c = shape.samples, shape.channels
+        self.shape, self.options = shape, options
+        self.none = {f'{name}_ptr': None for name in missing}
+        self.block = 16 if c <= 512 else 32
+        self.blocks = -(-c // self.block)
+        self.tile_hidden = min(HIDDEN, max(16, next_power_of_2(options.hidden)))
+        self.hidden_blocks = -(-options.hidden // self.tile_hidden)
+        self.tile_samples = 16 if n <= 16 else 32
+        self.padded = -(-options.hidden // 4) * 4
+        self.rows = 1 if options.shared else n
+        self.warps = 8 if self.block * self.tile_hidden >= 2048 else 4
+
+    def _launch(self, kernel, grid, flags=(), block=None, none=(), **numbers):
+        o, s = self.options, self.shape
+        constants = dict(N=self.tile_samples, C=block or self.block, ACC=s.accumulator)
+        names = getattr(triton_kernels, kernel).arg_names
+        known = dict(BATCH=o.batch, UPDATE=o.update, CUMULATIVE=o.cumulative, SHARED=o.shared,
+                     STANDARDIZED=o.standardized, BOUNDED=o.bounded, H=self.tile_hidden,
+                     PRECISION='ieee', WHOLE=self.hidden_blocks == 1, **dict(flags))
+        constants.update((name, value) for name, value in known.items() if name in names)
+        absent = dict(self.none, **{f'{name}_ptr': None for name in none})
+        for name in ('w', 'b'):  # nor is there a gradient
+            if f'{name}_ptr' in absent:
+                absent[f'd{name}_ptr'] = None
+        constants.update((name, None) for name in absent if name in names)
+        numbers = dict(numbers, n=s.samples, channels=s.channels, hidden=o.hidden,
+                       padded=self.padded, columns=s.size, world=o.world, rank=o.rank)
+        numbers = {name: numbers[name] for name in names if name in numbers}
+        return Launch(kernel, grid, self.warps, constants, numbers)
+
+    @property
+    def synchronized(self):
+        return self.options.world > 1
+
+    def local_statistics(self, splits: int, split_size: int) -> Launch:
+        return self._launch('local_statistics_kernel', self.blocks, dict(SINGLE=splits == 1),
+                            splits=splits, split_size=split_size)
+
+    def statistics(self, splits: int, split_size: int) -> Launch:
+        none = () if self.synchronized else ('table', )
+        return self._launch('statistics_kernel', self.blocks * self.hidden_blocks,
+                            dict(SINGLE=splits == 1), none=none, splits=splits,
+                            split_size=split_size, blocks=self.blocks)
+
+    def coefficients(self) -> Launch:
+        # each program adds up all partials of its samples' hidden units
+        block = min(64, max(self.block, 16 * (self.shape.channels // 320)))
+        block = next_power_of_2(block)
+        blocks = -(-self.shape.channels // block)
+        grid = blocks * -(-self.shape.samples // self.tile_samples)
+        return self._launch('coefficients_kernel', grid, block=block, blocks=blocks,
+                            parts=self.blocks)
+
+    def output_gradient(self, splits: int) -> Launch:
+        return self._launch('output_gradient_kernel', self.blocks * self.hidden_blocks,
+                            dict(SINGLE=splits == 1), splits=splits, blocks=self.blocks)
+
+    def moments_gradient(self) -> Launch:
+        none = () if self.synchronized else ('table', 'dtable')
+        return self._launch('moments_gradient_kernel', self.blocks * self.hidden_blocks,
+                            none=none, blocks=self.blocks, parts=self.blocks)
+
+    def synchronized_gradient(self) -> Launch:
+        return self._launch('synchronized_gradient_kernel', self.blocks)
+
+    def sizes(self) -> dict[str, int]:
+        """The number of values of each tensor of the small part."""
+        nc, c = self.shape.samples * self.shape.channels, self.shape.channels
+        hidden = self.options.hidden
+        table = self.options.world * (2 * c + 1)
+        return dict(
+            m=nc, v=nc, a=nc, c=nc, g=nc, h=nc, p=nc, q=nc, mu=c, sigma=c, dmu=c, dsigma=c,
+            r=self.rows * self.padded, up=self.blocks * self.rows * self.padded,
+            dr=self.blocks * self.rows * self.padded, table=table, dtable=table,
+            dw=c, db=c, dw_in=2 * c * hidden, db_in=hidden, dw_out=2 * c * hidden,
+            db_out=2 * c)
+
+
+def argument_names(launch: Launch) -> list[str]:
+    """The kernel's parameters that are no constants, in order."""
+    names = getattr(triton_kernels, launch.kernel).arg_names
+    return [name for name in names if name not in launch.constants]
+
+
+def is_pointer(name: str) -> bool:
+    return name.endswith('_ptr')
+
+
+class Plan:
+    """All launches of a layer on one shape, with a place in memory for what they keep.
+
+    Attributes:
+        forward, backward: lists of launches; `REDUCE_TABLE` and `REDUCE_GRADIENT` among
+            them stand for an all-reduce of table or dtable.
+        kept, scratch, backward_scratch: name -> offset in values of the accumulator, in
+            memory that lives until the backward pass, for the forward and the backward pass.
+        gradients: name -> offset in bytes.
+    """
+
+    REDUCE_TABLE, REDUCE_GRADIENT = 'all-reduce of table', 'all-reduce of dtable'
+    ALIGNMENT = 16  # bytes, of each tensor's place
+    KEPT = ('m', 'v', 'a', 'g', 'h', 'mu', 'sigma', 'r')
+    SCRATCH = ('m_part', 'v_part', 'c', 'up')
+    BACKWARD_SCRATCH = ('da_part', 'dc_part', 'p', 'q', 'dmu', 'dsigma', 'dr')
+
+    def __init__(self, shape: Shape, options: Options, dtypes: dict[str, torch.dtype],
+                 tuning: Tuning = TUNING):
+        """dtypes: of those of w, b, running_mean, ... that the layer has."""
+        self.shape, self.options, self.dtypes = shape, options, dtypes
+        missing = frozenset(('w', 'b', *STATE)) - set(dtypes)
+        if options.update or not options.batch:
+            assert not missing & {'running_mean', 'running_var'}
+        small = SmallPart(shape, options, missing)
+        sizes = small.sizes()
+        nc = shape.samples * shape.channels
+        first, parts, size = moments(shape, tuning)
+        sizes.update(m_part=parts * nc, v_part=parts * nc)
+        self.forward = [first]
+        if options.world > 1:
+            self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
+            # which has merged the parts
+            second = small.statistics(1, shape.size)
+        else:
+            second = small.statistics(parts, size)
+        self.forward += [second, small.coefficients(), affine(shape, tuning)]
+        first, parts, size = reduce(shape, tuning)
+        sizes.update(da_part=parts * nc, dc_part=parts * nc)
+        self.backward = [first, small.output_gradient(parts), small.moments_gradient()]
+        if options.world > 1:
+            self.backward += [self.REDUCE_GRADIENT, small.synchronized_gradient()]
+        self.backward.append(input_gradient(shape, tuning))
+        synchronized = options.world > 1
+        self.kept, self.kept_size = self._places(sizes, self.KEPT)
+        self.scratch, self.scratch_size = self._places(sizes, self.SCRATCH)
+        self.backward_scratch, self.backward_scratch_size = self._places(
+            sizes, self.BACKWARD_SCRATCH)
+        # what is reduced is a tensor of its own
+        self.table_size = sizes['table'] if synchronized else 0
+        self.sizes = sizes
+        self.gradients, self.gradient_bytes = {}, 0
+        for name in PARAMETERS:
+            if name in dtypes:
+                self.gradients[name] = self.gradient_bytes
+                size = sizes[f'd{name}'] * dtypes[name].itemsize
+                self.gradient_bytes += -(-size // self.ALIGNMENT) * self.ALIGNMENT
+
+    def _places(self, sizes, names):
+        step = self.ALIGNMENT // 4
+        places, at = {}, 0
+        for name in names:
+            places[name] = at
+            at += -(-sizes[name] // step) * step
+        return places, at
+
+    def launches(self):
+        return [launch for launch in (*self.forward, *self.backward)
+                if isinstance(launch, Launch)]
+
+
+def type_of(plan: Plan, name: str) -> torch.dtype | str:
+    """The dtype behind a pointer, of a number of the layer, or 'i32'."""
+    accumulator = plan.shape.accumulator
+    if not is_pointer(name):
+        return torch.float64 if name in SCALARS else 'i32'
+    name = name.removesuffix('_ptr')
+    if name in MAPS:
+        return plan.shape.dtype
+    if name in plan.dtypes:
+        return plan.dtypes[name]
+    if name.startswith('d') and name[1:] in plan.gradients:
+        return plan.dtypes[name[1:]]
+    return accumulator
+
+
+def divisor(n: int) -> int:
+    return math.gcd(n, 16)
+
+
+# Integers whose divisibility decides how wide loads can be.
+HINTED = ('rows', 'columns', 'split_size', 'channels', 'padded')
