@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from triton.runtime.interpreter import TensorHandle, interpreter_builder
 import triton.language as tl
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from dn_mmdet import functional, layers
 from dn_mmdet.kernels import _host, host, plans, triton_kernels
@@ -47,6 +47,8 @@ def on_launch(function, grid, threads, shared, params):
     except BaseException:
         errors.append(traceback.format_exc())
         return 700
+    finally:
+        intervals.clear()
 
 
 def decode(plan, launch, name, at):

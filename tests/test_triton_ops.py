@@ -1,11 +1,16 @@
 """The Triton kernels: on a GPU where there is one, everywhere else in Triton's interpreter.
 
 The interpreter runs kernels on the CPU, one program after the other, in a process that
-starts with TRITON_INTERPRET=1; `test_in_the_interpreter` starts it on this file.
+starts with TRITON_INTERPRET=1; `test_in_the_interpreter` starts it on this file. Both ways
+to launch them are tested: from Python ('triton'), and from C++ ('cpp'), there by a driver
+that `emulated_gpu` puts in CUDA's place.
 """
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -24,9 +29,19 @@ from parity import (
     step,
 )
 
-pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
+from dn_mmdet import functional
+
+triton = pytest.importorskip(
+    'triton', reason='needs Triton, which is not made for this system')
+from dn_mmdet.kernels import plans, triton_kernels  # noqa: E402
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+HOST = functional.gpu_host() is not None
+if INTERPRETED and HOST:
+    import emulated_gpu
+    emulated_gpu.install()
+BACKENDS = pytest.mark.parametrize('backend', ['triton', pytest.param('cpp', marks=[
+    pytest.mark.skipif(not HOST, reason='the compiled host was not built')])])
 DEVICES = pytest.mark.parametrize('device', ['cpu'] if INTERPRETED else [CUDA])
 ROUNDED = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
                                   ids=['fp32', 'fp16', 'bf16'])
@@ -59,25 +74,28 @@ if not INTERPRETED:
         assert ' passed' in process.stdout and 'skipped' not in process.stdout, process.stdout
 
 
+@BACKENDS
 @slow
 @DEVICES
 @pytest.mark.parametrize('shape, layout', CASES, ids=str)
 @ROUNDED
 @MODES
 @pytest.mark.parametrize('kind', KINDS)
-def test_errors_are_within_twice_plain_pytorchs(kind, training, dtype, shape, layout, device):
-    assert_as_accurate_as_plain_pytorch('triton', kind, shape, layout, dtype, training, device,
+def test_errors_are_within_twice_plain_pytorchs(backend, kind, training, dtype, shape, layout,
+                                                device):
+    assert_as_accurate_as_plain_pytorch(backend, kind, shape, layout, dtype, training, device,
                                         draws=2 if INTERPRETED else 5)
 
 
+@BACKENDS
 @slow
 @DEVICES
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @ROUNDED
 @MODES
 @pytest.mark.parametrize('kind', KINDS)
-def test_also_where_the_mean_is_large(kind, training, dtype, layout, device):
-    assert_as_accurate_as_plain_pytorch('triton', kind, (4, 5, 12, 11), layout, dtype, training,
+def test_also_where_the_mean_is_large(backend, kind, training, dtype, layout, device):
+    assert_as_accurate_as_plain_pytorch(backend, kind, (4, 5, 12, 11), layout, dtype, training,
                                         device, offset=OFFSETS[dtype],
                                         draws=2 if INTERPRETED else 5)
 
@@ -99,6 +117,7 @@ def test_each_primitive_in_each_layout(shape, dtype, offset, device):
         assert_primitives(triton_ops, x.contiguous(memory_format=memory_format), offset)
 
 
+@BACKENDS
 @DEVICES
 @pytest.mark.parametrize('kwargs', [
     dict(affine=False), dict(bound=None), dict(reduction=1), dict(momentum=None),
@@ -107,17 +126,18 @@ def test_each_primitive_in_each_layout(shape, dtype, offset, device):
     ('dnb-raw', True), *(pytest.param(kind, training, marks=slow)
                          for kind in KINDS for training in (True, False)
                          if (kind, training) != ('dnb-raw', True))])
-def test_every_argument_of_the_layer(kind, training, kwargs, device):
+def test_every_argument_of_the_layer(backend, kind, training, kwargs, device):
     x = torch.randn(3, 70, 2, 3, dtype=torch.float64, device=device)
-    assert_equals_reference('triton', kind, x, training, **kwargs)
+    assert_equals_reference(backend, kind, x, training, **kwargs)
 
 
+@BACKENDS
 @slow
 @DEVICES
 @MODES
 @pytest.mark.parametrize('kind', KINDS)
-def test_gradcheck(kind, training, device):
-    layer = make_layer(kind, 3, 'triton', training, min_channels=2).double().to(device)
+def test_gradcheck(backend, kind, training, device):
+    layer = make_layer(kind, 3, backend, training, min_channels=2).double().to(device)
     names, parameters = zip(*dict(layer.named_parameters()).items(), strict=True)
 
     def run(x, *parameters):
@@ -127,10 +147,11 @@ def test_gradcheck(kind, training, device):
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
 
 
+@BACKENDS
 @DEVICES
 @pytest.mark.parametrize('kind', KINDS)
-def test_gradients_of_only_some(kind, device, close):
-    layer = make_layer(kind, 5, 'triton', True).double().to(device)
+def test_gradients_of_only_some(backend, kind, device, close):
+    layer = make_layer(kind, 5, backend, True).double().to(device)
     x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
     every = torch.autograd.grad(layer(x).pow(3).sum(), [x, *layer.parameters()])
     alone = torch.autograd.grad(layer(x.detach()).pow(3).sum(), list(layer.parameters()))
@@ -140,10 +161,11 @@ def test_gradients_of_only_some(kind, device, close):
     close(torch.autograd.grad(layer(x).pow(3).sum(), x)[0], every[0])
 
 
+@BACKENDS
 @DEVICES
 @pytest.mark.parametrize('kind', KINDS)
-def test_inference_computes_what_training_code_does_in_eval(kind, device, close):
-    layer = make_layer(kind, 5, 'triton', False).to(device)
+def test_inference_computes_what_training_code_does_in_eval(backend, kind, device, close):
+    layer = make_layer(kind, 5, backend, False).to(device)
     x = torch.randn(3, 5, 4, 3, device=device)
     expected = layer(x).detach()
     with torch.no_grad():
@@ -152,10 +174,11 @@ def test_inference_computes_what_training_code_does_in_eval(kind, device, close)
         close(layer(x), expected)
 
 
+@BACKENDS
 @DEVICES
-def test_a_module_in_scs_place_is_called(device, close):
+def test_a_module_in_scs_place_is_called(backend, device, close):
     """The fused small part knows one SC; hooks and other modules go through autograd."""
-    layer = make_layer('dnb-raw', 5, 'triton', True).double().to(device)
+    layer = make_layer('dnb-raw', 5, backend, True).double().to(device)
     x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device)
     expected = layer(x)
     calls = []
@@ -164,10 +187,11 @@ def test_a_module_in_scs_place_is_called(device, close):
     assert calls
 
 
+@BACKENDS
 @DEVICES
-def test_a_backward_in_a_later_mode_of_the_running_averages(device, close):
+def test_a_backward_in_a_later_mode_of_the_running_averages(backend, device, close):
     """In eval mode, training steps between a forward and its backward do not count."""
-    layer = make_layer('dnb-standardized', 5, 'triton', False).double().to(device)
+    layer = make_layer('dnb-standardized', 5, backend, False).double().to(device)
     x = torch.randn(3, 5, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
     expected = torch.autograd.grad(layer(x).pow(3).sum(), x)[0]
     loss = layer(x).pow(3).sum()
@@ -175,12 +199,13 @@ def test_a_backward_in_a_later_mode_of_the_running_averages(device, close):
     close(torch.autograd.grad(loss, x)[0], expected)
 
 
+@BACKENDS
 @DEVICES
 @pytest.mark.parametrize('kind, layout, training', [
     ('dnb-standardized', 'channels_last', True), ('dnc', 'contiguous', True),
     ('dnb-raw', 'contiguous', False)])
-def test_nothing_reads_uninitialised_memory(kind, layout, training, device):
-    layer = make_layer(kind, 35, 'triton', training).to(device)
+def test_nothing_reads_uninitialised_memory(backend, kind, layout, training, device):
+    layer = make_layer(kind, 35, backend, training).to(device)
     x, dy = torch.randn(2, 3, 35, 5, 7, device=device)
     x = LAYOUTS[layout](x)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -196,17 +221,18 @@ def test_nothing_reads_uninitialised_memory(kind, layout, training, device):
         assert torch.equal(actual[name], wanted), name
 
 
+@BACKENDS
 @DEVICES
 @slow
 @given(n=st.integers(1, 40), c=st.integers(1, 70), height=st.integers(1, 9),
        width=st.integers(1, 9), kind=st.sampled_from(list(KINDS)), training=st.booleans(),
        layout=st.sampled_from(list(LAYOUTS)))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_shape(device, n, c, height, width, kind, training, layout):
+def test_any_shape(backend, device, n, c, height, width, kind, training, layout):
     if training and n * height * width == 1:
         height = 2  # BatchNorm needs more than one value per channel
     x = torch.randn(n, c, height, width, dtype=torch.float64, device=device)
-    assert_equals_reference('triton', kind, LAYOUTS[layout](x), training)
+    assert_equals_reference(backend, kind, LAYOUTS[layout](x), training)
 
 
 if not INTERPRETED:
@@ -240,58 +266,50 @@ if not INTERPRETED:
         torch.testing.assert_close(y[-1:], expected)
 
     @slow
-    @pytest.mark.parametrize('capability', [80, 90])
-    def test_kernels_compile_for_gpus_that_are_not_here(capability, monkeypatch):
-        """To machine code, with the arguments of real calls; Triton's compiler needs no GPU."""
-        from dn_mmdet.kernels import triton_ops
+    @pytest.mark.skipif(not HOST, reason='the compiled host was not built')
+    @pytest.mark.parametrize('capability', [80, 90, 100])
+    def test_kernels_compile_for_gpus_that_are_not_here(capability):
+        """To machine code, as for real layers; Triton's compiler needs no GPU."""
         compiled = set()
-        monkeypatch.setattr(
-            triton_ops, '_launch', lambda kernel, grid, *args, **meta: compiled.add(
-                compile_kernel(kernel, args, meta, capability)))
-        run_all_kernels(torch.empty(2, 32, 80, 80), hidden=8)
-        run_all_kernels(torch.empty(1, 1, 1, 1, dtype=torch.float16), hidden=1, affine=False)
-        run_all_kernels(torch.empty(2, 37, 80, 80, dtype=torch.float16,
-                                    memory_format=torch.channels_last), hidden=70)
-        kernels = {name for name in vars(triton_ops) if name.endswith('_kernel')}
-        assert {name for name, _ in compiled} == kernels and len(kernels) == 12
+        for plan in PLANS:
+            for launch in plan.launches():
+                binary = functional.gpu_host().compile_launch(plan, launch, capability)
+                registers, spilled = resources(binary)
+                print(capability, launch.kernel, launch.constants, f'shared memory '
+                      f'{binary.metadata.shared}, registers {registers}, spilled {spilled}')
+                assert binary.metadata.shared <= 64 * 1024  # the least that these GPUs give
+                assert spilled == 0
+                compiled.add(launch.kernel)
+        assert compiled == {name for name in vars(triton_kernels) if name.endswith('_kernel')}
 
 
-def compile_kernel(kernel, args, meta, capability):
-    """Compiles a kernel as a launch with these arguments would: its name and shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    options = {key: meta[key] for key in ('num_stages', ) if key in meta}
-    values = dict(zip([p.name for p in kernel.params], args, strict=False), **meta)
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        special = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1):
-            signature[parameter.name], constants[parameter.name] = 'constexpr', value
-            continue
-        types = {torch.float16: '*fp16', torch.float32: '*fp32', torch.int64: '*i64'}
-        signature[parameter.name] = types[value.dtype] if torch.is_tensor(value) else 'i32'
-        if torch.is_tensor(value) or (special and value % 16 == 0):
-            attributes[(i, )] = [['tt.divisibility', 16]]
-    binary = compile(ASTSource(kernel, signature, constants, attributes),
-                     target=GPUTarget('cuda', capability, 32), options=options)
-    assert binary.metadata.shared <= 64 * 1024  # the least that these GPUs give a program
-    return kernel.__name__, binary.metadata.shared
+def plan(shape, dtype=torch.float32, missing=(), layer_dtype=torch.float32, channels_last=False,
+         **options):
+    n, c, s = shape
+    dtypes = {name: layer_dtype for name in (*plans.PARAMETERS, *plans.STATE)}
+    dtypes['tracked'] = torch.int64
+    usual = dict(hidden=max(c // 32, 8), batch=True, update=True, cumulative=False, shared=False,
+                 standardized=False, bounded=True)
+    return plans.Plan(plans.Shape(n, c, s, channels_last, dtype),
+                      plans.Options(**dict(usual, **options)),
+                      {name: t for name, t in dtypes.items() if name not in missing})
 
 
-def run_all_kernels(x, hidden, affine=True):
-    from dn_mmdet.kernels import triton_ops
-    channels = x.shape[1]
-    m, v = triton_ops.moments(x)
-    w, b = (torch.ones(channels) for _ in range(2)) if affine else (None, None)
-    sc = [torch.ones(hidden, 2 * channels), torch.ones(hidden), torch.ones(2 * channels, hidden),
-          torch.ones(2 * channels)]
-    averages = torch.ones(channels), torch.ones(channels), 0.1
-    dy = triton_ops.affine(x, m, m, v)
-    da, dc = triton_ops.reduce(dy, x, m)
-    triton_ops.input_gradient(dy, x, m, m, v, v)
-    for shared, standardized in ((False, False), (False, True), (True, False)):
-        triton_ops.Coefficients(
-            m, v, x.numel() // m.numel(), None, averages, w, b, sc, eps=1e-5,
-            bound=0.5 if affine else None, standardized=standardized, batch_shared=shared,
-            keep=True).backward(da, dc)
+PLANS = [plan((24, 96, 160 * 160), torch.float16, channels_last=True),
+         plan((24, 1280, 100), torch.float16, channels_last=True),
+         plan((2, 37, 80 * 80), torch.bfloat16, standardized=True),
+         plan((40, 70, 6), missing=('w', 'b', 'tracked'), bounded=False, shared=True),
+         plan((1, 1, 2), torch.float16, layer_dtype=torch.float16, cumulative=True, hidden=1),
+         plan((3, 70, 6), hidden=100, world=2, rank=1),
+         plan((3, 70, 6), torch.float64, layer_dtype=torch.float64, batch=False, update=False)]
+
+
+def resources(binary):
+    """Registers and bytes spilled to memory of a thread, by the compiled code itself."""
+    binaries = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(binary.asm['cubin'])
+        file.flush()
+        usage = subprocess.run([binaries / 'cuobjdump', '-res-usage', file.name], check=True,
+                               capture_output=True, text=True).stdout
+    return tuple(int(re.search(rf'{name}:(\d+)', usage).group(1)) for name in ('REG', 'LOCAL'))

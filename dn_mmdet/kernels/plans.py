@@ -76,6 +76,12 @@ class Tuning(NamedTuple):
     programs: int = 528  # among which a sum over columns is split
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
+    # channels of a program in the small part's kernels; 0: by the number of channels
+    statistics_block: int = 0
+    coefficients_block: int = 0
+    output_block: int = 0
+    moments_block: int = 0
+    precision: str = 'ieee'  # of products in float32
 
 
 TUNING = Tuning()
@@ -178,27 +184,36 @@ def input_gradient(shape: Shape, tuning: Tuning = TUNING) -> Launch:
 class SmallPart:
     """The launches between the big passes, and the sizes of what they keep."""
 
-    def __init__(self, shape: Shape, options: Options, missing: frozenset[str]):
+    def __init__(self, shape: Shape, options: Options, missing: frozenset[str],
+                 tuning: Tuning = TUNING):
         """missing: which of w, b and tracked the layer does not have."""
         n, c = shape.samples, shape.channels
-        self.shape, self.options = shape, options
+        self.shape, self.options, self.tuning = shape, options, tuning
         self.none = {f'{name}_ptr': None for name in missing}
-        self.block = 16 if c <= 512 else 32
-        self.blocks = -(-c // self.block)
+        usual = 16 if c <= 512 else 32
+        self.statistics_block = tuning.statistics_block or usual
+        self.output_block = tuning.output_block or usual
+        self.moments_block = tuning.moments_block or usual
+        # each program adds up all partials of its samples' hidden units: fewer, larger ones
+        self.coefficients_block = tuning.coefficients_block or (usual if c <= 512 else 64)
+        self.statistics_blocks = -(-c // self.statistics_block)
+        self.output_blocks = -(-c // self.output_block)
         self.tile_hidden = min(HIDDEN, max(16, next_power_of_2(options.hidden)))
         self.hidden_blocks = -(-options.hidden // self.tile_hidden)
         self.tile_samples = 16 if n <= 16 else 32
         self.padded = -(-options.hidden // 4) * 4
         self.rows = 1 if options.shared else n
-        self.warps = 8 if self.block * self.tile_hidden >= 2048 else 4
 
-    def _launch(self, kernel, grid, flags=(), block=None, none=(), **numbers):
+    def _launch(self, kernel, block, programs=1, flags=(), none=(), **numbers):
+        """programs: for each block of channels."""
         o, s = self.options, self.shape
-        constants = dict(N=self.tile_samples, C=block or self.block, ACC=s.accumulator)
+        blocks = -(-s.channels // block)
+        warps = 8 if block * self.tile_hidden >= 2048 else 4
+        constants = dict(N=self.tile_samples, C=block, ACC=s.accumulator)
         names = getattr(triton_kernels, kernel).arg_names
         known = dict(BATCH=o.batch, UPDATE=o.update, CUMULATIVE=o.cumulative, SHARED=o.shared,
                      STANDARDIZED=o.standardized, BOUNDED=o.bounded, H=self.tile_hidden,
-                     PRECISION='ieee', WHOLE=self.hidden_blocks == 1, **dict(flags))
+                     PRECISION=self.tuning.precision, WHOLE=self.hidden_blocks == 1, **dict(flags))
         constants.update((name, value) for name, value in known.items() if name in names)
         absent = dict(self.none, **{f'{name}_ptr': None for name in none})
         for name in ('w', 'b'):  # nor is there a gradient
@@ -206,44 +221,42 @@ class SmallPart:
                 absent[f'd{name}_ptr'] = None
         constants.update((name, None) for name in absent if name in names)
         numbers = dict(numbers, n=s.samples, channels=s.channels, hidden=o.hidden,
-                       padded=self.padded, columns=s.size, world=o.world, rank=o.rank)
+                       padded=self.padded, columns=s.size, world=o.world, rank=o.rank,
+                       blocks=blocks)
         numbers = {name: numbers[name] for name in names if name in numbers}
-        return Launch(kernel, grid, self.warps, constants, numbers)
+        return Launch(kernel, blocks * programs, warps, constants, numbers)
 
     @property
     def synchronized(self):
         return self.options.world > 1
 
     def local_statistics(self, splits: int, split_size: int) -> Launch:
-        return self._launch('local_statistics_kernel', self.blocks, dict(SINGLE=splits == 1),
-                            splits=splits, split_size=split_size)
+        return self._launch('local_statistics_kernel', self.statistics_block,
+                            flags=dict(SINGLE=splits == 1), splits=splits,
+                            split_size=split_size)
 
     def statistics(self, splits: int, split_size: int) -> Launch:
         none = () if self.synchronized else ('table', )
-        return self._launch('statistics_kernel', self.blocks * self.hidden_blocks,
-                            dict(SINGLE=splits == 1), none=none, splits=splits,
-                            split_size=split_size, blocks=self.blocks)
+        return self._launch('statistics_kernel', self.statistics_block, self.hidden_blocks,
+                            dict(SINGLE=splits == 1), none, splits=splits,
+                            split_size=split_size)
 
     def coefficients(self) -> Launch:
-        # each program adds up all partials of its samples' hidden units
-        block = min(64, max(self.block, 16 * (self.shape.channels // 320)))
-        block = next_power_of_2(block)
-        blocks = -(-self.shape.channels // block)
-        grid = blocks * -(-self.shape.samples // self.tile_samples)
-        return self._launch('coefficients_kernel', grid, block=block, blocks=blocks,
-                            parts=self.blocks)
+        return self._launch('coefficients_kernel', self.coefficients_block,
+                            -(-self.shape.samples // self.tile_samples),
+                            parts=self.statistics_blocks)
 
     def output_gradient(self, splits: int) -> Launch:
-        return self._launch('output_gradient_kernel', self.blocks * self.hidden_blocks,
-                            dict(SINGLE=splits == 1), splits=splits, blocks=self.blocks)
+        return self._launch('output_gradient_kernel', self.output_block, self.hidden_blocks,
+                            dict(SINGLE=splits == 1), splits=splits)
 
     def moments_gradient(self) -> Launch:
         none = () if self.synchronized else ('table', 'dtable')
-        return self._launch('moments_gradient_kernel', self.blocks * self.hidden_blocks,
-                            none=none, blocks=self.blocks, parts=self.blocks)
+        return self._launch('moments_gradient_kernel', self.moments_block, self.hidden_blocks,
+                            none=none, parts=self.output_blocks)
 
     def synchronized_gradient(self) -> Launch:
-        return self._launch('synchronized_gradient_kernel', self.blocks)
+        return self._launch('synchronized_gradient_kernel', self.moments_block)
 
     def sizes(self) -> dict[str, int]:
         """The number of values of each tensor of the small part."""
@@ -252,8 +265,8 @@ class SmallPart:
         table = self.options.world * (2 * c + 1)
         return dict(
             m=nc, v=nc, a=nc, c=nc, g=nc, h=nc, p=nc, q=nc, mu=c, sigma=c, dmu=c, dsigma=c,
-            r=self.rows * self.padded, up=self.blocks * self.rows * self.padded,
-            dr=self.blocks * self.rows * self.padded, table=table, dtable=table,
+            r=self.rows * self.padded, up=self.statistics_blocks * self.rows * self.padded,
+            dr=self.output_blocks * self.rows * self.padded, table=table, dtable=table,
             dw=c, db=c, dw_in=2 * c * hidden, db_in=hidden, dw_out=2 * c * hidden,
             db_out=2 * c)
 
@@ -292,7 +305,7 @@ class Plan:
         missing = frozenset(('w', 'b', *STATE)) - set(dtypes)
         if options.update or not options.batch:
             assert not missing & {'running_mean', 'running_var'}
-        small = SmallPart(shape, options, missing)
+        small = SmallPart(shape, options, missing, tuning)
         sizes = small.sizes()
         nc = shape.samples * shape.channels
         first, parts, size = moments(shape, tuning)

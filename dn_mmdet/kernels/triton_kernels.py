@@ -22,7 +22,8 @@ x is seen as `outer` times (rows x columns). channels_last (CL): outer = N, rows
 Triton spreads threads over the last two and leaves U in registers, so that a thread has U
 independent 16-byte loads in flight, and sums over U cost no communication.
 
-Everything small is in ACC, float32 or float64. Names: i_ a position in the grid, o_ offsets,
+Everything small is in ACC, float32 or float64; numbers of the layer (eps, momentum, bound)
+come in float64. Names: i_ a position in the grid, o_ offsets,
 m_ masks, b_ values of a tile. Products of whole extents are made in 64 bits.
 """
 import triton
@@ -170,7 +171,7 @@ def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_bloc
     """Mean and population variance of each row's part of the columns: (splits, N, C) each.
 
     Each lane (a row and a column of the tile) sums about the mean of its own first U values,
-    so that |mean| >> std costs no digits; lanes are merged by Chan's formula.
+    so that |mean| >> std costs no digits; lanes are merged about the row's first value.
     """
     i_row, i_split, i_outer = _position(row_blocks, splits, CL)
     first = i_split * split_size
@@ -182,6 +183,8 @@ def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_bloc
     width = tl.minimum(left, split_size)
     b_count = tl.maximum((width - b_column + K - 1) // K, 0).to(ACC)
     m_tile = _flat(m_row, CL)
+    o_first = tl.arange(0, R) if CL else tl.arange(0, R).to(tl.int64) * columns
+    b_first = tl.load(x_ptr + o_first, m_row, 0.).to(ACC)
     b_zero = _zeros(CL, R, K, ACC)
     b_shift, b_s1, b_s2 = _moments_of(x_ptr, offsets, b_column, m_tile, width, step, b_count,
                                       b_zero, b_zero, b_zero, True, U, K, ACC)
@@ -190,15 +193,15 @@ def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_bloc
         b_shift, b_s1, b_s2 = _moments_of(x_ptr, offsets, b_column, m_tile, width - i, step,
                                           b_count, b_shift, b_s1, b_s2, False, U, K, ACC)
     b_rest = b_s1 / tl.maximum(b_count, 1.)
-    b_mean = b_shift + b_rest
+    b_delta = tl.where(b_count > 0, b_shift - _flat(b_first, CL) + b_rest, 0.)
     b_width = width.to(ACC)
-    b_m = _sum_lanes(b_mean * b_count, CL) / b_width
-    b_delta = tl.where(b_count > 0, b_mean - _flat(b_m, CL), 0.)
+    b_m = _sum_lanes(b_delta * b_count, CL) / b_width
+    b_delta -= _flat(b_m, CL)
     b_square = b_s2 - b_s1 * b_rest
     b_square = tl.where(b_square < 0, 0., b_square) + b_delta * b_delta * b_count  # keeps NaN
     b_v = _sum_lanes(b_square, CL) / b_width
     o_out = i_split * total + i_outer * rows + o_row
-    tl.store(m_part_ptr + o_out, b_m, m_row)
+    tl.store(m_part_ptr + o_out, b_first + b_m, m_row)
     tl.store(v_part_ptr + o_out, b_v, m_row)
 
 
@@ -388,8 +391,8 @@ def _of_all_processes(table_ptr, o_c, m_c, channels, world, C: tl.constexpr, ACC
 @triton.jit(do_not_specialize=['n'])
 def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in_ptr,
                       up_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr, n,
-                      channels, hidden, padded, blocks, splits, split_size, columns, world, eps: 'fp64',
-                      momentum: 'fp64', BATCH: tl.constexpr, UPDATE: tl.constexpr,
+                      channels, hidden, padded, blocks, splits, split_size, columns, world,
+                      eps: tl.float64, momentum: tl.float64, BATCH: tl.constexpr, UPDATE: tl.constexpr,
                       CUMULATIVE: tl.constexpr, SHARED: tl.constexpr,
                       STANDARDIZED: tl.constexpr, SINGLE: tl.constexpr, N: tl.constexpr,
                       C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
@@ -529,7 +532,7 @@ def _affine_parameters(w_ptr, b_ptr, o_c, m_c, C: tl.constexpr, ACC: tl.constexp
 @triton.jit(do_not_specialize=['n'])
 def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr, w_ptr,
                         b_ptr, tracked_ptr, r_ptr, a_ptr, c_ptr, g_ptr, h_ptr, n, channels,
-                        hidden, padded, blocks, parts, bound: 'fp64', UPDATE: tl.constexpr,
+                        hidden, padded, blocks, parts, bound: tl.float64, UPDATE: tl.constexpr,
                         SHARED: tl.constexpr, BOUNDED: tl.constexpr, N: tl.constexpr,
                         C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
                         ACC: tl.constexpr):
@@ -587,9 +590,10 @@ def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b
 def output_gradient_kernel(da_part_ptr, dc_part_ptr, m_ptr, mu_ptr, sigma_ptr, g_ptr, h_ptr,
                            r_ptr, w_ptr, b_ptr, w_out_ptr, dw_ptr, db_ptr, dw_out_ptr,
                            db_out_ptr, dmu_ptr, dsigma_ptr, dr_ptr, n, channels, hidden, padded,
-                           blocks, splits, bound: 'fp64', SHARED: tl.constexpr, BOUNDED: tl.constexpr,
-                           SINGLE: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-                           H: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+                           blocks, splits, bound: tl.float64, SHARED: tl.constexpr,
+                           BOUNDED: tl.constexpr, SINGLE: tl.constexpr, N: tl.constexpr,
+                           C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
+                           ACC: tl.constexpr):
     """Adds up da, dc; dw, db, dW_out, db_out, dmu, dsigma; partials of dr = W_out^T do."""
     bound = tl.cast(bound, ACC)
     i_c = tl.program_id(0) % blocks
@@ -703,8 +707,9 @@ def _through_w_in(dr_ptr, r_ptr, w_in_ptr, parts, rows, padded, o_row, m_row, o_
 
 @triton.jit(do_not_specialize=['n'])
 def moments_gradient_kernel(dr_ptr, r_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in_ptr, dmu_ptr,
-                            dsigma_ptr, dw_in_ptr, db_in_ptr, p_ptr, q_ptr, table_ptr, dtable_ptr,
-                            n, channels, hidden, padded, blocks, parts, columns, world, eps: 'fp64',
+                            dsigma_ptr, dw_in_ptr, db_in_ptr, p_ptr, q_ptr, table_ptr,
+                            dtable_ptr, n, channels, hidden, padded, blocks, parts, columns,
+                            world, eps: tl.float64,
                             BATCH: tl.constexpr, SHARED: tl.constexpr,
                             STANDARDIZED: tl.constexpr, WHOLE: tl.constexpr, N: tl.constexpr,
                             C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,

@@ -43,8 +43,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     share = torch.tensor(widths, dtype=m.dtype).div_(shape.size)[:, None, None].to(m.device)
     centred = m - m[0]
     rest = (centred * share).sum(0)
-    mean = m[0] + rest
-    return mean, ((v + (m - mean).square()) * share).sum(0)
+    return m[0] + rest, ((v + (centred - rest).square()) * share).sum(0)
 
 
 def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
