@@ -9,6 +9,7 @@ All parts but the detector need torch and mmengine alone; the detector needs MMD
 """
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -43,8 +44,9 @@ def parse(argv):
                         help='begin nothing new after this time; says what was cut (default: no '
                         'limit)')
     parser.add_argument('--compile-only', metavar='I/N',
-                        help='time nothing: run each layer once so that its kernels are compiled '
-                        'and cached, of N shares of the shapes the I-th (from 1)')
+                        help='time nothing: run each layer once in float16 and float32, '
+                        'contiguous and channels_last, so that its kernels are compiled and '
+                        'cached; of N shares of the shapes the I-th (from 1)')
     parser.add_argument('--commit', help='of this code, where it is no git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
@@ -113,7 +115,9 @@ def main(argv=None):
     shapes = benchmark.ssdlite_shapes(args.size)
     if args.compile_only:
         i, n = args.compile_only
-        benchmark.run_layers(setting, args.batch, benchmark.by_size(shapes)[i::n], dn)
+        for dtype, channels_last in product((torch.float16, torch.float32), (False, True)):
+            setting = Setting(args.device, dtype, channels_last)
+            benchmark.run_layers(setting, args.batch, benchmark.by_size(shapes)[i::n], dn)
         return 0
     run = Run(args, benchmark.provenance(setting, args.commit))  # of the code that is loaded now
     detectors = None
