@@ -80,4 +80,8 @@ class _Results:
             _write(self.path, text)
         if self.end is not None and time.monotonic() > self.end:
             self.stopped = True
-            self.session.shouldstop = 'the time for these tests is up (--stop-after)'
+            reason = 'the time for these tests is up (--stop-after)'
+            self.session.shouldstop = reason
+            workers = self.session.config.pluginmanager.getplugin('dsession')
+            if workers is not None:
+                workers.shouldstop = reason

@@ -44,7 +44,7 @@ def test_fine_too(i):
 
 @pytest.mark.parametrize('i', range(100))
 def test_takes_a_while(i):
-    time.sleep(0.1)
+    time.sleep(0.2)
 '''
 
 

@@ -122,7 +122,7 @@ def main(argv=None):
     run = Run(args, benchmark.provenance(setting, args.commit))  # of the code that is loaded now
     detectors = None
     try:
-        if set(args.parts) - {'detector'}:
+        if set(args.parts) - {'detector'} or args.amp:  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
             if args.compiled:
                 benchmark.check_layers(setting, args.batch,

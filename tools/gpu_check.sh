@@ -19,8 +19,8 @@ export PYTHONDONTWRITEBYTECODE=  # compiled files save the later stages their im
 case $device in
     cuda) batch=24; large=192; workers=${WORKERS:-8}; compilers=${COMPILERS:-6}; mark=gpu
           sizes=() ;;
-    cpu) batch=2; large=3; workers=${WORKERS:-2}; compilers=1; mark='not gpu and not slow'
-         sizes=(--size 32) ;;
+    cpu) batch=4; large=5; workers=${WORKERS:-2}; compilers=1; mark='not gpu and not slow'
+         sizes=(--size 64) ;;
     *) echo "gpu_check: DEVICE: expected cuda or cpu, got '$device'" >&2; exit 2 ;;
 esac
 

@@ -81,33 +81,29 @@ class Detectors:
         """Raises ParityError where a DN detector is further from float64 than plain PyTorch.
 
         That is the reference in the same precision, whose error this deep network
-        amplifies as much.
+        amplifies as much. Gradients are compared in float32 whatever the setting: those of
+        float16, without a gradient scaler, are noise where a map has few values. What a
+        layer's backward does in float16 is for `check_layers`.
         """
         images, samples = self.images(batch), self._samples(batch)
+        settings = {Setting(self.setting.device, torch.float32): True, self.setting: False}
         for norm in sorted({v.norm for v in self.models} & set(DN)):
-            plain = self._variant(self.models[BN], Variant(norm, 'reference'))
-            exact = self._results(copy.deepcopy(plain).double(), images.double(), samples)
-            plain = self._results(plain, images, samples)
-            for variant, model in self.models.items():
-                if variant.norm != norm or variant.backend == 'reference':
-                    continue
-                actual = self._results(copy.deepcopy(model), images, samples)
-                for name, wanted in exact.items():
-                    allowed = max(parity.DETECTOR_TOLERANCE[self.setting.dtype],
-                                  2 * parity.relative_error(plain[name], wanted))
-                    parity.check(name, actual[name], wanted, allowed,
-                                 f'SSDLite, {variant.label}, {self.setting}')
-
-    def _results(self, model, images, samples):
-        exact = images.dtype == torch.float64
-        with contextlib.nullcontext() if exact else self.setting.autocast():
-            with torch.no_grad():
-                outputs = model.eval()(images, mode='tensor')
-            losses = model.train()(images, samples, mode='loss')
-        loss = _total(losses)
-        gradients = torch.autograd.grad(loss, list(dict(model.named_parameters()).values()))
-        return dict(inference=torch.cat([t.flatten() for level in outputs for t in level]),
-                    loss=loss, gradient=torch.cat([g.flatten() for g in gradients]))
+            reference = self._variant(self.models[BN], Variant(norm, 'reference'))
+            exact = _results(copy.deepcopy(reference).double(), images.double(), samples, None,
+                             gradient=True)
+            for setting, gradient in settings.items():
+                if setting.dtype == torch.float32 and not gradient:
+                    continue  # the same again
+                plain = _results(copy.deepcopy(reference), images, samples, setting, gradient)
+                for variant, model in self.models.items():
+                    if variant.norm != norm or variant.backend == 'reference':
+                        continue
+                    actual = _results(copy.deepcopy(model), images, samples, setting, gradient)
+                    for name, value in actual.items():
+                        allowed = max(parity.DETECTOR_TOLERANCE[setting.dtype],
+                                      2 * parity.relative_error(plain[name], exact[name]))
+                        parity.check(name, value, exact[name], allowed,
+                                     f'SSDLite, {variant.label}, {setting}')
 
     def measure(self, task: str, batch: int, failures: list | None = None) -> list[dict]:
         """Rows of the time of a training step or of inference, and of a step's peak memory.
@@ -185,6 +181,28 @@ class Detectors:
             _total(losses).backward()
             optimizer.step()
         return train
+
+
+def _results(model, images, samples, setting, gradient):
+    """What inference and a training step give, by name; with a setting, in its autocast.
+
+    Convolutions are exact to the precision: TF32 has the mantissa of float16.
+    """
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        with setting.autocast() if setting else contextlib.nullcontext():
+            with torch.no_grad():
+                outputs = model.eval()(images, mode='tensor')
+            losses = model.train()(images, samples, mode='loss')
+        found = dict(inference=torch.cat([t.flatten() for level in outputs for t in level]),
+                     loss=_total(losses).detach())
+        if gradient:
+            gradients = torch.autograd.grad(_total(losses), list(dict(
+                model.named_parameters()).values()))
+            found['gradient'] = torch.cat([g.flatten() for g in gradients])
+        return found
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _total(losses):
