@@ -121,6 +121,7 @@ def main(argv=None):
         return 0
     run = Run(args, benchmark.provenance(setting, args.commit))  # of the code that is loaded now
     detectors = None
+    norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
     try:
         if set(args.parts) - {'detector'} or args.amp:  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
@@ -160,6 +161,17 @@ class Run:
     def __init__(self, args, provenance):
         self.args, self.provenance = args, provenance
         self.rows, self.failures = [], []
+
+    def without_those_that_do_not_run(self, setting, batch, shapes, norms, dn):
+        """The variants that this machine can run; the others are not measured, and said to be."""
+        dropped = set()
+        for v in dn if self.args.norms else ():  # the default ones are those that can run
+            try:
+                benchmark.run_layers(setting, batch, benchmark.by_size(shapes)[-1:], [v])
+            except (ImportError, ValueError, RuntimeError) as error:
+                self.failures.append(f'{v.label}: {error}')
+                dropped.add(v)
+        return ([v for v in norms if v not in dropped], [v for v in dn if v not in dropped])
 
     def measure(self, what, measure, deadline):
         if deadline.passed():

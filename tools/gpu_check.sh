@@ -18,9 +18,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 PYTHONUNBUFF
 export PYTHONDONTWRITEBYTECODE=  # compiled files save the later stages their imports
 case $device in
     cuda) batch=24; large=192; workers=${WORKERS:-8}; compilers=${COMPILERS:-6}; mark=gpu
-          sizes=() ;;
+          slow=1; sizes=() ;;
     cpu) batch=4; large=5; workers=${WORKERS:-2}; compilers=1; mark='not gpu and not slow'
-         sizes=(--size 64) ;;
+         slow=4; sizes=(--size 64) ;;
     *) echo "gpu_check: DEVICE: expected cuda or cpu, got '$device'" >&2; exit 2 ;;
 esac
 
@@ -81,7 +81,7 @@ limited() {
 
 # bench NAME SECONDS OPTIONS...: one benchmark; its rows go to the CSV, its table to table.txt.
 bench() {
-    local name=$1 seconds=$2
+    local name=$1 seconds=$(($2 * slow))
     shift 2
     limited "$name" $((seconds + 15)) "$python" -W ignore tools/benchmark.py --device "$device" \
         "${sizes[@]}" --pairs "${PAIRS:-7}" --seconds "$seconds" --csv "$csv" \
