@@ -2,24 +2,33 @@
 """Times DN-B and DN-C against BatchNorm and GroupNorm, once parity with the reference is shown.
 
     tools/benchmark.py --device cpu --csv benchmark.csv --plot benchmark.png
+    tools/benchmark.py --device cuda --amp --csv gpu.csv --norms BN DNB:auto
+    tools/benchmark.py --bars gpu.csv --plot gpu.png
 
-The layer part needs torch and mmengine alone; the detector part MMDetection as well.
+All parts but the detector need torch and mmengine alone; the detector needs MMDetection as well.
 """
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from dn_mmdet import benchmark
-from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant
+from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
+
+PARTS = 'layers', 'step', 'host', 'detector'
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--parts', nargs='+', choices=['layers', 'detector'],
-                        default=['layers', 'detector'])
+    parser.add_argument('--parts', nargs='+', choices=PARTS, help='layers one by one; all layers '
+                        'in one training step; the host time of one call; SSDLite '
+                        '(default: layers detector; on a GPU all)')
+    parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
+                        help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
+                        '(default: BN, GN, and both DN layers with every backend)')
     parser.add_argument('--batch', type=int, default=8, help='of layers and training')
     parser.add_argument('--inference-batch', type=int, nargs='+', default=None,
                         help='of the detector at inference (default: --batch and 1)')
@@ -28,63 +37,163 @@ def parse(argv):
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--pairs', type=int, default=15, help='rounds, each a pair with BatchNorm')
     parser.add_argument('--size', type=int, default=320, help='of the images')
-    parser.add_argument('--compiled', type=int, default=3, metavar='N',
+    parser.add_argument('--compiled', type=int, metavar='N',
                         help='time the torch.compiled reference on the N largest shapes; each '
-                        'compiles for some seconds (0: leave it out)')
+                        'compiles for some seconds (default: 3, and 0 with --norms)')
+    parser.add_argument('--seconds', type=float, metavar='S',
+                        help='begin nothing new after this time; says what was cut (default: no '
+                        'limit)')
+    parser.add_argument('--compile-only', metavar='I/N',
+                        help='time nothing: run each layer once in float16 and float32, '
+                        'contiguous and channels_last, so that its kernels are compiled and '
+                        'cached; of N shares of the shapes the I-th (from 1)')
+    parser.add_argument('--commit', help='of this code, where it is no git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
+    parser.add_argument('--bars', metavar='FILE', help='time nothing: show the rows of this CSV '
+                        'file against what is asked for on a GPU')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')
+    if args.parts is None:
+        args.parts = ['layers', 'detector'] if args.device == 'cpu' else list(PARTS)
+    if args.compiled is None:
+        args.compiled = 0 if args.norms else 3
+    if args.norms and BN not in args.norms:
+        parser.error('--norms: BN is what the others are compared with; add it')
     for name, value, least in (('--batch', args.batch, 1), ('--pairs', args.pairs, 1),
                                ('--compiled', args.compiled, 0), ('--size', args.size, 32)):
         if value < least:
             parser.error(f'{name}: expected at least {least}, got {value}')
-    if args.plot and 'layers' not in args.parts:
+    if args.plot and not args.bars and 'layers' not in args.parts:
         parser.error("--plot draws the layers: add 'layers' to --parts")
     for option, path in (('--csv', args.csv), ('--plot', args.plot)):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f'{option} {path}: there is no such folder')
+    if args.compile_only:
+        args.compile_only = share(args.compile_only, parser)
     return args
+
+
+def variant(text):
+    try:
+        return benchmark.parse_variant(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def share(text, parser):
+    """(i, n) of 'I/N', counted from 0."""
+    i, _, n = text.partition('/')
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        parser.error(f'--compile-only: expected I/N such as 1/4, got {text!r}')
+    return int(i) - 1, int(n)
+
+
+def show_bars(path, plot):
+    try:
+        rows = benchmark.read_rows(path)
+    except (OSError, ValueError) as error:
+        print(f'benchmark: {error}', file=sys.stderr)
+        return 1
+    print(benchmark.bars_table(rows))
+    if plot:
+        benchmark.plot_gpu(rows, plot, bars.GPU_BATCH, bars.GPU_DTYPE)
+    return 0
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.bars:
+        return show_bars(args.bars, args.plot)
+    deadline = benchmark.Deadline(args.seconds)
     setting = Setting(args.device, getattr(torch, args.amp or 'float32'), args.channels_last,
                       args.pairs)
-    dn = [Variant(norm, backend) for norm in ('DNB', 'DNC')
-          for backend in (*setting.fused, 'reference')]
-    layers = [BN, GN, *dn, *([COMPILED] if args.compiled else [])]
+    norms = args.norms or [BN, GN, *(Variant(norm, backend) for norm in ('DNB', 'DNC')
+                                     for backend in (*setting.fused, 'reference'))]
+    dn = [v for v in norms if v.norm in ('DNB', 'DNC')]
     shapes = benchmark.ssdlite_shapes(args.size)
-    provenance = benchmark.provenance(setting)  # of the code that is loaded now
+    if args.compile_only:
+        i, n = args.compile_only
+        for dtype, channels_last in product((torch.float16, torch.float32), (False, True)):
+            setting = Setting(args.device, dtype, channels_last)
+            benchmark.run_layers(setting, args.batch, benchmark.by_size(shapes)[i::n], dn)
+        return 0
+    run = Run(args, benchmark.provenance(setting, args.commit))  # of the code that is loaded now
+    detectors = None
+    norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
     try:
-        if 'layers' in args.parts:
-            largest = sorted(shapes, key=lambda shape: shape[0] * shape[1]**2)[-args.compiled:]
+        if set(args.parts) - {'detector'} or args.amp:  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
             if args.compiled:
-                benchmark.check_layers(setting, args.batch, largest, [COMPILED])
+                benchmark.check_layers(setting, args.batch,
+                                       benchmark.by_size(shapes)[:args.compiled], [COMPILED])
         if 'detector' in args.parts:
-            detectors = benchmark.Detectors(
-                setting, [BN, FOLDED, GN, *(v for v in dn if v.norm == 'DNB'
-                                            or v.backend != 'reference')], size=args.size)
+            plain = [v for v in dn if v == benchmark.REFERENCE or v.backend != 'reference']
+            detectors = benchmark.Detectors(setting, [BN, FOLDED, *(
+                [GN] if GN in norms else []), *plain], size=args.size)
             detectors.check(min(args.batch, 8))
     except benchmark.ParityError as error:
         print(f'benchmark: {error}', file=sys.stderr)
         return 1
-    rows = []
-    if 'layers' in args.parts:
-        rows += benchmark.measure_layers(setting, args.batch, shapes, layers, args.compiled)
-    if 'detector' in args.parts:
-        rows += detectors.measure('train', args.batch)
+    single = [COMPILED] if args.compiled else []
+    parts = {
+        'host': lambda: benchmark.measure_host(setting, norms),
+        'step': lambda: benchmark.measure_step(setting, args.batch, shapes, norms),
+        'layers': lambda: benchmark.measure_layers(
+            setting, args.batch, shapes, [*norms, *single], args.compiled, deadline,
+            run.failures),
+        'detector': lambda: detectors.measure('train', args.batch, run.failures)}
+    for part, measure in parts.items():
+        if part in args.parts:
+            run.measure(f'{part}, batch {args.batch}, {setting}', measure, deadline)
+    if detectors:
         for batch in args.inference_batch or sorted({args.batch, 1}, reverse=True):
-            rows += detectors.measure('inference', batch)
-    rows = [{**provenance, **row} for row in rows]
-    print(benchmark.table(rows))
-    if args.csv:
-        benchmark.write_rows(args.csv, rows)
-    if args.plot:
-        benchmark.plot(rows, args.plot)
-    return 0
+            run.measure(f'detector, inference, batch {batch}, {setting}',
+                        lambda batch=batch: detectors.measure('inference', batch, run.failures),
+                        deadline)
+    return run.finish()
+
+
+class Run:
+    """The rows of a run, written as soon as a part has them, and what was not measured."""
+
+    def __init__(self, args, provenance):
+        self.args, self.provenance = args, provenance
+        self.rows, self.failures = [], []
+
+    def without_those_that_do_not_run(self, setting, batch, shapes, norms, dn):
+        """The variants that this machine can run; the others are not measured, and said to be."""
+        dropped = set()
+        for v in dn if self.args.norms else ():  # the default ones are those that can run
+            try:
+                benchmark.run_layers(setting, batch, benchmark.by_size(shapes)[-1:], [v])
+            except (ImportError, ValueError, RuntimeError) as error:
+                self.failures.append(f'{v.label}: {error}')
+                dropped.add(v)
+        return ([v for v in norms if v not in dropped], [v for v in dn if v not in dropped])
+
+    def measure(self, what, measure, deadline):
+        if deadline.passed():
+            self.failures.append(f'{what}: no time left')
+            return
+        try:
+            rows = [{**self.provenance, **row} for row in measure()]
+        except RuntimeError as error:  # of CUDA or of a full memory: the other parts may do
+            self.failures.append(f'{what}: {error}')
+            return
+        if self.args.csv and rows:
+            benchmark.write_rows(self.args.csv, rows)
+        self.rows += rows
+
+    def finish(self):
+        if self.rows:
+            print(benchmark.table(self.rows, self.args.device))
+            if self.args.plot:
+                benchmark.plot(self.rows, self.args.plot)
+        for failure in self.failures:
+            print(f'benchmark: not measured: {failure}', file=sys.stderr)
+        return 1 if self.failures else 0
 
 
 if __name__ == '__main__':

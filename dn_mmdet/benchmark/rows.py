@@ -1,0 +1,86 @@
+"""A figure is a row: its quantiles, what was measured, and where. Rows are kept as CSV."""
+import csv
+import math
+from pathlib import Path
+
+import torch
+
+FIELDS = ('date', 'commit', 'device', 'threads', 'torch', 'triton', 'mmengine', 'mmdet', 'part',
+          'task', 'batch', 'dtype', 'memory_format', 'channels', 'map', 'layers', 'norm',
+          'backend', 'measure', 'unit', 'median', 'q10', 'q25', 'q75', 'q90', 'pairs')
+
+
+def make_row(at: dict, measure: str, unit: str, values) -> dict:
+    """A row of the median and the quantiles of values.
+
+    Args:
+        at: what was measured, `variant` (a `Variant`) among it.
+    """
+    at = dict(at)
+    variant = at.pop('variant')
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.1, 0.25, 0.75, 0.9], dtype=torch.float64)).tolist()
+    return dict(at, norm=variant.norm, backend=variant.backend, measure=measure, unit=unit,
+                pairs=len(values),
+                **dict(zip(('median', 'q10', 'q25', 'q75', 'q90'), quantiles, strict=True)))
+
+
+def divide(values, others) -> list[float]:
+    """The ratio of each round."""
+    return [a / b for a, b in zip(values, others, strict=True)]
+
+
+def geometric_means(by_shape: dict, shapes) -> list[float]:
+    """Of each round: over all layers, a shape counting as often as layers have it."""
+    weights = [shapes[shape] for shape in by_shape]
+    return [math.exp(sum(w * math.log(v) for w, v in zip(weights, values, strict=True))
+                     / sum(weights)) for values in zip(*by_shape.values(), strict=True)]
+
+
+def sums(by_shape: dict, shapes) -> list[float]:
+    """Of each round: over all layers, a shape counting as often as layers have it."""
+    weights = [shapes[shape] for shape in by_shape]
+    return [sum(w * v for w, v in zip(weights, values, strict=True))
+            for values in zip(*by_shape.values(), strict=True)]
+
+
+def write_rows(path, rows) -> None:
+    """Writes rows to a CSV file, or appends them to one of the same columns.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path = Path(path)
+    new = not path.exists()
+    if not new and read_header(path) != FIELDS:
+        raise ValueError(f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
+                         f'choose another file')
+    with open(path, 'a', newline='') as file:
+        writer = csv.DictWriter(file, FIELDS, restval='')
+        if new:
+            writer.writeheader()
+        writer.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
+                         for row in rows)
+
+
+def read_header(path) -> tuple:
+    with open(path, newline='') as file:
+        return tuple(next(csv.reader(file), ()))
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a CSV file, numbers as numbers.
+
+    Raises:
+        ValueError: the file has other columns than a benchmark's.
+    """
+    if read_header(path) != FIELDS:
+        raise ValueError(f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)})')
+    with open(path, newline='') as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in ('threads', 'batch', 'channels', 'map', 'layers', 'pairs'):
+            row[name] = int(row[name]) if row[name] else ''
+        for name in ('median', 'q10', 'q25', 'q75', 'q90'):
+            row[name] = float(row[name])
+    return rows
