@@ -41,6 +41,7 @@ EVALUATED = 1000  # images at once
 CALIBRATION, CALIBRATION_BATCH = 512, 128  # training images that tell the mean g and h
 MOST = 0.75  # of the DN layers are folded in 'folded_most': those that vary least
 AVERAGED_EPOCHS = 2  # time constant of the average of weights
+MEASURED = ('value', 'averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss')
 # What a fused layer may be off from the float64 reference, of the norm of each result; a
 # wrong kernel is off by a tenth and more. Or 4 times what plain PyTorch is off.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
@@ -323,6 +324,8 @@ class Training:
         self.losses = torch.zeros(self.steps, device=self.device)
         self.order = torch.zeros(self.steps, batch, dtype=torch.long, device=self.device)
         self.crops = torch.zeros(self.steps, batch, 3, dtype=torch.long, device=self.device)
+        if self.stream:  # what was made in the current one must be there first
+            self.stream.wait_stream(torch.cuda.current_stream())
 
     def start(self, seed: int) -> None:
         """Puts everything to where the training of a seed begins, in place."""
@@ -446,27 +449,29 @@ class Training:
         """
         if self.graph is None:
             return
-        norms = {id(p) for layer in self.model.modules() if hasattr(layer, 'bn')
-                 for p in layer.bn.parameters()}
-        norms |= {id(p) for layer in dn_layers(self.model).values() for p in layer.parameters()}
+        with self.in_stream():
+            self._check_graph()
+
+    def _check_graph(self):
+        inside = [layer.bn for layer in self.model.modules() if hasattr(layer, 'bn')]
+        norms = {id(p) for layer in (*inside, *dn_layers(self.model).values())
+                 for p in layer.parameters()}
         moved = []
         for replay in (True, False):
             self.start(0)
             before = [p.detach().clone() for p in self.parameters]
-            with self.in_stream():
-                for _ in range(2):
-                    self.graph.replay() if replay else self.step()
-            self.synchronize()
-            moved.append([(p.detach() - b) for p, b in zip(self.parameters, before, strict=True)])
-        for wanted in (True, False):
+            for _ in range(2):
+                self.graph.replay() if replay else self.step()
+            moved.append([p.detach() - was
+                          for p, was in zip(self.parameters, before, strict=True)])
+        for part, wanted in (('norms', True), ('convolutions', False)):
             replayed, stepped = (torch.cat([
                 change.flatten() for change, p in zip(changes, self.parameters, strict=True)
                 if (id(p) in norms) == wanted]) for changes in moved)
             error = ((replayed - stepped).norm() / stepped.norm()).item()
             if not error <= GRAPH_ALLOWED:
-                raise Refused(f'two replays move the parameters '
-                              f'{"of norms" if wanted else "of convolutions"} otherwise than '
-                              f'two steps do, by {error:.3g} of the change')
+                raise Refused(f'two replays move the parameters of {part} otherwise than two '
+                              f'steps do, by {error:.3g} of the change')
 
     def diverged(self) -> bool:
         return not bool(self.losses[:self.done].isfinite().all())
@@ -482,7 +487,7 @@ class Training:
             right = torch.zeros((), device=self.device)
             for x, y in zip(images.split(EVALUATED), labels.split(EVALUATED), strict=True):
                 right += (self._infer(x).argmax(1) == y).sum()
-            share = 100 * right.item() / len(images)
+            share = round(100 * right.item() / len(images), 4)
         self.model.train()
         return share
 
@@ -492,6 +497,10 @@ class Training:
 
     def results(self) -> dict:
         """Top-1 dynamic, folded and of averaged weights. Leaves the averaged weights behind."""
+        with self.in_stream():
+            return self._results()
+
+    def _results(self):
         value = self.top1()
         layers = dn_layers(self.model)
         found = dict(value=value, folded=value, folded_most=value, folded_recalibrated=value)
@@ -506,7 +515,7 @@ class Training:
                     if key == 'folded':
                         self.recalibrate()
                         found['folded_recalibrated'] = self.top1()
-        with torch.no_grad(), self.in_stream():
+        with torch.no_grad():
             for tensor, average in zip(self.averaging, self.average, strict=True):
                 tensor.copy_(average)
         found['averaged'] = self.top1()
@@ -813,11 +822,8 @@ class Grid:
         else:
             row.update(training.results(), status='finished')
         append_row(self.path, row, self.columns)
-        self.say(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}, top-1 '
-                 f'{row.get("value", "-")}, averaged {row.get("averaged", "-")}, folded '
-                 f'{row.get("folded", "-")} (most: {row.get("folded_most", "-")}, recalibrated: '
-                 f'{row.get("folded_recalibrated", "-")}), loss {row.get("train_loss", "-")}, '
-                 f'{seconds} s')
+        measured = ', '.join(f'{key} {row[key]:.4g}' for key in MEASURED if key in row)
+        self.say(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
 
 
 def _title(run):
