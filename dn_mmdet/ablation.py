@@ -10,7 +10,7 @@ from .sc import SC, check_choices, in_dtype_of, no_autocast
 
 CHOICES = dict(statistics=('both', 'mean', 'std'), outputs=('both', 'scale', 'shift'),
                squash=('tanh', 'sigmoid'), hidden=('plain', 'normalized', 'channelwise'),
-               init=('zero', 'default'), gradient=('full', 'stopped'))
+               init=('zero', 'default'), gradient=('full', 'stopped'), sample=('own', 'other'))
 
 
 class VariantSC(SC):
@@ -28,6 +28,12 @@ class VariantSC(SC):
             ``nn.Linear`` does, and a fresh layer is not BatchNorm.
         gradient (str): ``'full'``, or ``'stopped'``: none flows from scale and shift back
             into the statistics that they were made from.
+        sample (str): ``'own'``, or ``'other'``: DN-B's scale and shift of sample n of N are
+            made from the statistics of sample ``(n + N // 2) mod N``, in training and in
+            eval mode. They follow an image, but not the one that they are applied to. A
+            shift by half a batch and not by one, because evaluation reads images in the
+            order of their classes. A batch of one sample has no other: it gets its own. In
+            DN-C, which has one pair for the batch, it changes nothing.
 
     Raises:
         ValueError: an argument is out of range.
@@ -37,9 +43,9 @@ class VariantSC(SC):
 
     def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw', bound=0.25,
                  device=None, dtype=None, statistics='both', outputs='both', squash='tanh',
-                 hidden='plain', init='zero', gradient='full'):
+                 hidden='plain', init='zero', gradient='full', sample='own'):
         choices = dict(statistics=statistics, outputs=outputs, squash=squash, hidden=hidden,
-                       init=init, gradient=gradient)
+                       init=init, gradient=gradient, sample=sample)
         check_choices(choices, CHOICES)
         self.choices = choices
         if hidden == 'channelwise':
@@ -69,6 +75,8 @@ class VariantSC(SC):
             self.choices['statistics']]
         if self.choices['gradient'] == 'stopped':
             given = [statistic.detach() for statistic in given]
+        if self.choices['sample'] == 'other':
+            given = [statistic.roll(-(len(statistic) // 2), 0) for statistic in given]
         with no_autocast(mean.device.type):
             if self.choices['hidden'] == 'channelwise':
                 w_out, = in_dtype_of(mean, (self.w_out, ))

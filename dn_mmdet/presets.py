@@ -4,11 +4,12 @@ The norms of the config are swapped, so that a preset works for any model, for
 detection and classification alike.
 """
 import copy
+import fnmatch
 
 import torch
 
 from .compare import Variant, product
-from .convert import _norm_cfgs, _scope, swap_norm
+from .convert import _norm_cfgs, _scope, batch_norms, swap_norm
 from .functional import fused_backends
 from .preflight import ConfigError, check_model
 
@@ -29,6 +30,30 @@ SC_FACTORS = {
     'scale-only': dict(variant=dict(outputs='scale')),
     'shift-only': dict(variant=dict(outputs='shift')),
 }
+# What separates the causes of a gain: for each, BatchNorm replaced in all layers by this one.
+CONTROLS = {
+    # Is SC needed at all? And if constants do as well, by their low rank?
+    'static': dict(type='StaticDN'),
+    'static-low-rank': dict(type='StaticDN', rank='low'),
+    # Is it only a learning rate?
+    'bn-rate-3': dict(type='ScaledBN', rate=3),
+    'bn-rate-10': dict(type='ScaledBN', rate=10),
+    'bn-rate-30': dict(type='ScaledBN', rate=30),
+    # The noise of the batch, the gradient through the statistics, the image itself?
+    'dnc': dict(type='DNC'),
+    'dnb-stopped': dict(type='DNB', variant=dict(gradient='stopped')),
+    'dnb-shuffled': dict(type='DNB', variant=dict(sample='other')),
+    # Which output?
+    'dnb-scale': dict(type='DNB', variant=dict(outputs='scale')),
+    'dnb-shift': dict(type='DNB', variant=dict(outputs='shift')),
+    'dnb-bound-0.5': dict(type='DNB', bound=0.5),
+}
+# Where? DN-B after these convolutions alone, by their names in MobileNetV2, SSDNeck and heads.
+PLACES = {'dnb-depthwise': '*depthwise_conv*', 'dnb-expansions': '*expand_conv*',
+          'dnb-projections': '*linear_conv*', 'dnb-head': 'bbox_head.*'}
+LAST_CONVOLUTION = 'backbone.conv2.*'  # what 'dnb-head' means for a classifier
+# What a user would pick instead: as slow as DN-B, as large as DN-B.
+WIDTHS = {'bn-wide-1.1': 1.1, 'bn-wide-1.28': 1.28}
 GROUPS = 8  # of GroupNorm: divides every width of MobileNetV2
 
 
@@ -77,6 +102,20 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
     return points + product([bn, variants[2]], seeds, lr_factors or [1.], large, epochs)
 
 
+def causes(bn, seeds, lr_factors, batches, epochs):
+    """BN, DN-B and controls that each lack one of the causes that DN-B's gain may have."""
+    variants = [bn, _swapped(bn, 'dnb', 'DNB')]
+    for name, norm in CONTROLS.items():
+        variants.append(_with_norm(bn, name, lambda node, norm=norm: dict(node, **norm),
+                                   imports=['dn_mmdet', 'dn_mmdet.controls']))
+    variants.append(_without_decay(bn))
+    variants += [_in_places(bn, name, pattern) for name, pattern in PLACES.items()]
+    for name, factor in WIDTHS.items():
+        cfg = _widen(bn.cfg, bn.cfg.model.backbone.get('widen_factor', 1.) * factor)
+        variants.append(Variant(name, bn.file, cfg))
+    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+
+
 def backends(bn, seeds, lr_factors, batches, epochs):
     """DN-B in each backend that runs here: curves that part say that one of them is wrong."""
     fused = fused_backends('cuda' if torch.cuda.is_available() else 'cpu')
@@ -86,7 +125,7 @@ def backends(bn, seeds, lr_factors, batches, epochs):
 
 
 PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls,
-           'dnc-failure': dnc_failure, 'backends': backends}
+           'dnc-failure': dnc_failure, 'causes': causes, 'backends': backends}
 
 
 def _swapped(bn, name, norm, **args):
@@ -108,10 +147,39 @@ def _with_norm(bn, name, swap, imports=()):
             new = swap(dict(node))
             node.clear()
             node.update(new)
-    if imports:
-        before = cfg.get('custom_imports') or dict(imports=[])
-        cfg.custom_imports = dict(before, imports=[*before['imports'], *imports])
-    return Variant(name, bn.file, cfg)
+    return Variant(name, bn.file, _importing(cfg, imports) if imports else cfg)
+
+
+def _without_decay(bn):
+    """BatchNorm whose weight and bias do not decay."""
+    cfg = copy.deepcopy(bn.cfg)
+    paramwise = dict(cfg.optim_wrapper.get('paramwise_cfg') or {}, norm_decay_mult=0.)
+    cfg.optim_wrapper.paramwise_cfg = paramwise
+    return Variant('bn-no-decay', bn.file, cfg)
+
+
+def _in_places(bn, name, pattern):
+    """DN-B in the norms whose name in the model matches, BatchNorm in the others."""
+    found = list(batch_norms(check_model(bn.cfg)))
+    if name == 'dnb-head' and not fnmatch.filter(found, pattern):
+        pattern = LAST_CONVOLUTION
+    parts = dict.fromkeys(norm.partition('.')[0] for norm in fnmatch.filter(found, pattern))
+    if not parts:
+        raise ConfigError(f'{name}: no norm of {bn.name} is called {pattern}; choose others with '
+                          f'--variants')
+    cfg = copy.deepcopy(bn.cfg)
+    for part in parts:
+        cfg.model[part] = dict(type='PartlyConverted', part=cfg.model[part], norm='DNB',
+                               only=pattern.removeprefix(f'{part}.'))
+    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.controls']))
+
+
+def _importing(cfg, names):
+    before = cfg.get('custom_imports') or dict(imports=[])
+    listed = before['imports']
+    listed = [listed] if isinstance(listed, str) else list(listed)
+    cfg.custom_imports = dict(before, imports=list(dict.fromkeys([*listed, *names])))
+    return cfg
 
 
 def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:

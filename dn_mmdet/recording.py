@@ -19,7 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
-from .controls import BNSE
+from .controls import BNSE, ScaledBN, StaticDN
 from .convert import batch_norms, dn_layers
 from .cost import mult_adds, peak_memory
 from .version import __version__
@@ -213,7 +213,8 @@ def describe(dataset) -> dict:
 def norm_counts(model: nn.Module) -> dict[str, int]:
     """How many norm layers of each type a model has, inner ones left out."""
     layers = [*dn_layers(model).values(),
-              *(module for module in model.modules() if isinstance(module, BNSE))]
+              *(module for module in model.modules()
+                if isinstance(module, (BNSE, ScaledBN, StaticDN)))]
     inside = {module for layer in layers for module in layer.modules()}
     layers += [bn for bn in batch_norms(model).values() if bn not in inside]
     layers += [module for module in model.modules() if module not in inside

@@ -20,10 +20,14 @@ from .recording import read_log
 
 COLUMNS = ('question', 'data', 'config', 'norm', 'seed', 'metric', 'value', 'epochs', 'lr',
            'batch', 'params', 'seconds', 'hardware', 'commit', 'status')
+# Of trainings that measure them: top-1 or AP of averaged weights, and with all or most DN layers
+# folded; the mean loss of the last epoch; the backend of the DN layers.
+EXTRA = ('averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss', 'backend')
 SETTING = ('question', 'data', 'epochs', 'lr', 'batch')  # what runs that are compared share
 KEY = (*SETTING, 'config', 'seed')
 METRICS = ('coco/bbox_mAP', 'accuracy/top1')
-NUMBERS = dict(seed=int, value=float, epochs=int, lr=float, batch=int, params=int, seconds=float)
+NUMBERS = dict(seed=int, value=float, epochs=int, lr=float, batch=int, params=int, seconds=float,
+               **dict.fromkeys(EXTRA[:-1], float))
 LEVEL = 0.95
 
 
@@ -115,14 +119,14 @@ def _recorded(folder, metric):
 
 
 def read_rows(path) -> list[dict]:
-    """Rows of a CSV file with `COLUMNS`.
+    """Rows of a CSV file with `COLUMNS` and perhaps `EXTRA` behind them.
 
     Raises:
         ConfigError: it has other columns.
     """
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS + EXTRA):
             raise ConfigError(f'{path}: expected the columns {", ".join(COLUMNS)}, found '
                               f'{", ".join(reader.fieldnames or ()) or "none"}')
         return [{key: None if value == '' and key != 'question' else
@@ -136,7 +140,8 @@ def merge_rows(path, rows) -> None:
     known.update((key_of(row), row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.part')
-    part.write_text(csv_text(known.values(), COLUMNS), newline='')
+    extra = EXTRA if any(set(EXTRA) & set(row) for row in known.values()) else ()
+    part.write_text(csv_text(known.values(), COLUMNS + extra), newline='')
     os.replace(part, path)
 
 

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Trains many small classifiers on one GPU, eight at once, and writes a row for each.
+
+First, where MMDetection and MMPretrain are:
+
+    tools/gpu_evidence.py --prepare CONFIG --runs bn,dnb:0-4 static:0-4 --images IMAGES.tar.xz
+
+writes what is to be trained, with its commit, and the images into --folder. Then, on the GPU
+machine, which needs neither of the two:
+
+    tools/gpu_evidence.py --csv ROWS.csv --seconds 300
+
+Before a variant is trained, its layers are held against the float64 reference on that device,
+and a replay of its graph against a step without; it is refused where one of them is off. A run
+whose row is in the file is not trained again; one that was killed starts anew.
+"""
+import argparse
+import logging
+import math
+import sys
+from pathlib import Path
+
+from mmengine.logging import MMLogger
+
+from dn_mmdet import gpu_training
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--folder', type=Path, default=Path('work_dirs/gpu'),
+                        help='with the plan and the images (default: %(default)s)')
+    parser.add_argument('--prepare', metavar='CONFIG',
+                        help='write the plan, from a classification config with BatchNorm')
+    parser.add_argument('--runs', nargs='+', metavar='NAMES:SEEDS',
+                        help='variants of the preset "causes" and bn, with seeds, in the order '
+                        'of training: bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3')
+    parser.add_argument('--images', type=Path, metavar='TAR',
+                        help='archive with train/<class>/* and val/<class>/*')
+    parser.add_argument('--epochs', type=int, help='(default: as in the config)')
+    parser.add_argument('--question', default='GPU', help='what is asked, for the table')
+    parser.add_argument('--commit', help='of the code, for the table, where git cannot tell')
+    parser.add_argument('--csv', type=Path, help='file for the rows')
+    parser.add_argument('--seconds', type=float, default=math.inf,
+                        help='start and continue nothing after this time')
+    parser.add_argument('--parallel', type=int, default=8, metavar='N', help='trainings at once')
+    parser.add_argument('--backends', nargs='+', default=gpu_training.BACKENDS,
+                        help='of DN layers; the first that is right here is taken (default: '
+                        f'{" ".join(gpu_training.BACKENDS)})')
+    args = parser.parse_args(argv)
+    if bool(args.prepare) == bool(args.csv):
+        parser.error('expected --prepare CONFIG or --csv FILE')
+    if args.prepare and not (args.runs and args.images):
+        parser.error('--prepare: expected --runs and --images as well')
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    if args.prepare:
+        # Here: they need MMDetection.
+        from dn_mmdet import command_line, gpu_plan
+        with command_line.one_message(parser):
+            runs = gpu_plan.prepare(args.prepare, args.runs, args.folder, args.images,
+                                    args.epochs, args.question, args.commit)
+        print(f'{len(runs)} runs of commit {runs[0]["row"]["commit"]}: {args.folder}')
+        return 0
+    MMLogger.get_instance('gpu_evidence', log_level=logging.WARNING)
+    try:
+        whole = gpu_training.train(args.folder, args.csv, args.seconds, args.parallel,
+                                   args.backends)
+    except ValueError as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    return 0 if whole else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
