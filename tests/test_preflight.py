@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from tiny_detector import make_coco, write_config
 from torch import nn
 
-from dn_mmdet import DNB, preflight
+from dn_mmdet import DNB, coco, preflight
 from dn_mmdet.layers import _DynamicNorm
 from dn_mmdet.preflight import ConfigError
 
@@ -212,7 +212,7 @@ def test_a_json_that_is_not_coco_is_told(cfg, model, annotations, text, expected
 
 
 @pytest.mark.parametrize('part, key', [
-    (part, key) for part, keys in preflight.COCO_KEYS.items() for key in sorted(keys)])
+    (part, key) for part, keys in coco.KEYS.items() for key in sorted(keys)])
 def test_an_entry_without_what_mmdet_reads_is_named(cfg, model, annotations, part, key):
     annotations(lambda content: content[part][1].pop(key))
     with pytest.raises(ConfigError, match=f'{key}.* in each of {part}; number 1 is '):
