@@ -147,7 +147,7 @@ def _build_lazily(node, option, **arguments):
 
 
 def _check_concatenation(node, option, members):
-    """mmengine wants the same metainfo in all members."""
+    """mmengine wants the same metainfo in all members; mmdet's own class takes any."""
     if members and is_of(DATASETS, node, ConcatDataset):
         _build_lazily({key: value for key, value in node.items() if key != 'datasets'}, option,
                       datasets=members)
@@ -399,6 +399,8 @@ def metrics_of(evaluator, option):
 def _check_evaluators(cfg, split, checked, files):
     evaluator = cfg.get(f'{split}_evaluator')
     apart = is_of(EVALUATOR, evaluator, MultiDatasetsEvaluator)
+    if evaluator is not None and not apart:
+        _check_same_metainfo(cfg[f'{split}_dataloader'].dataset, checked)
     for index, (option, metric) in enumerate(metrics_of(evaluator, f'{split}_evaluator')):
         path = metric.get('ann_file')
         if not path or is_remote(path) or metric.get('backend_args') \
@@ -412,6 +414,16 @@ def _check_evaluators(cfg, split, checked, files):
                          files.read(option, path))
         elif path.endswith('.json'):
             files.read(option, path)
+
+
+def _check_same_metainfo(node, checked):
+    """mmdet's ConcatDataset makes a list of what differs, in which no metric finds classes."""
+    for data in checked[1:]:
+        first = checked[0]
+        if not node.get('ignore_keys') and data.dataset.metainfo != first.dataset.metainfo:
+            raise ConfigError(f'{data.option}.metainfo: differs from that of {first.option}, and '
+                              f'the evaluator would find no classes. Set both to the same '
+                              f'(classes as a tuple in both), or use MultiDatasetsEvaluator')
 
 
 def _check_truth(option, metric, checked, content):

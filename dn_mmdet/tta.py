@@ -9,7 +9,7 @@ from .messages import ConfigError, tell
 from .registered import is_of, name_of
 
 # What mmdet's own tools/test.py takes where a config has none.
-MODEL = dict(type='mmdet.DetTTAModel',
+MODEL = dict(type='DetTTAModel',
              tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
 META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
              'flip_direction')
@@ -59,6 +59,6 @@ def _flipped(pipeline, option):
                           f'{name_of(last.get("type"))}, where PackDetInputs was expected. Add a '
                           f'tta_pipeline to the config')
     tell('the config has no tta_pipeline: taking each image and its mirror image')
-    views = [dict(type='mmdet.RandomFlip', prob=prob) for prob in (1., 0.)]
+    views = [dict(type='RandomFlip', prob=prob) for prob in (1., 0.)]
     pack = dict(last, meta_keys=tuple(dict.fromkeys((*last.get('meta_keys', ()), *META_KEYS))))
-    return [*before, dict(type='mmcv.TestTimeAug', transforms=[views, [pack]])]
+    return [*before, dict(type='TestTimeAug', transforms=[views, [pack]])]
