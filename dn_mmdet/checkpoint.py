@@ -5,6 +5,7 @@ with ``weights_only=True``, but upstream mmengine cannot open its own checkpoint
 that way (torch >= 2.6), and onedl-mmengine falls back to executing what was
 refused. Here what mmengine writes is on an allow-list, and the rest is refused.
 """
+import ast
 import contextlib
 import inspect
 import pickle
@@ -19,10 +20,12 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .layers import _DynamicNorm
+from .registered import loaded
 
 REMEDY = ('If you trust whoever made it as you trust a program that you run, pass '
           '--trust-checkpoint.')
@@ -281,15 +284,47 @@ def _check_norms(model, checkpoint, state, path, whole):
     if ours and not theirs and whole:
         print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
                   f'compute what BatchNorm does', logger='current', level=30)
-    text = (checkpoint.get('meta') or {}).get('cfg')
-    trained = set(re.findall(r"'(?:Sync)?DN([BC])(?:1d|3d)?'", text or ''))
-    built = {'C' if module.batch_shared else 'B'
-             for module in modules.values() if isinstance(module, _DynamicNorm)}
+    trained = _variants(_types((checkpoint.get('meta') or {}).get('cfg')))
+    built = _variants(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
             f'{" and DN-".join(sorted(built))}: the weights have the same names and another '
             f'meaning. Use the config it was trained with{_experiment(checkpoint)}')
+
+
+def _variants(classes):
+    """'B' where DN-B is among some classes, 'C' where DN-C is."""
+    return {'C' if cls.batch_shared else 'B' for cls in classes
+            if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)}
+
+
+def _types(text):
+    """The classes that the model in a config's text names. Nothing of it is executed."""
+    try:
+        statements = ast.parse(text or '').body
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        return []  # not what mmengine writes
+    model = [statement for statement in statements if isinstance(statement, ast.Assign)
+             and ast.unparse(statement.targets[0]) == 'model']
+    return [loaded(MODELS, name) for statement in model or statements
+            for name in _type_names(statement)]
+
+
+def _type_names(node):
+    """Of every ``type`` in a statement: a text, or the dotted path of a class."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Call):
+            pairs = [(keyword.arg, keyword.value) for keyword in child.keywords]
+        elif isinstance(child, ast.Dict):
+            pairs = [(getattr(key, 'value', None), value)
+                     for key, value in zip(child.keys, child.values, strict=True)]
+        else:
+            continue
+        for key, value in pairs:
+            if key == 'type':
+                text = getattr(value, 'value', None)
+                yield text if isinstance(text, str) else ast.unparse(value)
 
 
 def _experiment(checkpoint):

@@ -86,14 +86,15 @@ def _import_what_it_names(cfg):
     imports = cfg.get('custom_imports') or dict(imports=[])
     listed = imports['imports']
     listed = [listed] if isinstance(listed, str) else list(listed)
-    needed = {module for name, module in _plugin_names().items() if name in _names(cfg.model)}
+    names = {MODELS.split_scope_key(name)[1] for name in _names(cfg.model)}
+    needed = {module for name, module in _plugin_names().items() if name in names}
     if needed - set(listed):
         cfg.custom_imports = dict(imports, imports=[*listed, *sorted(needed - set(listed))])
         import_modules_from_strings(**cfg.custom_imports)
 
 
 def _names(node):
-    """All values of ``type`` in a config."""
+    """All names under ``type`` in a config; a class brings its module with it."""
     if isinstance(node, dict):
         here = {node['type']} if isinstance(node.get('type'), str) else set()
         return here.union(*map(_names, node.values()))

@@ -17,13 +17,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
+from mmengine.dataset import RepeatDataset
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import preflight
 from .checkpoint import CheckpointError, check_resumable, open_checkpoint
+from .data_checks import metrics_of
 from .preflight import ConfigError
 from .recording import PARENT, read_log
+from .registered import is_of, name_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / 'tools' / 'train.py'
@@ -113,6 +118,7 @@ def check(points, allow_different=False) -> list[Point]:
         if variant == first:
             for split in ('train', 'val'):
                 preflight.check_data(variant.cfg, split, model)
+            preflight.check_same_classes(variant.cfg, ('train', 'val'))
         checked[variant] = replace(variant, different=tuple(found))
     return [replace(point, variant=checked[point.variant]) for point in points]
 
@@ -197,7 +203,7 @@ def configured(point: Point) -> tuple[Config, dict]:
 
 def _repeats(dataset):
     """How often wrappers repeat the training data in an epoch."""
-    own = dataset.get('times', 1) if dataset.get('type') == 'RepeatDataset' else 1
+    own = dataset.get('times', 1) if is_of(DATASETS, dataset, RepeatDataset) else 1
     return own * (_repeats(dataset['dataset']) if isinstance(dataset.get('dataset'), dict)
                   else 1)
 
@@ -220,8 +226,8 @@ def _scale_schedule(scheduler, rate, ratio):
 
 def _ask_for_classes(evaluator):
     """Has mmdet's COCO metric report every class as well."""
-    for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]:
-        if metric and metric.get('type') == 'CocoMetric':
+    for _, metric in metrics_of(evaluator, 'val_evaluator'):
+        if is_of(METRICS, metric, CocoMetric):
             metric['classwise'] = True
 
 
@@ -263,7 +269,7 @@ def data_name(cfg: Config) -> str:
     while isinstance(dataset.get('dataset'), dict):
         dataset = dataset['dataset']
     root = str(dataset.get('data_root') or '').rstrip('/')
-    return Path(root).name or str(dataset.get('type'))
+    return Path(root).name or name_of(dataset.get('type'))
 
 
 def commit_of(root=ROOT) -> str:

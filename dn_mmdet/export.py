@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mmcv
+import mmcv.ops
 import numpy as np
 import torch
 import torchvision
@@ -26,7 +27,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from .convert import dn_layers
+from .layers import _DynamicNorm
 from .preflight import ConfigError
+from .registered import is_of
 
 OUTPUTS = ('boxes', 'scores', 'labels')
 RAW_OUTPUTS = ('class_scores', 'box_deltas')
@@ -138,7 +141,7 @@ def _check_kind(model):
                           f'RetinaNet), got {type(model).__name__} with '
                           f'{type(head).__name__}: its decoding is not written for ONNX')
     nms = head.test_cfg.nms
-    if nms.type != 'nms' or nms.get('class_agnostic'):
+    if nms.type not in ('nms', mmcv.ops.nms) or nms.get('class_agnostic'):
         raise ConfigError(f"model.test_cfg.nms: expected type='nms', by class, got {dict(nms)}")
 
 
@@ -304,7 +307,7 @@ def _swap_back(node):
         for child in node:
             _swap_back(child)
     elif isinstance(node, dict):
-        if node.get('type') in ('DNB', 'DNC', 'SyncDNB', 'SyncDNC'):
+        if is_of(MODELS, node, _DynamicNorm):
             kept = {key: node[key] for key in ('eps', 'momentum') if key in node}
             node.clear()
             node.update(kept, type='BN')

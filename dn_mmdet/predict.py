@@ -8,6 +8,7 @@ from mmdet.apis import DetInferencer
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.evaluation import get_classes
 from mmdet.registry import DATASETS
+from mmengine.config import Config
 from rich.progress import track
 
 from .preflight import ConfigError
@@ -41,6 +42,7 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
     Returns:
         The files that cannot be read as images; the others are done.
     """
+    cfg = Config(cfg.to_dict())  # names in place of classes, which DetInferencer does not take
     cfg.setdefault('visualizer', dict(type='DetLocalVisualizer', name='visualizer'))
     cfg.visualizer.vis_backends = None  # they would want a folder; pictures are enough
     inferencer = DetInferencer(cfg, str(checkpoint), show_progress=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import mmdet
 import numpy as np
 import torch
+from mmdet.models.dense_heads import SSDHead
 from mmdet.models.detectors import SemiBaseDetector
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
@@ -23,6 +24,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from .convert import batch_norms, convert_norm, dn_layers, norms_in_words, swap_norm
+from .registered import resolve
 from .ssdlite_head import SSDLiteHead
 
 SHIPPED = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -104,7 +106,7 @@ def _lighten(node):
 def _mend(node):
     """What no detector of mmdet can do by its config alone, whatever the norm."""
     if isinstance(node, dict):
-        if node.get('type') == 'SSDHead':  # it cannot predict
+        if resolve(MODELS, node.get('type')) is SSDHead:  # it cannot predict
             node['type'] = SSDLiteHead.__name__
         if isinstance(node.get('teacher_config'), str):  # relative to mmdet's sources
             node['teacher_config'] = str(SHIPPED.parent / node['teacher_config'])

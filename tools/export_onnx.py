@@ -11,6 +11,12 @@ import torch
 from dn_mmdet import command_line, export, preflight
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.predict import find_images
+from dn_mmdet.registered import is_of
+
+# After dn_mmdet, which says what to install where mmdet is missing.
+# isort: split
+from mmcv.transforms import Resize
+from mmdet.registry import TRANSFORMS
 
 
 def parse(argv):
@@ -34,8 +40,10 @@ def image_size(cfg, option):
     if option is not None:
         return tuple(option)
     dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    while 'dataset' in dataset:  # inside a wrapper
+        dataset = dataset['dataset']
     for transform in dataset.get('pipeline', ()):
-        if transform['type'] == 'Resize' and 'scale' in transform:
+        if is_of(TRANSFORMS, transform, Resize) and 'scale' in transform:
             width, height = transform['scale']
             return height, width
     raise preflight.ConfigError('--size: the config has no Resize with a scale in '

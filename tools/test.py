@@ -6,11 +6,15 @@ from pathlib import Path
 
 from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
+from dn_mmdet.registered import is_of
+from dn_mmdet.tta import augmented
 
 # After dn_mmdet, which says what to install where mmdet is missing.
 # isort: split
+from mmdet.engine.hooks import DetVisualizationHook, TrackVisualizationHook
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
+from mmdet.registry import HOOKS
 from mmengine.evaluator import DumpResults
 
 
@@ -23,6 +27,8 @@ def parse(argv):
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to a pickle file')
     parser.add_argument('--show-dir', help='folder, inside <work folder>/<time>, for pictures '
                         'with the detections drawn')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: tta_model and '
+                        'tta_pipeline of the config, by default each image and its mirror image')
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
     parser.set_defaults(show=False)  # mmdet's trigger_visualization_hook asks for it
@@ -44,22 +50,26 @@ def configure(args):
     cfg.load_from = args.checkpoint
     cfg.resume = False
     if args.show_dir:
-        hook = cfg.get('default_hooks', {}).get('visualization', {})
-        if hook.get('type') != 'DetVisualizationHook':
+        hook = cfg.get('default_hooks', {}).get('visualization')
+        if not is_of(HOOKS, hook, (DetVisualizationHook, TrackVisualizationHook)):
             raise preflight.ConfigError("--show-dir: expected in the config default_hooks."
                                         "visualization=dict(type='DetVisualizationHook')")
         cfg = trigger_visualization_hook(cfg, args)
     return cfg
 
 
-def check(cfg, args):
+def check(cfg, tested, args):
+    """``tested`` is ``cfg`` itself, or what ``--tta`` makes of it."""
     command_line.check_launcher(args.launcher)
     model = preflight.check_model(cfg)
     preflight.check_evaluation(model)
-    preflight.check_data(cfg, 'test', model)
+    if args.tta:
+        preflight.check_model(tested)
+    preflight.check_data(tested, 'test', model)
     if not is_remote(args.checkpoint):
         checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
         check_fits(model, checkpoint, args.checkpoint)
+        preflight.check_trained_classes(cfg, 'test', checkpoint, args.checkpoint)
     preflight.make_folder(cfg.work_dir, '--work-dir')
     if args.out:
         preflight.make_folder(Path(args.out).parent, '--out')
@@ -70,9 +80,10 @@ def main(argv=None):
     command_line.set_local_rank(args.local_rank)
     with command_line.one_message(parser), safe_loading(args.trust_checkpoint):
         cfg = configure(args)
+        tested = augmented(cfg) if args.tta else cfg
         if command_line.is_first_process(args.launcher):
-            check(cfg, args)
-        runner = command_line.build_runner(cfg)
+            check(cfg, tested, args)
+        runner = command_line.build_runner(tested)
         if args.out:
             dump = DumpDetResults if cfg.default_scope == 'mmdet' else DumpResults
             runner.test_evaluator.metrics.append(dump(out_file_path=args.out))

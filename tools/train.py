@@ -94,12 +94,14 @@ def check(cfg, args):
         preflight.check_evaluation(model)
     for split in ('train', 'val'):
         preflight.check_data(cfg, split, model)
+    preflight.check_same_classes(cfg, ('train', 'val'))
     resume = preflight.resumes(cfg)
     path = preflight.checkpoint_to_resume(cfg.work_dir, resume) if resume else cfg.get('load_from')
     if path and not is_remote(path):
         checkpoint = open_checkpoint(path, trust=args.trust_checkpoint)
         if resume:
             check_resumable(checkpoint, path)
+            preflight.check_trained_classes(cfg, 'train', checkpoint, path)
         check_fits(model, checkpoint, path, whole=bool(resume))
         if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
             raise preflight.ConfigError(f'--overwrite would remove {path}, from which training '

@@ -1,0 +1,37 @@
+"""How the tools speak: one class of errors, what was meant, lists cut short."""
+import difflib
+import logging
+import re
+
+from mmengine.logging import print_log
+
+
+class ConfigError(ValueError):
+    """A config, an option or a folder that a tool cannot go on with."""
+
+
+def did_you_mean(wrong, names) -> str:
+    """The end of a message about a name that does not exist: the nearest, and all there are."""
+    lower = {name.lower(): name for name in names}
+    plain = re.sub(r'[^a-z0-9]|2d$', '', str(wrong).lower().rpartition('.')[2])
+    swapped = [name for name in lower if sorted(name) == sorted(plain)]  # DBN
+    close = swapped or difflib.get_close_matches(plain, lower, n=2, cutoff=0.5)
+    meant = ' or '.join(repr(lower[name]) for name in close)
+    hint = f'; did you mean {meant}?' if meant else '.'
+    return f'{hint} There are: {", ".join(names)}'
+
+
+def some(names) -> str:
+    """The first of many names."""
+    names = [str(name) for name in names]
+    return ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
+
+
+def reason(error) -> str:
+    """What an exception says, without the quotes of a KeyError."""
+    return str(error.args[0] if len(error.args) == 1 else error)
+
+
+def tell(text) -> None:
+    """What the user should know and nothing fails by."""
+    print_log(text, logger='current', level=logging.WARNING)
