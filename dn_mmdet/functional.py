@@ -39,7 +39,7 @@ from .sc import SC
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What of a norm has one value per channel, in the order of `_state_of`.
+# What of a norm has one value per channel.
 PER_CHANNEL = ('weight', 'bias', 'running_mean', 'running_var')
 SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
 PLAIN = {Tensor, nn.Parameter, type(None)}
@@ -84,20 +84,23 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     """
     check_backend(backend)
     _check_map(x, sc.num_features, ndims)
-    if not is_torch_batch_norm(bn) or has_registered(bn) or _is_recorded(bn):
+    seen = _autograd_must_see(x)
+    if not is_torch_batch_norm(bn) or has_registered(bn) or seen and _is_recorded(bn):
         return _around_the_inner_norm(x, bn, sc, batch_shared)
-    norm_parts, sc_parts = _parts_of_norm(bn), _parts_of_sc(sc)
     check_eps(bn.eps)
-    _check_parts(x, sc, norm_parts, sc_parts)
-    call = _Call(bn, _running_statistics(bn), _process_group(bn), sc, batch_shared)
+    w, b, mean, var = norm_parts = _parts_of_norm(bn)
+    sc_parts = _parts_of_sc(sc)
+    plain = _check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
+    running = None if bn.training or mean is None else (mean, var)
+    call = _Call(bn, running, _process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
-    w, b, *_ = norm_parts
-    ops = _primitives(x, sc, backend) if _are_plain(*norm_parts, *sc_parts) else None
+    ops = _primitives(x, sc, backend) if plain and not seen else None
     if ops is None:
         return _reference(call, x, w, b, step=True)
     planes = (x if x.dim() > 2 else x.unsqueeze(2)).resolve_neg()
     if torch.is_grad_enabled():
-        names, parameters = zip(*sc.named_parameters(), strict=True)
+        names, parameters = ((SC_PARAMETERS, sc_parts) if sc_parts else
+                             zip(*sc.named_parameters(), strict=True))
         y = _FusedNorm.apply(call, ops, names, planes, w, b, *parameters)
     else:
         y = _without_gradients(call, ops, planes, w, b)
@@ -147,6 +150,7 @@ class _Call(NamedTuple):
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
     sc: nn.Module
+    sc_parts: tuple[Tensor, ...] | None  # of an SC as it is, None of one that is to be called
     batch_shared: bool
 
 
@@ -262,18 +266,13 @@ def _small_part_is_fused(call, w, b):
     """Whether a backend's `Coefficients` can stand for `coefficients` under autograd.
 
     Not across processes (an all-reduce is autograd's), not with a cumulative average (its
-    momentum is another at each step), not with only one of w and b, and only for SC as it is.
+    momentum is another at each step), not with only one of w and b, and only for SC as it is:
+    another module, hooks and parametrizations are called.
     """
     return (call.group is None
             and not (call.bn.training and call.bn.momentum is None)
             and (w is None) == (b is None)
-            and _is_plain_sc(call.sc))
-
-
-def _is_plain_sc(sc):
-    """Whether sc is an SC as it is: another module, hooks and parametrizations are called."""
-    return (type(sc).forward is SC.forward and not has_registered(sc)
-            and tuple(sc._parameters) == SC_PARAMETERS)
+            and call.sc_parts is not None)
 
 
 def _fused_coefficients(call, ops, m, v, x, parameters, keep):
@@ -294,15 +293,14 @@ def _options(call):
 
 
 def _without_gradients(call, ops, x, w, b):
-    sc_parameters = (*call.sc._parameters.values(), )
     fused = _small_part_is_fused(call, w, b)
     if fused and call.running is not None and hasattr(ops, 'infer'):
-        y = ops.infer(x, call.running, w, b, sc_parameters, **_options(call))
+        y = ops.infer(x, call.running, w, b, call.sc_parts, **_options(call))
         if y is not None:
             return y
     m, v = _moments(call, ops, x)
     if fused:
-        small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=False)
+        small = _fused_coefficients(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
         a, c = small.a, small.c
     else:
         a, c, *observed = coefficients(call, m, v, x, w, b)
@@ -333,8 +331,8 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
 
 def _primitives(x, sc, backend):
     """The module with the fused primitives to run on x, or None for the reference."""
-    if (backend == 'reference' or _autograd_must_see(x) or x.numel() == 0
-            or getattr(sc, '_is_replica', False)):  # nn.DataParallel's have no parameters
+    if (backend == 'reference' or x.numel() == 0
+            or '_is_replica' in sc.__dict__):  # nn.DataParallel's have no parameters
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
     if backend == 'auto':
@@ -561,35 +559,39 @@ def _parts_of_norm(bn):
 
 
 def _parts_of_sc(sc):
-    """SC's parameters, by `SC_PARAMETERS` where they are just these."""
-    if _is_plain_sc(sc):
+    """SC's four parameters, or None where sc is more than an SC, or another module."""
+    if (type(sc).forward is SC.forward and not has_registered(sc)
+            and tuple(sc._parameters) == SC_PARAMETERS):
         return (*sc._parameters.values(), )
-    return (*sc.parameters(), )
+    return None
 
 
-def _are_plain(*tensors):
-    """Whether kernels can read them: a subclass's memory, if it has any, is its own affair."""
-    return PLAIN.issuperset(map(type, tensors))
-
-
-def _check_parts(x, sc, norm_parts, sc_parts):
+def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
     """Raises, in torch's words, where something that will be read does not fit x.
 
-    In every backend, so that nothing is broadcast and no kernel reads past the end.
+    In every backend, so that nothing is broadcast and no kernel reads past the end. With
+    ``fast``, by the compiled kernels' own check, if they are there.
+
+    Returns:
+        whether kernels can read all of them: a tensor of a subclass has its own memory, or
+        none.
     """
-    channels, device = sc.num_features, x.device
-    shapes = [(channels, )] * len(norm_parts)
-    if sc_parts and _is_plain_sc(sc):
-        hidden = tuple(sc_parts[0].shape[:1])
-        shapes += [(*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels, )]
-    for i, (t, shape) in enumerate(zip((*norm_parts, *sc_parts), shapes, strict=False)):
-        if t is not None and (t.shape != shape or t.device != device
-                              or not t.dtype.is_floating_point):
-            name = (*PER_CHANNEL[:len(norm_parts)], *SC_PARAMETERS)[i]
-            raise RuntimeError(_misfit(name, t, shape, x))
-    mean, var = norm_parts[-2:]
+    mean, var = norm_parts[2:]
     if (mean is None) != (var is None):
         raise ValueError('running_mean, running_var: expected both or neither, got only one')
+    channels, kernels = sc.num_features, compiled_kernels() if fast else None
+    if kernels and sc_parts and kernels.fits(x, channels, norm_parts, sc_parts):
+        return True
+    names, shapes = PER_CHANNEL, ((channels, ), ) * 4
+    if sc_parts:
+        hidden = tuple(sc_parts[0].shape[:1])
+        names += SC_PARAMETERS
+        shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels, )
+    for name, t, shape in zip(names, (*norm_parts, *(sc_parts or ())), shapes, strict=True):
+        if t is not None and (t.shape != shape or t.device != x.device
+                              or not t.dtype.is_floating_point):
+            raise RuntimeError(_misfit(name, t, shape, x))
+    return PLAIN.issuperset(map(type, (*norm_parts, *(sc_parts or sc.parameters()))))
 
 
 def _misfit(name, tensor, shape, x):
@@ -645,7 +647,7 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
     if not torch.jit.is_tracing() and z.shape != x.shape:
         raise ValueError(f'expected the inner {type(norm).__name__} to keep the shape '
                          f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it')
-    call = _Call(norm, running, _process_group(norm), sc, batch_shared)
+    call = _Call(norm, running, _process_group(norm), sc, None, batch_shared)
     m, v = reference.moments(x)
     mu, var, _ = statistics(call, m, v, x)
     eps = getattr(norm, 'eps', 1e-5)
@@ -654,8 +656,11 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
 
 
 def _check_called(x, norm, sc):
-    running = tuple(getattr(norm, name, None) for name in PER_CHANNEL[2:])
-    _check_parts(x, sc, (None, None, *running), _parts_of_sc(sc))
+    """What a norm of unknown type would broadcast, and what is read beside it."""
+    parts = [getattr(norm, name, None) for name in PER_CHANNEL[2:]]
+    own = not is_torch_batch_norm(norm) and parts[0] is not None
+    affine = [getattr(norm, name, None) for name in PER_CHANNEL[:2]] if own else [None, None]
+    _check_parts(x, sc, (*affine, *parts), _parts_of_sc(sc))
 
 
 def _call(norm, x):

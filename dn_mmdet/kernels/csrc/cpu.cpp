@@ -7,6 +7,7 @@
 // Source of the maths: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -205,6 +206,28 @@ Tensor as(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarTy
 OptionalTensor as(const OptionalTensor& t, const char* name, at::IntArrayRef sizes,
                   at::ScalarType dtype) {
   return t ? OptionalTensor(as(*t, name, sizes, dtype)) : t;
+}
+
+// functional.py's check of a layer's tensors, at a tenth of the time: whether those of the norm
+// (each may be None) and of SC (or none) are plain tensors of the map's device that have the
+// sizes for so many channels.
+bool fits(const Tensor& x, int64_t channels, const py::tuple& norm, const py::tuple& sc) {
+  const auto device = x.device();
+  const auto plain = [device](PyObject* object, at::IntArrayRef sizes) {
+    if (!THPVariable_CheckExact(object)) return false;
+    const Tensor& t = THPVariable_Unpack(object);
+    return t.sizes() == sizes && t.device() == device && t.is_floating_point();
+  };
+  for (size_t i = 0; i < norm.size(); ++i)
+    if (PyObject* part = PyTuple_GET_ITEM(norm.ptr(), i); part != Py_None && !plain(part, channels))
+      return false;
+  if (sc.size() == 0) return true;
+  PyObject* const b_in = PyTuple_GET_ITEM(sc.ptr(), 1);
+  if (sc.size() != 4 || !THPVariable_CheckExact(b_in)) return false;
+  const int64_t units = THPVariable_Unpack(b_in).numel(), two = 2 * channels;
+  return plain(PyTuple_GET_ITEM(sc.ptr(), 0), {units, two}) && plain(b_in, units) &&
+         plain(PyTuple_GET_ITEM(sc.ptr(), 2), {two, units}) &&
+         plain(PyTuple_GET_ITEM(sc.ptr(), 3), two);
 }
 
 // ------------------------------------------------------------------- the primitives
@@ -717,6 +740,7 @@ Tensor infer(const Tensor& x, const Tensor& running_mean, const Tensor& running_
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The primitives of Dynamic Normalization over contiguous maps on CPUs.";
   const auto free = py::call_guard<py::gil_scoped_release>();
+  module.def("fits", &fits);
   module.def("moments", &moments, free);
   module.def("affine", &affine, free);
   module.def("reduce", &reduce, free);
