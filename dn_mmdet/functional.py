@@ -403,13 +403,13 @@ def _is_recorded(bn):
     """Whether calls are written down to be replayed on batches of any size.
 
     The inner norm is one operator then, which finds sizes by itself where Python numbers
-    would stay those of the example, and which counters of operations know. torch's
-    synchronised one in training is not: it refuses CPUs.
+    would stay those of the example, and which counters of operations know. Not where it
+    synchronises its statistics: torch's refuses CPUs.
     """
     if torch.compiler.is_compiling():  # sizes are symbols
         return False
     return ((torch.jit.is_tracing() or get_proxy_mode() is not None)
-            and not (isinstance(bn, nn.SyncBatchNorm) and bn.training))
+            and not _is_synchronised(bn))
 
 
 def _reference(call, x, w, b, sc_parameters=None, step=False):
@@ -630,10 +630,14 @@ def _running_statistics(bn):
     return bn.running_mean, bn.running_var
 
 
+def _is_synchronised(bn):
+    return (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
+            and dist.is_initialized())
+
+
 def _process_group(bn):
     """The group over which bn's batch statistics are to be reduced, or None."""
-    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
-            and dist.is_initialized()):
+    if not _is_synchronised(bn):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
@@ -671,8 +675,7 @@ def _call(norm, x):
         running = _running_statistics(norm)
         seen[:] = inputs[0], running and tuple(t.clone() for t in running)
 
-    if torch.compiler.is_compiling() or not (norm._forward_pre_hooks
-                                             or torch_module._global_forward_pre_hooks):
+    if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
         look(norm, (x, ))
         return norm(x), *seen
     with norm.register_forward_pre_hook(look):  # the last one

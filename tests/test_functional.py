@@ -260,7 +260,7 @@ def own_forward(bn):
     bn.forward = lambda x: nn.BatchNorm2d.forward(bn, x).square()
 
 
-def set_averages(bn, inputs, output=None):
+def set_averages(bn, inputs, *_):
     bn.running_mean.copy_(inputs[0].detach().mean((0, 2, 3)))
 
 
@@ -275,7 +275,6 @@ REGISTERED = {
         lambda m, i, k, output: 2 * output, with_kwargs=True),
     'forward pre-hook': lambda bn: bn.register_forward_pre_hook(lambda m, i: (3 * i[0].tanh(), )),
     'pre-hook that sets the averages': lambda bn: bn.register_forward_pre_hook(set_averages),
-    'hook that sets the averages': lambda bn: bn.register_forward_hook(set_averages),
     'full backward hook': lambda bn: bn.register_full_backward_hook(
         lambda m, dx, dy: (dx[0] * 2, )),
     'full backward pre-hook': lambda bn: bn.register_full_backward_pre_hook(
@@ -342,6 +341,15 @@ def test_sc_sees_what_the_norm_saw_after_a_pre_hook(kind, training, close):
     hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(), ))
     x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
     close(hooked.train(training)(x), layer.train(training)(2 * x.exp()))
+
+
+@torch.no_grad()
+def test_sc_is_given_the_averages_of_before_a_hook_that_sets_them(close):
+    layer, hooked = twins(DNC, 5, backend='auto')
+    hooked.bn.register_forward_hook(set_averages)
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    close(hooked.eval()(x), layer.eval()(x))
+    close(hooked.bn.running_mean, x.mean((0, 2, 3)))
 
 
 @BACKENDS
