@@ -19,8 +19,9 @@ torch.fx.wrap('dynamic_norm')
 # What a BatchNorm checkpoint holds for a layer of the same name.
 BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 # How functions are called that fold a BatchNorm into a convolution or a linear: those of
-# torch, timm, mmpretrain and the YOLOs, and what their callers are named.
-FOLDING = re.compile('fuse|fusing|fusion|fold|merge|absorb|re_?param|deploy', re.IGNORECASE)
+# torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
+FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy|equivalent)'
+                     '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
 
 
 class _DynamicNorm(nn.Module):

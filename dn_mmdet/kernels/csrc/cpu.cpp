@@ -166,8 +166,8 @@ void for_each_row(int64_t rows, int64_t size, const Row& row) {
 // Asked before a pointer is taken: it could lead past the end of a smaller tensor, into the
 // memory of another device, or to values whose sign is still to be flipped.
 void check(const Tensor& t, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK(t.defined() && t.layout() == at::kStrided && t.has_storage(), name,
-              ": expected a dense tensor with memory");
+  TORCH_CHECK(t.defined() && t.layout() == at::kStrided && t.has_storage() && !t._is_zerotensor(),
+              name, ": expected a dense tensor with memory");
   TORCH_CHECK(t.device().is_cpu(), "Expected all tensors to be on the CPU, but ", name, " is on ",
               t.device());
   TORCH_CHECK(t.sizes() == sizes, name, " should have the shape ", sizes, " not ", t.sizes());
