@@ -4,8 +4,10 @@ A converted layer computes what the BatchNorm did, until its SC is trained.
 """
 import copy
 import fnmatch
+import functools
 import inspect
 import itertools
+import re
 import sys
 import warnings
 from collections import OrderedDict
@@ -42,6 +44,12 @@ FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, Sync
 ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'variant',
              'backend')
 
+# Methods that fold a BatchNorm into a convolution or a linear, as timm, mmpretrain, torchvision
+# and the YOLOs call them.
+_FOLDING_METHOD = re.compile(
+    r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model)\w*|\w*to_deploy'
+    r'|_?re_?param\w*|get_equivalent_\w*')
+
 
 class DNBAct(DNB):
     """DN-B in place of timm's BatchNormAct2d: norm, then drop, then activation."""
@@ -66,7 +74,9 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
     are kept, a module used twice stays one, and the model's output is unchanged.
     1d, 2d, 3d and synchronised norms each get their kind; frozen ones
     (FrozenBatchNorm2d) stay frozen inside. Convert before an optimizer or DDP
-    takes the parameters, else they miss the new ones.
+    takes the parameters, else they miss the new ones. Where a module can fold its
+    BatchNorms into convolutions (``fuse``, ``reparameterize``, ``switch_to_deploy``),
+    a warning says so: that has to come before the conversion.
 
     Args:
         model: any torch model, or a BatchNorm.
@@ -126,6 +136,10 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
         warnings.warn(f'{name}: this BatchNorm follows a converted norm inside one module, and '
                       f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
                       f'it as well, or do not fuse this model', stacklevel=2)
+    folding = _folding_methods(model, chosen)
+    if folding:
+        warnings.warn(f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
+                      f'call it before the conversion, or never', stacklevel=2)
     return model
 
 
@@ -274,6 +288,10 @@ def _report(model, norm, found, model_cfg):
     if frozen:
         print_log(f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
                   f'frozen, SC trains', logger='current')
+    folding = _folding_methods(model, layers)
+    if folding:
+        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: do not call '
+                  f'it', logger='current')
     if left:
         print_log(f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}',
                   logger='current')
@@ -430,8 +448,9 @@ def _check_convertible(name, bn):
                          f'use a plain BatchNorm there, or {instead}')
     if (bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks
             or bn._backward_pre_hooks):
-        raise ValueError(f'{what} has hooks on its forward or backward, which a DN layer does '
-                         f'not call: remove them and register them on the converted layer, '
+        raise ValueError(f'{what} has hooks on its forward or backward, which inside a DN layer '
+                         f'would see what the BatchNorm gives and not what the layer does: '
+                         f'remove them and register them on the converted layer or on its .bn, '
                          f'or {instead}')
 
 
@@ -470,6 +489,24 @@ def _plain_batch_norm(norm_act):
                                         norm_act.named_buffers(recurse=False)):
         setattr(bn, name, tensor)
     return bn
+
+
+def _folding_methods(model, names):
+    """'RepVggBlock.reparameterize (stem)': what folds norms of these names, each once, or ''."""
+    found = {}
+    for name in names:
+        while name:
+            name = name.rpartition('.')[0]
+            module = model.get_submodule(name)
+            for method in _folding_methods_of(type(module)):
+                found.setdefault(f'{type(module).__name__}.{method}', name or 'the model')
+    return ', '.join(f'{method} ({name})' for method, name in found.items())
+
+
+@functools.cache
+def _folding_methods_of(cls):
+    return [name for name in dir(cls) if _FOLDING_METHOD.fullmatch(name)
+            and not hasattr(nn.Module, name) and callable(getattr(cls, name))]
 
 
 def _folded_wrongly(model):

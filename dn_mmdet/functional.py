@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -40,6 +42,10 @@ from .sc import SC
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What of a norm has one value per channel.
+PER_CHANNEL = ('weight', 'bias', 'running_mean', 'running_var')
+SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
+PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
@@ -49,14 +55,15 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     Every backend computes the same. The fused ones keep only x for the backward
     pass and read it as often as BatchNorm does. The reference runs in their place
     wherever autograd has to see each operation (`torch.compile`, tracing, export,
-    `torch.func` transforms, double backward), and around an inner norm that is not
-    a torch BatchNorm.
+    `torch.func` transforms, double backward). The inner norm is called for
+    equation (3) where it is not a torch BatchNorm, where something is registered
+    on it (hooks, pruning, parametrizations, a forward of its own), and where
+    `torch.jit.trace` or `make_fx` records what is called.
 
     Args:
         x: the feature map, of any floating-point dtype.
         bn: the inner norm. A torch BatchNorm, synchronised or not, keeps torch's
-            meaning of its mode, buffers, eps and momentum. Any module with a
-            forward of its own is called for equation (3).
+            meaning of its mode, buffers, eps and momentum.
         sc: the SC module.
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
@@ -71,8 +78,11 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
 
     Raises:
         ValueError: x has a wrong number of dimensions or of channels, or one
-            value per channel where batch statistics are needed; or backend is
-            unknown or cannot run on x.
+            value per channel where batch statistics are needed; eps is not above
+            zero; or backend is unknown or cannot run on x.
+        TypeError: x is not of a floating-point dtype.
+        RuntimeError: a parameter or buffer of bn or sc does not fit x: its size, its
+            dtype or its device.
         ImportError: backend is ``'triton'``, which is not installed, or ``'cpp'``,
             which was not compiled.
     """
@@ -82,20 +92,27 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
         y = host and host.call(x, bn, sc, batch_shared, ndims)
         if y is not None:  # else a case that is not the plain one, or an error to be told
             return y
-    _check_shape(x, sc.num_features, ndims)
-    if not is_torch_batch_norm(bn):
-        return _around_another_norm(x, bn, sc, batch_shared)
-    call = _Call(bn, _running_statistics(bn), process_group(bn), sc, batch_shared)
+    _check_map(x, sc.num_features, ndims)
+    seen = _autograd_must_see(x)
+    if not is_torch_batch_norm(bn) or has_registered(bn) or seen and _is_recorded(bn):
+        return _around_the_inner_norm(x, bn, sc, batch_shared)
+    check_eps(bn.eps)
+    w, b, mean, var = norm_parts = _parts_of_norm(bn)
+    sc_parts = _parts_of_sc(sc)
+    plain = _check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
+    running = None if bn.training or mean is None else (mean, var)
+    call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
-    ops = _primitives(x, sc, backend)
+    ops = _primitives(x, sc, backend) if plain and not seen else None
     if ops is None:
-        return _reference(call, x, bn.weight, bn.bias, step=True)
-    planes = x if x.dim() > 2 else x.unsqueeze(2)
+        return _reference(call, x, w, b, step=True)
+    planes = (x if x.dim() > 2 else x.unsqueeze(2)).resolve_neg()
     if torch.is_grad_enabled():
-        names, parameters = zip(*sc.named_parameters(), strict=True)
-        y = _FusedNorm.apply(call, ops, names, planes, bn.weight, bn.bias, *parameters)
+        names, parameters = ((SC_PARAMETERS, sc_parts) if sc_parts else
+                             zip(*sc.named_parameters(), strict=True))
+        y = _FusedNorm.apply(call, ops, names, planes, w, b, *parameters)
     else:
-        y = _without_gradients(call, ops, planes)
+        y = _without_gradients(call, ops, planes, w, b)
     return y if x.dim() > 2 else y.squeeze(2)
 
 
@@ -103,6 +120,12 @@ def check_backend(backend: str) -> None:
     """Raises ValueError for a backend that does not exist."""
     if backend not in BACKENDS:
         raise ValueError(f'backend: expected one of {BACKENDS}, got {backend!r}')
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError where torch's BatchNorm would not run."""
+    if not eps > 0:
+        raise ValueError(f'eps: expected a number above 0, got {eps!r}')
 
 
 def is_torch_batch_norm(bn: nn.Module) -> bool:
@@ -115,12 +138,28 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     return type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
+def has_registered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward.
+
+    Hooks of every kind (which pruning, weight norm and FSDP2 are made of), parametrizations
+    (a child module), a forward of the instance's own, and hooks on all modules.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or module._modules
+                or 'forward' in module.__dict__
+                or torch_module._global_forward_hooks
+                or torch_module._global_forward_pre_hooks
+                or torch_module._global_backward_hooks
+                or torch_module._global_backward_pre_hooks)
+
+
 class _Call(NamedTuple):
     """What a call read from the layer's modules, for a backward that comes later."""
     bn: nn.Module
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
     sc: nn.Module
+    sc_parts: tuple[Tensor, ...] | None  # of an SC as it is, None of one that is to be called
     batch_shared: bool
 
 
@@ -134,16 +173,16 @@ class _FusedNorm(torch.autograd.Function):
         dx = a dy + p (x - m) + q,    p = 2 dv / S,    q = (dm - a dc) / S    (8)
 
     with dm, dv the gradients of m and v through a and c, and S the values behind
-    each of them. A backward that is itself to be differentiated goes through the
-    reference.
+    each of them. A backward that is itself to be differentiated, or transformed
+    (batched gradients), goes through the reference.
     """
 
     @staticmethod
     def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
         if call.running is not None:  # they may have moved when backward comes
             call = call._replace(running=tuple(t.clone() for t in call.running))
-        m, v = ops.moments(x)
-        if _small_part_is_fused(call):
+        m, v = _moments(call, ops, x)
+        if _small_part_is_fused(call, w, b):
             small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
             small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
@@ -156,12 +195,18 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            return None, None, None, *_differentiable_backward(ctx.call, ctx.names, needed, dy, x,
-                                                               *parameters)
-        small = ctx.small
+        if torch.is_grad_enabled() or _autograd_must_see(dy):
+            return None, None, None, *_backward_by_the_reference(ctx.call, ctx.names, needed, dy,
+                                                                 x, *parameters)
+        small, dy = ctx.small, dy.resolve_neg()
         p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m))
-        dx = ctx.ops.input_gradient(dy, x, small.m, small.a, p, q) if needed[0] else None
+        if not needed[0]:
+            dx = None
+        elif _is_constant(ctx.call):
+            zero = torch.zeros_like(small.a)
+            dx = ctx.ops.affine(dy, zero, small.a, zero)
+        else:
+            dx = ctx.ops.input_gradient(dy, x, small.m, small.a, p, q)
         return None, None, None, dx, *(d if needs else None
                                        for d, needs in zip(rest, needed[1:], strict=True))
 
@@ -209,20 +254,34 @@ def _as_it_is(tensor):
     return tensor
 
 
-def _small_part_is_fused(call):
+def _is_constant(call):
+    """Whether a and c depend on nothing of x: in DN-C by running statistics."""
+    return call.batch_shared and call.running is not None
+
+
+def _moments(call, ops, x):
+    """m, v of x. Where nothing depends on them, any m will do, and no pass is made for it.
+
+    It is mu then, which keeps what is no number in x from spreading over its channel.
+    """
+    if not _is_constant(call):
+        return ops.moments(x)
+    mu = call.running[0].to(torch.promote_types(x.dtype, torch.float32))
+    m = mu.expand(x.shape[:2]).contiguous()
+    return m, torch.zeros_like(m)
+
+
+def _small_part_is_fused(call, w, b):
     """Whether a backend's `Coefficients` can stand for `coefficients` under autograd.
 
     Not across processes (an all-reduce is autograd's), not with a cumulative average (its
-    momentum is another at each step), and only for SC as it is: another module, hooks and
-    parametrizations are to be called.
+    momentum is another at each step), not with only one of w and b, and only for SC as it is:
+    another module, hooks and parametrizations are called.
     """
-    sc = call.sc
     return (call.group is None
             and not (call.bn.training and call.bn.momentum is None)
-            and type(sc).forward is SC.forward
-            and list(sc._parameters) == ['w_in', 'b_in', 'w_out', 'b_out']
-            and not (sc._forward_hooks or sc._forward_pre_hooks or sc._backward_hooks
-                     or sc._backward_pre_hooks))
+            and (w is None) == (b is None)
+            and call.sc_parts is not None)
 
 
 def _fused_coefficients(call, ops, m, v, x, parameters, keep):
@@ -230,8 +289,9 @@ def _fused_coefficients(call, ops, m, v, x, parameters, keep):
     bn = call.bn
     averages = None
     if bn.training and bn.track_running_stats:
-        bn.num_batches_tracked.add_(1)
-        averages = bn.running_mean, bn.running_var, bn.momentum
+        momentum = _count_batch(bn)
+        if bn.running_mean is not None:
+            averages = bn.running_mean, bn.running_var, momentum
     return ops.Coefficients(m, v, x.numel() // m.numel(), call.running, averages, w, b,
                             sc_parameters, keep=keep, **_options(call))
 
@@ -241,30 +301,30 @@ def _options(call):
                 standardized=call.sc.inputs == 'standardized' and not call.batch_shared)
 
 
-def _without_gradients(call, ops, x):
-    bn, sc_parameters = call.bn, (*call.sc._parameters.values(), )
-    fused = _small_part_is_fused(call)
+def _without_gradients(call, ops, x, w, b):
+    fused = _small_part_is_fused(call, w, b)
     if fused and call.running is not None and hasattr(ops, 'infer'):
-        y = ops.infer(x, call.running, bn.weight, bn.bias, sc_parameters, **_options(call))
+        y = ops.infer(x, call.running, w, b, call.sc_parts, **_options(call))
         if y is not None:
             return y
-    m, v = ops.moments(x)
+    m, v = _moments(call, ops, x)
     if fused:
-        small = _fused_coefficients(call, ops, m, v, x, (bn.weight, bn.bias, *sc_parameters),
-                                    keep=False)
+        small = _fused_coefficients(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
         a, c = small.a, small.c
     else:
-        a, c, *observed = coefficients(call, m, v, x, bn.weight, bn.bias)
-        update_running_averages(bn, *observed)
+        a, c, *observed = coefficients(call, m, v, x, w, b)
+        update_running_averages(call.bn, *observed)
     return ops.affine(x, m, a, c)
 
 
-def _differentiable_backward(call, names, needed, dy, x, w, b, *sc_parameters):
-    aliases = [t.view_as(t) if needs else t
-               for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)]
-    y = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
-    wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
-    return _gradients((y, ), (dy, ), wanted, create_graph=True)
+def _backward_by_the_reference(call, names, needed, dy, x, w, b, *sc_parameters):
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [t.view_as(t) if needs else t
+                   for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)]
+        y = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
+        wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
+        return _gradients((y, ), (dy, ), wanted, create_graph=create_graph)
 
 
 def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, parameters, needed, *,
@@ -289,8 +349,8 @@ def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, paramete
     if group:
         group = dist.distributed_c10d._resolve_process_group(group)
     call = _Call(SimpleNamespace(eps=eps), None if batch else (mu, sigma.square() - eps),
-                 group or None, sc, batch_shared)
-    return tuple(_differentiable_backward(call, names, needed, dy, x, *parameters))
+                 group or None, sc, None, batch_shared)
+    return tuple(_backward_by_the_reference(call, names, needed, dy, x, *parameters))
 
 
 def _gradients(outputs, output_gradients, inputs, create_graph=False):
@@ -306,8 +366,8 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
 
 def _primitives(x, sc, backend):
     """The module with the fused primitives to run on x, or None for the reference."""
-    if (backend == 'reference' or _autograd_must_see(x) or x.numel() == 0
-            or getattr(sc, '_is_replica', False)):  # nn.DataParallel's have no parameters
+    if (backend == 'reference' or x.numel() == 0
+            or '_is_replica' in sc.__dict__):  # nn.DataParallel's have no parameters
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
     if backend == 'auto':
@@ -411,7 +471,21 @@ def _autograd_must_see(x):
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             or is_in_torch_dispatch_mode()
-            or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided)
+            or type(x) not in PLAIN or x.layout != torch.strided
+            or not torch._C._has_storage(x))  # a batch of gradients, to torch.autograd.grad
+
+
+def _is_recorded(bn):
+    """Whether calls are written down to be replayed on batches of any size.
+
+    The inner norm is one operator then, which finds sizes by itself where Python numbers
+    would stay those of the example, and which counters of operations know. Not where it
+    synchronises its statistics: torch's refuses CPUs.
+    """
+    if torch.compiler.is_compiling():  # sizes are symbols
+        return False
+    return ((torch.jit.is_tracing() or get_proxy_mode() is not None)
+            and not _is_synchronised(bn))
 
 
 def _reference(call, x, w, b, sc_parameters=None, step=False):
@@ -462,9 +536,10 @@ def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
 
 def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """mu, var (C,) by equations (1) and (2); zeros, not NaN, of an empty batch."""
-    samples = max(len(m), 1)
-    mu = m.sum(0) / samples
-    return mu, (v + (m - mu).square()).sum(0) / samples
+    if m.numel() == 0:
+        return m.sum(0), v.sum(0)
+    mu = m.mean(0)
+    return mu, (v + (m - mu).square()).mean(0)
 
 
 def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
@@ -510,10 +585,9 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
     if not (bn.training and bn.track_running_stats):
         return  # before no_grad, which in eval mode would be a region of its own to torch.export
     with torch.no_grad():
-        bn.num_batches_tracked.add_(1)
-        momentum = bn.momentum
-        if momentum is None:  # cumulative average
-            momentum = 1 / bn.num_batches_tracked.item()
+        momentum = _count_batch(bn)
+        if bn.running_mean is None:
+            return
         if isinstance(count, Tensor):  # no process had a value: leave the averages
             momentum = momentum * (count > 0).to(count.dtype)  # a bool tensor would round it
             unbiased = var * count / (count - 1).clamp(min=1)
@@ -525,7 +599,18 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
             running.copy_(running + momentum * (value - running))
 
 
-def _check_shape(x, num_features, ndims):
+def _count_batch(bn):
+    """Counts a batch, if bn has a counter, and gives the step of the running averages."""
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if bn.momentum is not None:
+        return bn.momentum
+    if bn.num_batches_tracked is None:
+        return 0.  # torch's rule
+    return 1 / bn.num_batches_tracked.item()  # cumulative average
+
+
+def _check_map(x, num_features, ndims):
     if x.dim() < 2 or (ndims and x.dim() not in ndims):
         expected = ' or '.join(f'{n}D' for n in ndims) or 'at least 2D'
         raise ValueError(f'expected {expected} input (got {x.dim()}D input of size '
@@ -534,6 +619,67 @@ def _check_shape(x, num_features, ndims):
         raise ValueError(f'expected {num_features} channels in dimension 1 (got {x.shape[1]} '
                          f'channels, input size {tuple(x.shape)}); num_features is set '
                          f'where the layer is built')
+    if not x.is_floating_point():
+        raise TypeError(f'expected a floating-point map, got one of {x.dtype}; convert it, as by '
+                        f'x.float()')
+
+
+def _parts_of_norm(bn):
+    """What of a torch BatchNorm kernels read; see `PER_CHANNEL`."""
+    parameters, buffers = bn._parameters, bn._buffers
+    try:  # the attributes cost eight times as much
+        return (parameters['weight'], parameters['bias'], buffers['running_mean'],
+                buffers['running_var'])
+    except KeyError:  # replaced by plain attributes, as in nn.DataParallel's replicas
+        return tuple(getattr(bn, name) for name in PER_CHANNEL)
+
+
+def _parts_of_sc(sc):
+    """SC's four parameters, or None where sc is more than an SC, or another module."""
+    if (type(sc).forward is SC.forward and not has_registered(sc)
+            and tuple(sc._parameters) == SC_PARAMETERS):
+        return (*sc._parameters.values(), )
+    return None
+
+
+def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
+    """Raises, in torch's words, where something that will be read does not fit x.
+
+    In every backend, so that nothing is broadcast and no kernel reads past the end. With
+    ``fast``, by the compiled kernels' own check, if they are there.
+
+    Returns:
+        whether kernels can read all of them: a tensor of a subclass has its own memory, or
+        none.
+    """
+    mean, var = norm_parts[2:]
+    if (mean is None) != (var is None):
+        raise ValueError('running_mean, running_var: expected both or neither, got only one')
+    channels, kernels = sc.num_features, compiled_kernels() if fast else None
+    if kernels and sc_parts and kernels.fits(x, channels, norm_parts, sc_parts):
+        return True
+    names, shapes = PER_CHANNEL, ((channels, ), ) * 4
+    if sc_parts:
+        hidden = tuple(sc_parts[0].shape[:1])
+        names += SC_PARAMETERS
+        shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels, )
+    for name, t, shape in zip(names, (*norm_parts, *(sc_parts or ())), shapes, strict=True):
+        if t is not None and (t.shape != shape or t.device != x.device
+                              or not t.dtype.is_floating_point):
+            raise RuntimeError(_misfit(name, t, shape, x))
+    return PLAIN.issuperset(map(type, (*norm_parts, *(sc_parts or sc.parameters()))))
+
+
+def _misfit(name, tensor, shape, x):
+    """What of a parameter or buffer does not fit the map x."""
+    if tensor.device != x.device:
+        return (f'Expected all tensors to be on the same device, but {name} is on '
+                f'{tensor.device} and the input on {x.device}; move one of them with .to()')
+    if tensor.shape == shape:
+        return f'{name}: expected a floating-point dtype, got {tensor.dtype}'
+    if len(shape) == 1 and tensor.numel() != shape[0]:
+        return f'{name} should contain {shape[0]} elements not {tensor.numel()}'
+    return f'{name} should have the shape {shape} not {tuple(tensor.shape)}'
 
 
 def _check_count(x, call):
@@ -548,9 +694,8 @@ def _values_per_channel(x):
 
 def _affine_parameters(w, b, like):
     """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
-    if w is None:
-        return torch.ones_like(like), torch.zeros_like(like)
-    return w.to(like.dtype), b.to(like.dtype)
+    return (torch.ones_like(like) if w is None else w.to(like.dtype),
+            torch.zeros_like(like) if b is None else b.to(like.dtype))
 
 
 def _running_statistics(bn):
@@ -561,21 +706,53 @@ def _running_statistics(bn):
     return bn.running_mean, bn.running_var
 
 
+def _is_synchronised(bn):
+    return (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
+            and dist.is_initialized())
+
+
 def process_group(bn: nn.Module):
     """The group over which bn's batch statistics are to be reduced, or None."""
-    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
-            and dist.is_initialized()):
+    if not _is_synchronised(bn):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _around_another_norm(x, norm, sc, batch_shared):
-    """Equation (6) with z from an inner norm of unknown type."""
+def _around_the_inner_norm(x, norm, sc, batch_shared):
+    """Equation (6) with z from a call of the inner norm, and SC by the statistics it used."""
+    if not torch.jit.is_tracing():  # where sizes are no numbers
+        _check_called(x, norm, sc)
+    z, x, running = _call(norm, x)
+    if not torch.jit.is_tracing() and z.shape != x.shape:
+        raise ValueError(f'expected the inner {type(norm).__name__} to keep the shape '
+                         f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it')
+    call = _Call(norm, running, process_group(norm), sc, None, batch_shared)
     m, v = reference.moments(x)
+    mu, var, _ = statistics(call, m, v, x)
     eps = getattr(norm, 'eps', 1e-5)
-    running = _running_statistics(norm)
-    mu, var = batch_statistics(m, v) if running is None else (t.to(m.dtype) for t in running)
-    z = reference.widen(norm(x))
     g, h = generate(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
-    return reference.modulate(z, g, h).to(x.dtype)
+    return reference.modulate(reference.widen(z), g, h).to(x.dtype)
+
+
+def _check_called(x, norm, sc):
+    """What a norm of unknown type would broadcast, and what is read beside it."""
+    parts = [getattr(norm, name, None) for name in PER_CHANNEL[2:]]
+    own = not is_torch_batch_norm(norm) and parts[0] is not None
+    affine = [getattr(norm, name, None) for name in PER_CHANNEL[:2]] if own else [None, None]
+    _check_parts(x, sc, (*affine, *parts), _parts_of_sc(sc))
+
+
+def _call(norm, x):
+    """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
+    seen = []
+
+    def look(norm, inputs):
+        running = _running_statistics(norm)
+        seen[:] = inputs[0], running and tuple(t.clone() for t in running)
+
+    if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
+        look(norm, (x, ))
+        return norm(x), *seen
+    with norm.register_forward_pre_hook(look):  # the last one
+        return norm(x), *seen

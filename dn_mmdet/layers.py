@@ -1,4 +1,6 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
+import re
+import sys
 from functools import partial
 
 import torch
@@ -7,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .ablation import VariantSC
-from .functional import check_backend, dynamic_norm
+from .functional import check_backend, check_eps, dynamic_norm
 from .sc import SC
 
 # A graph traced by torch.fx holds one call per layer: the shape checks and the
@@ -16,6 +18,10 @@ torch.fx.wrap('dynamic_norm')
 
 # What a BatchNorm checkpoint holds for a layer of the same name.
 BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+# How functions are called that fold a BatchNorm into a convolution or a linear: those of
+# torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
+FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy|equivalent)'
+                     '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
 
 
 class _DynamicNorm(nn.Module):
@@ -76,19 +82,19 @@ class _DynamicNorm(nn.Module):
                  bound=0.25, bn_requires_grad=True, backend='auto', device=None, dtype=None,
                  variant=None):
         super().__init__()
+        check_eps(eps)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
                              f"the batch statistics themselves: expected 'raw', got "
                              f'{inputs!r}')
         make_sc = SC if variant is None else partial(VariantSC, **variant)
         self.sc = make_sc(num_features, reduction, min_channels, inputs, bound, device, dtype)
-        self.bn = self.bn_type(num_features, eps, momentum, affine, track_running_stats,
+        self.bn = self.bn_type(self.sc.num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
         check_backend(backend)
         self.backend = backend
         self.bn_requires_grad = bn_requires_grad
         self.bn.requires_grad_(bn_requires_grad)
-        self._register_load_state_dict_pre_hook(self._accept_batch_norm_checkpoint)
 
     def forward(self, x: Tensor) -> Tensor:
         return dynamic_norm(x, self.bn, self.sc, batch_shared=self.batch_shared,
@@ -107,15 +113,35 @@ class _DynamicNorm(nn.Module):
                     or not name.startswith('bn.')):
                 yield parameter
 
-    def _accept_batch_norm_checkpoint(self, state_dict, prefix, *_):
+    def reset_running_stats(self):
+        """As in torch: the inner norm's averages as at the start."""
+        self.bn.reset_running_stats()
+
+    def reset_parameters(self):
+        """As in torch: the inner norm as at the start, and SC as at identity."""
+        self.bn.reset_parameters()
+        self.sc.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        # Not by a hook: a bound method that the layer holds would be a reference cycle.
+        assign = local_metadata.get('assign_to_params_buffers', False)
+        self._accept_batch_norm_checkpoint(state_dict, prefix, assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _accept_batch_norm_checkpoint(self, state_dict, prefix, assign):
         """Lets the keys of a BatchNorm of this layer's name stand for those of `bn`."""
         found = [key for key in BATCH_NORM_KEYS if prefix + key in state_dict]
         if not found:
             return
+        device = state_dict[prefix + found[0]].device if assign else None
         for key in found:
             state_dict[f'{prefix}bn.{key}'] = state_dict.pop(prefix + key)
         if not any(key.startswith(f'{prefix}sc.') for key in state_dict):
-            state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.'))
+            state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.', device))
+
+    def __prepare_scriptable__(self):
+        raise TypeError(f'{type(self).__name__} cannot be scripted, its forward chooses by device '
+                        f'and mode: use torch.jit.trace or torch.export instead')
 
     def extra_repr(self):
         shown = [] if self.bn_requires_grad else ['bn_requires_grad=False']
@@ -123,18 +149,56 @@ class _DynamicNorm(nn.Module):
             shown.append(f'backend={self.backend!r}')
         return ', '.join(shown)
 
-    # Code that reads a norm layer (DetectoRS' constant_init, pruning, logging)
-    # expects BatchNorm's attributes on it. Read-only: they belong to `bn`.
+    # Code that reads a norm layer (DetectoRS' constant_init, pruning, logging) expects
+    # BatchNorm's attributes on it. They belong to `bn`; what are settings can be set here.
     weight = property(lambda self: self.bn.weight)
     bias = property(lambda self: self.bn.bias)
     running_mean = property(lambda self: self.bn.running_mean)
-    running_var = property(lambda self: self.bn.running_var)
     num_batches_tracked = property(lambda self: self.bn.num_batches_tracked)
-    eps = property(lambda self: self.bn.eps)
-    momentum = property(lambda self: self.bn.momentum)
     num_features = property(lambda self: self.sc.num_features)
     affine = property(lambda self: self.bn.affine)
-    track_running_stats = property(lambda self: self.bn.track_running_stats)
+
+    @property
+    def running_var(self):
+        """The inner norm's; refused to code that would fold it, and lose SC, unasked."""
+        if not torch.compiler.is_compiling():
+            self._refuse_to_be_folded(sys._getframe(1))
+        return self.bn.running_var
+
+    def _refuse_to_be_folded(self, frame):
+        while frame.f_code.co_name.startswith('<') and frame.f_back:  # a lambda, a comprehension
+            frame = frame.f_back
+        name = frame.f_code.co_name
+        if FOLDING.search(name) and not self.sc.is_identity():
+            raise TypeError(f'{name}: expected a BatchNorm to fold, got {type(self).__name__}, '
+                            f'whose scale and shift follow the input and would be lost: fold '
+                            f'(fuse, reparameterize, switch to deploy) before the model is '
+                            f'converted, or leave this layer as it is')
+
+    @property
+    def eps(self):
+        return self.bn.eps
+
+    @eps.setter
+    def eps(self, value):
+        check_eps(value)
+        self.bn.eps = value
+
+    @property
+    def momentum(self):
+        return self.bn.momentum
+
+    @momentum.setter
+    def momentum(self, value):
+        self.bn.momentum = value
+
+    @property
+    def track_running_stats(self):
+        return self.bn.track_running_stats
+
+    @track_running_stats.setter
+    def track_running_stats(self, value):
+        self.bn.track_running_stats = value
 
 
 def _register(cls):

@@ -1,5 +1,9 @@
 """The SC module: scale and shift made from the features' own mean and std."""
 import contextlib
+import copy
+import math
+import operator
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +31,17 @@ def check_choices(given: dict[str, str], known: dict[str, tuple[str, ...]]) -> N
     for name, value in given.items():
         if value not in known[name]:
             raise ValueError(f'{name}: expected one of {known[name]}, got {value!r}')
+
+
+def _positive_integer(name, value):
+    """The int that value is, as numpy's are too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
+    return number
 
 
 class SC(nn.Module):
@@ -74,12 +89,11 @@ class SC(nn.Module):
     def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw',
                  bound=0.25, device=None, dtype=None):
         super().__init__()
-        for name, value in (('num_features', num_features), ('reduction', reduction),
-                            ('min_channels', min_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
+        num_features = _positive_integer('num_features', num_features)
+        reduction = _positive_integer('reduction', reduction)
+        min_channels = _positive_integer('min_channels', min_channels)
         check_choices(dict(inputs=inputs), dict(inputs=INPUTS))
-        if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
+        if bound is not None and not (isinstance(bound, Real) and 0 < bound < math.inf):
             raise ValueError(f'bound: expected a number above 0, or None for no bound, '
                              f'got {bound!r}')
         self.num_features = num_features
@@ -111,9 +125,20 @@ class SC(nn.Module):
             out = self.bound * torch.tanh(out)
         return out.chunk(2, dim=1)
 
-    def identity_state_dict(self, prefix: str = '') -> dict[str, Tensor]:
-        """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0."""
-        state = {prefix + name: tensor.clone() for name, tensor in self.state_dict().items()}
+    def is_identity(self) -> bool:
+        """Whether g = h = 0 whatever the input: not trained yet, or reset."""
+        return not any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS)
+
+    def identity_state_dict(self, prefix: str = '', device=None) -> dict[str, Tensor]:
+        """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0.
+
+        Where it has no values, on meta, those of a fresh module on ``device``, if given.
+        """
+        sc = self
+        if device is not None and any(p.is_meta for p in self.parameters()):
+            sc = copy.deepcopy(self).to_empty(device=device)
+            sc.reset_parameters()
+        state = {prefix + name: tensor.clone() for name, tensor in sc.state_dict().items()}
         for name in self.OUTPUT_PARAMETERS:
             state[prefix + name].zero_()
         return state

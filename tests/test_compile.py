@@ -1,4 +1,4 @@
-"""torch.compile and torch.export take whole detectors with DN-B, in one graph."""
+"""torch.compile and torch.export take whole detectors with DN-B; traces fit any batch."""
 import copy
 
 import pytest
@@ -7,8 +7,9 @@ from conftest import awake
 from mmengine.registry import MODELS
 from tiny_detector import write_config
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from dn_mmdet import DNB, DNC, command_line
+from dn_mmdet import DNB, DNC, DNB1d, SyncDNB, command_line
 
 
 @pytest.fixture
@@ -93,3 +94,61 @@ def test_export_keeps_a_detector_through_a_file_for_any_batch(detector, tmp_path
     for images in (x, x[:1], torch.cat((x, x + 1))):
         with torch.no_grad():
             close(flat(loaded(images)), flat(model(images)))
+
+
+KINDS = {'dnb': (DNB, {}), 'dnb-standardized': (DNB, dict(inputs='standardized')),
+         'dnc': (DNC, {}), 'sync': (SyncDNB, {}), 'without averages': (
+             DNB, dict(affine=False, track_running_stats=False))}
+RECORDERS = {
+    'jit.trace': lambda layer, x: torch.jit.trace(layer, x, check_trace=False),
+    'make_fx': lambda layer, x: make_fx(layer)(x),
+    'make_fx symbolic': lambda layer, x: make_fx(layer, tracing_mode='symbolic',
+                                                 _allow_non_fake_inputs=True)(x),
+    'export': lambda layer, x: torch.export.export(
+        layer, (x, ), dynamic_shapes=({0: torch.export.Dim('n', min=2, max=64)}, ),
+        strict=False).module()}
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('record', RECORDERS)
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # shapes are checked in Python
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
+def test_what_was_recorded_is_right_for_another_batch(record, kind, training, close):
+    """The output, and in training the running averages, which count the values behind them."""
+    cls, kwargs = KINDS[kind]
+    layer = awake(cls(6, **kwargs)).double().train(training)
+    recorded_layer = copy.deepcopy(layer)
+    state = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        recorded = RECORDERS[record](recorded_layer, torch.randn(4, 6, 5, 7, dtype=torch.float64))
+        recorded_layer.load_state_dict(state)  # recording runs the layer once
+        if record == 'export':
+            recorded.load_state_dict(state)
+        for size in (2, 5):
+            x = torch.randn(size, 6, 5, 7, dtype=torch.float64)
+            close(recorded(x), layer(x))
+    buffers = (recorded if record == 'export' else recorded_layer).state_dict()
+    for name, value in layer.state_dict().items():
+        close(buffers[name].double(), value.double())
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_a_trace_of_vectors_is_right_for_another_batch(close):
+    layer = awake(DNB1d(6)).double()
+    traced = torch.jit.trace(layer, torch.randn(4, 6, dtype=torch.float64), check_trace=False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    close(traced(x), copy.deepcopy(layer)(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('register', ['register_forward_hook', 'register_forward_pre_hook'])
+def test_hooks_on_the_inner_norm_are_compiled(register, close):
+    layer = awake(DNB(4)).double()
+    if register == 'register_forward_hook':
+        layer.bn.register_forward_hook(lambda bn, inputs, output: 2 * output)
+    else:
+        layer.bn.register_forward_pre_hook(lambda bn, inputs: (inputs[0].tanh(), ))
+    compiled = copy.deepcopy(layer)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    close(torch.compile(compiled, backend='aot_eager')(x), layer(x))

@@ -334,6 +334,43 @@ def test_the_norm_that_mmcv_would_fold_into_the_wrong_convolution_is_named(close
         close(fuse_after_converting(**patterns), block(x))
 
 
+@pytest.mark.parametrize('name', ['repvit_m0_9', 'repvgg_a0', 'mobileone_s0', 'levit_128s'])
+def test_models_that_can_fold_say_so_and_do_not_drop_sc(name):
+    """timm's: those that were converted before they were folded, and the other way round."""
+    timm = pytest.importorskip('timm', reason='needs timm, which has such models')
+    from timm.utils.model import reparameterize_model
+    model = timm.create_model(name, num_classes=3).eval()
+    with pytest.warns(UserWarning, match=r'(fuse|reparameterize) \(.*can fold BatchNorms.*before'):
+        converted = awake(convert_norm(copy.deepcopy(model), 'DNB'))
+    with pytest.raises(TypeError, match='expected a BatchNorm to fold, got DNB'):
+        reparameterize_model(converted)
+    assert not batch_norms(reparameterize_model(model))
+
+
+def test_methods_of_every_module_around_a_norm_are_found():
+    class Yolo(nn.Sequential):
+
+        def fuse(self):
+            pass
+
+    class RepConv(nn.Sequential):
+
+        def switch_to_deploy(self):
+            pass
+
+        def _make_fuse_layers(self):  # of HRNet: another matter
+            pass
+
+    def build():
+        return Yolo(nn.Sequential(RepConv(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))),
+                    RepConv(nn.BatchNorm2d(8)), nn.Sequential(nn.BatchNorm2d(8)))
+    with pytest.warns(UserWarning) as caught:
+        convert_norm(build(), 'DNB')
+    assert [str(w.message).partition(' can fold')[0] for w in caught] == [
+        'RepConv.switch_to_deploy (0.0), Yolo.fuse (the model)']
+    convert_norm(build()[2], 'DNB')  # nothing that folds
+
+
 def test_a_model_inside_ddp_is_refused():
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:

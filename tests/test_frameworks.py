@@ -13,6 +13,7 @@ from conftest import awake
 from mmcv.cnn import ConvModule, build_norm_layer, fuse_conv_bn
 from mmdet.models.backbones import DetectoRS_ResNet, MobileNetV2, ResNet
 from mmdet.models.layers import FrozenBatchNorm2d
+from mmengine.analysis import get_model_complexity_info
 from mmengine.hooks import EMAHook
 from mmengine.model import (
     BaseModule,
@@ -26,6 +27,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import load_checkpoint
 from torch import nn
 from torch.optim import swa_utils
+from torch.utils.flop_counter import FlopCounterMode
 
 from dn_mmdet import DNB, DNC, SyncDNB
 
@@ -492,3 +494,63 @@ class TestBatchNormCheckpoint:
         DNB(8, affine=False).load_state_dict(bn.state_dict())
         with pytest.raises(RuntimeError, match='Missing key.*bn.weight'):
             DNB(8).load_state_dict(bn.state_dict())
+
+    @pytest.mark.parametrize('variant', [None, dict(hidden='channelwise'), dict(outputs='scale')])
+    def test_assigned_to_a_layer_on_meta(self, variant, close):
+        bn = used(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).double().eval()
+        with torch.device('meta'):
+            dn = nn.Sequential(nn.Conv2d(3, 8, 3), DNB(8, variant=variant)).double().eval()
+        result = dn.load_state_dict(bn.state_dict(), assign=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        assert not any(t.is_meta for t in (*dn.parameters(), *dn.buffers()))
+        assert {p.dtype for p in dn.parameters()} == {torch.float64}
+        x = images()
+        close(dn(x), bn(x))
+        dn.train()(x).square().sum().backward()
+        assert dn[1].sc.w_out.grad.any() and (variant or dn[1].sc.w_in.any())
+
+    def test_what_a_layer_on_meta_is_not_assigned_stays_missing(self):
+        with torch.device('meta'):
+            dn = DNB(8)
+        state = {k: v for k, v in nn.BatchNorm2d(8).state_dict().items() if k != 'bias'}
+        assert dn.load_state_dict(state, assign=True, strict=False).missing_keys == ['bn.bias']
+        assert dn.bn.bias.is_meta
+
+
+def flops_by_mmengine(model, x):
+    return get_model_complexity_info(model, None, inputs=(x, ), show_table=False,
+                                     show_arch=False)['flops']
+
+
+def flops_by_torch(model, x):
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('count', [flops_by_mmengine, flops_by_torch])
+def test_counters_of_operations_see_batch_norm_and_sc(count, training):
+    """mmdet's get_flops.py is MMEngine's."""
+    x = torch.rand(2, 3, 32, 32)
+    counts = {}
+    for norm in (nn.BatchNorm2d, DNB, DNC):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8)).train(training)
+        counts[norm] = count(model, x)
+    sc = sum(weight.numel() for weight in (model[1].sc.w_in, model[1].sc.w_out))
+    per_mult_add = 2 if count is flops_by_torch else 1
+    assert counts[DNB] - counts[nn.BatchNorm2d] == 2 * sc * per_mult_add  # two images
+    assert counts[DNC] - counts[nn.BatchNorm2d] == sc * per_mult_add
+
+
+def test_counters_that_hang_hooks_on_modules_find_the_inner_norm():
+    """As thop and ptflops do it: a hook on each module without children."""
+    counted = {}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), DNB(8))
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: counted.update({name: inputs[0].shape}))
+    with torch.no_grad():
+        model(torch.rand(2, 3, 10, 10))
+    assert counted == {'0': (2, 3, 10, 10), '1.bn': (2, 8, 8, 8), '1.sc': (2, 8)}

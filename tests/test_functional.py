@@ -5,9 +5,12 @@ import sys
 import pytest
 import torch
 from conftest import awake
+from mmdet.models.layers import FrozenBatchNorm2d
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from dn_mmdet import DNB, DNC, DNB1d, DNB3d, kernels
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, functional, kernels
 
 FUSED = ('torch', 'auto')
 LAYERS = {'dnb-raw': (DNB, dict(inputs='raw')),
@@ -127,3 +130,371 @@ def test_auto_on_a_gpu_is_the_torch_backend_until_the_kernels_have_passed_there(
     auto = layer.eval()(x)
     layer.backend = 'torch'
     assert torch.equal(auto, layer(x))
+
+
+BACKENDS = pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
+KINDS = pytest.mark.parametrize('kind', LAYERS)
+MODES = pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+CHANNELS = 4096
+
+
+def shortened(part):
+    """A layer for 4096 channels of which one part is for another number of them."""
+
+    def make(backend):
+        layer = DNB(CHANNELS, backend=backend)
+        owner = layer.sc if part in functional.SC_PARAMETERS else layer.bn
+        t = getattr(owner, part)
+        short = t.detach()[:1].clone() if part != 'w_in' else t.detach()[:, :1].clone()
+        setattr(owner, part, nn.Parameter(short) if part in owner._parameters else short)
+        return layer
+    return make
+
+
+def with_another_norm(backend):
+    layer = DNB(CHANNELS, backend=backend)
+    layer.bn = nn.BatchNorm2d(1)
+    return layer
+
+
+def with_a_frozen_norm(backend):
+    layer = DNB(CHANNELS, backend=backend)
+    layer.bn = FrozenBatchNorm2d(1)
+    return layer
+
+
+def in_two_dimensions(backend):
+    layer = DNB(CHANNELS, backend=backend)
+    layer.bn.weight = nn.Parameter(torch.ones(CHANNELS, 1))
+    return layer
+
+
+@pytest.mark.parametrize('make, said', [
+    (shortened('weight'), 'weight should contain 4096 elements not 1'),
+    (shortened('bias'), 'bias should contain 4096 elements not 1'),
+    (shortened('running_mean'), 'running_mean should contain 4096 elements not 1'),
+    (shortened('running_var'), 'running_var should contain 4096 elements not 1'),
+    (with_another_norm, 'weight should contain 4096 elements not 1'),
+    (with_a_frozen_norm, 'weight should contain 4096 elements not 1'),
+    (in_two_dimensions, r'weight should have the shape \(4096,\) not \(4096, 1\)'),
+    (shortened('w_in'), r'w_in should have the shape \(128, 8192\) not \(128, 1\)'),
+    (shortened('b_in'), 'b_in should contain 128 elements not 1'),
+    (shortened('w_out'), r'w_out should have the shape \(8192, 128\) not \(1, 128\)'),
+    (shortened('b_out'), 'b_out should contain 8192 elements not 1')])
+@MODES
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
+@BACKENDS
+def test_a_part_of_another_size_is_named_and_not_read(backend, grad, training, make, said):
+    layer = make(backend).train(training)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=said):
+        layer(torch.randn(2, CHANNELS, 2, 2))
+
+
+@BACKENDS
+def test_also_where_a_hook_has_the_norm_called(backend):
+    layer = shortened('running_mean')(backend).eval()
+    layer.bn.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match='running_mean should contain 4096 elements not 1'):
+        layer(torch.randn(2, CHANNELS, 2, 2))
+
+
+@BACKENDS
+@pytest.mark.parametrize('part', ['bn', 'sc'])
+def test_parts_on_another_device_are_named(backend, part):
+    layer = DNB(3, backend=backend)
+    getattr(layer, part).to('meta')
+    name = 'weight' if part == 'bn' else 'w_in'
+    with pytest.raises(RuntimeError, match=f'same device, but {name} is on meta.*input on cpu'):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+@BACKENDS
+def test_statistics_are_numbers_with_a_point_and_come_in_pairs(backend):
+    layer = DNB(3, backend=backend).eval()
+    layer.bn.running_var = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match='running_var: expected a floating-point.*int64'):
+        layer(torch.randn(2, 3, 4, 4))
+    layer.bn.running_var = None
+    with pytest.raises(ValueError, match='running_var: expected both or neither'):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+@BACKENDS
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_only_floating_point_maps_are_taken(backend, dtype):
+    with pytest.raises(TypeError, match=f'expected a floating-point map, got one of {dtype}'):
+        DNB(1, backend=backend)(torch.ones(2, 1, 2, 2).to(dtype))
+
+
+@pytest.mark.parametrize('eps', [0, -1., float('nan')])
+def test_eps_is_above_zero(eps):
+    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+        DNB(3, eps=eps)
+    layer = DNB(3)
+    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+        layer.eps = eps
+    layer.bn.eps = eps
+    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+class Absolute(nn.Module):
+
+    def forward(self, weight):
+        return weight.abs()
+
+
+class Counted(nn.Module):
+    """A parametrization that is another at each call, as spectral norm's is in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * self.calls
+
+
+def own_forward(bn):
+    bn.forward = lambda x: nn.BatchNorm2d.forward(bn, x).square()
+
+
+def set_averages(bn, inputs, *_):
+    bn.running_mean.copy_(inputs[0].detach().mean((0, 2, 3)))
+
+
+def everywhere(hook):
+    return lambda bn: torch_module.register_module_forward_hook(
+        lambda module, inputs, output: hook(output) if module is bn else None)
+
+
+REGISTERED = {
+    'forward hook': lambda bn: bn.register_forward_hook(lambda m, i, output: 2 * output),
+    'forward hook with keywords': lambda bn: bn.register_forward_hook(
+        lambda m, i, k, output: 2 * output, with_kwargs=True),
+    'forward pre-hook': lambda bn: bn.register_forward_pre_hook(lambda m, i: (3 * i[0].tanh(), )),
+    'pre-hook that sets the averages': lambda bn: bn.register_forward_pre_hook(set_averages),
+    'full backward hook': lambda bn: bn.register_full_backward_hook(
+        lambda m, dx, dy: (dx[0] * 2, )),
+    'full backward pre-hook': lambda bn: bn.register_full_backward_pre_hook(
+        lambda m, dy: (dy[0] * 2, )),
+    'hook on all modules': everywhere(lambda output: 2 * output),
+    'forward of its own': own_forward,
+    'pruning': lambda bn: prune.l1_unstructured(bn, 'weight', amount=0.5),
+    'parametrization': lambda bn: parametrize.register_parametrization(bn, 'weight', Absolute()),
+    'parametrization with a state': lambda bn: parametrize.register_parametrization(
+        bn, 'bias', Counted()),
+    'weight norm': lambda bn: parametrizations.weight_norm(bn, dim=None),
+    'spectral norm': parametrizations.spectral_norm}
+
+
+@MODES
+@BACKENDS
+@pytest.mark.parametrize('registered', REGISTERED)
+def test_what_is_registered_on_the_inner_norm_acts_as_on_a_batch_norm(registered, backend,
+                                                                      training, close):
+    bn = nn.BatchNorm2d(4).double()
+    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.bias)
+    layer = DNB(4, backend=backend).double()
+    layer.bn.load_state_dict(bn.state_dict())
+    results = []
+    for module, inner in ((bn, bn), (layer, layer.bn)):
+        torch.manual_seed(1)  # spectral norm's first vector
+        handle = REGISTERED[registered](inner)
+        module.train(training)
+        result = []
+        for x, dy in torch.randn(3, 2, 5, 4, 3, 3, dtype=torch.float64):
+            x.requires_grad_()
+            y = module(x)
+            y.backward(dy)
+            result += [y, x.grad]
+        result += [p.grad for p in inner.parameters()] + list(inner.buffers())
+        results.append(result)
+        if hasattr(handle, 'remove') and not isinstance(handle, nn.Module):
+            handle.remove()
+    for actual, expected in zip(*reversed(results), strict=True):
+        close(actual.double(), expected.double())
+
+
+@MODES
+@KINDS
+def test_a_hook_that_changes_nothing_changes_nothing(kind, training, close):
+    cls, kwargs = LAYERS[kind]
+    layer, hooked = twins(cls, 5, backend='auto', **kwargs)
+    calls = []
+    hooked.bn.register_forward_pre_hook(lambda *_: calls.append('before'))
+    hooked.bn.register_forward_hook(lambda *_: calls.append('after'))
+    x, dy = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64)
+    expected = step(layer.train(training), x, dy)
+    for actual, wanted in zip(step(hooked.train(training), x, dy), expected, strict=True):
+        close(actual, wanted)
+    assert calls == ['before', 'after']
+
+
+@MODES
+@KINDS
+def test_sc_sees_what_the_norm_saw_after_a_pre_hook(kind, training, close):
+    cls, kwargs = LAYERS[kind]
+    layer, hooked = twins(cls, 5, backend='auto', **kwargs)
+    hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(), ))
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    close(hooked.train(training)(x), layer.train(training)(2 * x.exp()))
+
+
+@torch.no_grad()
+def test_sc_is_given_the_averages_of_before_a_hook_that_sets_them(close):
+    layer, hooked = twins(DNC, 5, backend='auto')
+    hooked.bn.register_forward_hook(set_averages)
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    close(hooked.eval()(x), layer.eval()(x))
+    close(hooked.bn.running_mean, x.mean((0, 2, 3)))
+
+
+@BACKENDS
+def test_precise_bn_by_hooks_gives_the_batchs_statistics(backend, close):
+    """As fvcore's update_bn_stats does it: momentum 1, the averages read after each forward."""
+    layer = awake(DNB(4, backend=backend)).double()
+    layer.bn.momentum, seen = 1., []
+    layer.bn.register_forward_hook(lambda bn, inputs, output: seen.append(
+        (inputs[0], bn.running_mean.clone())))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    layer(x)
+    (inputs, mean), = seen
+    close(inputs, x)
+    close(mean, x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize('register', ['register_forward_hook', 'own forward'])
+@BACKENDS
+def test_what_is_registered_on_sc_runs(backend, register):
+    layer, calls = DNB(4, backend=backend), []
+    if register == 'own forward':
+        def forward(mean, std):
+            calls.append(1)
+            return SC.forward(layer.sc, mean, std)
+        layer.sc.forward = forward
+    else:
+        getattr(layer.sc, register)(lambda *_: calls.append(1))
+    for training in (True, False):
+        layer.train(training)(torch.randn(2, 4, 3, 3))
+        with torch.no_grad():
+            layer(torch.randn(2, 4, 3, 3))
+    assert len(calls) == 4
+
+
+@BACKENDS
+@pytest.mark.parametrize('gone', ['weight', 'bias'])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_only_a_weight_or_only_a_bias(kind, gone, backend, close):
+    cls, kwargs = LAYERS[kind]
+    bn = nn.BatchNorm2d(4).double()
+    nn.init.normal_(bn.weight)
+    nn.init.normal_(bn.bias)
+    layer = cls(4, backend=backend, **kwargs).double()
+    layer.bn = copy.deepcopy(bn)
+    for norm in (bn, layer.bn):
+        setattr(norm, gone, None)
+    x, dy = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    for training in (True, False):
+        close(layer.train(training)(x), bn.train(training)(x))
+        with torch.no_grad():
+            close(layer(x), bn(x))
+    awake(layer).train()
+    reference = copy.deepcopy(layer)
+    reference.backend = 'reference'
+    for actual, wanted in zip(step(layer, x, dy), step(reference, x, dy), strict=True):
+        close(actual, wanted)
+
+
+@BACKENDS
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('gone', [('num_batches_tracked', ), ('running_mean', 'running_var'),
+                                  ('num_batches_tracked', 'running_mean', 'running_var')],
+                         ids=str)
+def test_a_norm_without_some_of_its_buffers_does_what_torchs_does(gone, momentum, backend, close):
+    bn, layer = nn.BatchNorm2d(4, momentum=momentum), DNB(4, momentum=momentum, backend=backend)
+    for norm in (bn, layer.bn):
+        for name in gone:
+            setattr(norm, name, None)
+    for training in (True, True, False):
+        x = torch.randn(3, 4, 5, 5) + 1
+        close(layer.train(training)(x), bn.train(training)(x))
+        with torch.no_grad():
+            close(layer(x), bn(x))
+    assert layer.bn.state_dict().keys() == bn.state_dict().keys()
+    for name, value in bn.state_dict().items():
+        close(layer.bn.state_dict()[name].float(), value.float())
+
+
+def flipped(t):
+    """Equal to t, but its memory holds -t and its sign is to be flipped."""
+    view = torch._neg_view(-t)
+    assert view.is_neg()
+    return view
+
+
+@BACKENDS
+@MODES
+@KINDS
+def test_views_with_a_flipped_sign(kind, training, backend, close):
+    cls, kwargs = LAYERS[kind]
+    layer, expected = twins(cls, 5, backend=backend, **kwargs)
+    for owner, names in ((layer.bn, ('weight', 'bias')), (layer.sc, functional.SC_PARAMETERS)):
+        for name in names:
+            setattr(owner, name, nn.Parameter(flipped(getattr(owner, name).detach())))
+    layer.bn.running_mean = flipped(layer.bn.running_mean)
+    layer.train(training), expected.train(training)
+    x, dy = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        close(copy.deepcopy(layer)(flipped(x)), copy.deepcopy(expected)(x))
+    assert flipped(x).is_neg() and flipped(dy).is_neg()
+    flipped_x = flipped(x).requires_grad_()
+    y = layer(flipped_x)
+    got = torch.autograd.grad(y, (flipped_x, *layer.parameters()), flipped(dy))
+    wanted = step(expected, x, dy)
+    for actual, value in zip((y, *got, layer.bn.running_mean, layer.bn.running_var),
+                             wanted[:-1], strict=True):
+        close(actual, value)
+
+
+@BACKENDS
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_no_number_stays_where_it_is_in_dncs_eval(value, backend):
+    layer = trained(DNC(4, backend=backend)).eval()
+    x = torch.randn(3, 4, 5, 5)
+    x[1, 2, 3, 3] = value
+    alone = torch.ones_like(x, dtype=torch.bool)
+    alone[1, 2, 3, 3] = False
+    with torch.no_grad():
+        assert torch.equal(layer(x).isfinite(), alone)
+    y = layer(x.requires_grad_())
+    assert torch.equal(y.isfinite(), alone)
+    y[alone].sum().backward()
+    assert x.grad[alone].isfinite().all()
+
+
+@BACKENDS
+@MODES
+@KINDS
+def test_batched_gradients(kind, training, backend, close):
+    cls, kwargs = LAYERS[kind]
+    layer = trained(cls(3, backend=backend, **kwargs)).double().train(training)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *layer.parameters())
+    y = layer(x)
+    before = [buffer.clone() for buffer in layer.buffers()]
+    dy = torch.randn(4, *y.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in dy]
+    for actual, *wanted in zip(batched, *one_by_one, strict=True):
+        close(actual, torch.stack(wanted))
+    assert all(map(torch.equal, layer.buffers(), before))
+
+
+def test_a_vectorized_jacobian(close):
+    layer = trained(DNB(2)).double().eval()
+    x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    close(torch.autograd.functional.jacobian(layer, x, vectorize=True),
+          torch.autograd.functional.jacobian(layer, x))

@@ -25,7 +25,7 @@ from dn_mmdet import DNB, functional
 from dn_mmdet.kernels import torch_ops
 
 try:
-    from dn_mmdet.kernels import cpp_ops
+    from dn_mmdet.kernels import _cpp, cpp_ops
 except ImportError:
     cpp_ops = None
 OPS = dict(torch=torch_ops, cpp=cpp_ops)
@@ -226,6 +226,70 @@ def test_tanh_of_the_compiled_sc():
         assert (y.flatten() - values[channels:].double().tanh()).abs().max() <= 1.5e-7
         layer.sc.b_out.data.fill_(float('nan'))
         assert layer(torch.zeros(1, channels, 1, 1)).isnan().all()
+
+
+def calls_of_the_kernels():
+    """{name: the arguments of a call that fits}, by name of each argument."""
+    n, c, h = 2, 3, 8
+    x, dy = torch.randn(2, n, c, 4, 4)
+    m, a, shift, p, q, v, da, dc = torch.rand(8, n, c) + 0.5
+    w, b, mu, var = torch.rand(4, c) + 0.5
+    sc = dict(w_in=torch.randn(h, 2 * c), b_in=torch.randn(h), w_out=torch.randn(2 * c, h),
+              b_out=torch.randn(2 * c))
+    small = dict(eps=1e-5, bound=0.25, standardized=False, batch_shared=False)
+    running = dict(running_mean=mu, running_var=var)
+    return dict(
+        moments=dict(x=x), affine=dict(x=x, m=m, a=a, c=shift), reduce=dict(dy=dy, x=x, m=m),
+        input_gradient=dict(dy=dy, x=x, m=m, a=a, p=p, q=q),
+        coefficients=dict(m=m, v=v, size=16, mean=None, var=None, **running, momentum=0.1, w=w,
+                          b=b, **sc, **small),
+        coefficients_backward=dict(
+            da=da, dc=dc, m=m, a=a, mu=mu, sigma=var, inputs=torch.randn(n, 2 * c),
+            hidden=torch.rand(n, h), out=torch.randn(n, 2 * c), size=16, w=w, b=b, **sc, **small,
+            training=True),
+        infer=dict(x=x, **running, w=w, b=b, **sc, **small))
+
+
+def run_kernel(name, arguments):
+    arguments = dict(arguments)
+    if 'w_in' in arguments:
+        sc = [arguments.pop(part) for part in functional.SC_PARAMETERS]
+        before = list(arguments).index('b') + 1
+        values = list(arguments.values())
+        return getattr(_cpp, name)(*values[:before], sc, *values[before:])
+    return getattr(_cpp, name)(*arguments.values())
+
+
+def misfits(t):
+    """Tensors that do not lie as a kernel reads t."""
+    yield 'smaller', t[..., :-1].contiguous()
+    yield 'empty', t[:0]
+    yield 'of another device', t.to('meta')
+    yield 'of integers', t.long()
+    yield 'sparse', t.to_sparse()
+    yield 'without memory', torch._efficientzerotensor(t.shape)
+    if t.dim() > 1:
+        yield 'flat', t.flatten()
+
+
+@CPP
+@pytest.mark.parametrize('name', ['moments', 'affine', 'reduce', 'input_gradient', 'coefficients',
+                                  'coefficients_backward', 'infer'])
+def test_the_compiled_kernels_check_what_they_are_given(name):
+    arguments = calls_of_the_kernels()[name]
+    run_kernel(name, arguments)
+    for key in [key for key, value in arguments.items() if isinstance(value, torch.Tensor)]:
+        for kind, misfit in misfits(arguments[key]):
+            if key == 'x' and name in ('moments', 'affine', 'infer') and kind == 'smaller':
+                continue  # a map is of any size
+            try:
+                run_kernel(name, arguments | {key: misfit})
+            except RuntimeError:
+                continue
+            raise AssertionError(f'{key}: {kind} was accepted')
+    if name in ('coefficients', 'infer'):
+        with pytest.raises(RuntimeError, match='running_mean should have the shape .3. not .1.'):
+            run_kernel(name, arguments | dict(running_mean=torch.ones(1)))
 
 
 @CPP

@@ -1,7 +1,9 @@
 """DN-B and DN-C: the formula, its gradients, BatchNorm's state, and what is refused."""
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import awake
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import mobilenet_v2
 
@@ -81,24 +84,24 @@ def by_numpy(layer, x):
 
 
 def test_hand_computed(close):
-    layer = DNB(1, eps=0., momentum=0.5, min_channels=1, bound=None).double()
+    layer = DNB(1, eps=3., momentum=0.5, min_channels=1, bound=None).double()
     layer.weight.data.fill_(2.)
     layer.bias.data.fill_(1.)
     for name, value in dict(w_in=[[1., 1.]], w_out=[[0.1], [1.]], b_out=[0., -5.]).items():
         getattr(layer.sc, name).data = torch.tensor(value, dtype=torch.float64)
     x = torch.tensor([[[[1., 3.]]], [[[5., 7.]]]], dtype=torch.float64)
-    # sample means 2 and 6, stds 1 and 1; mu = 4, var = 1 + 4 = 5
-    # hidden: 3 and 7; g = 0.3 and 0.7; h = -2 and 2
-    z = 2 * (x - 4) / 5**0.5 + 1
-    expected = torch.stack([1.3 * z[0] - 2, 1.7 * z[1] + 2])
+    # sample means 2 and 6, variances 1, s = 2; mu = 4, var = 1 + 4 = 5
+    # hidden: 4 and 8; g = 0.4 and 0.8; h = -1 and 3
+    z = 2 * (x - 4) / 8**0.5 + 1
+    expected = torch.stack([1.4 * z[0] - 1, 1.8 * z[1] + 3])
     close(layer(x), expected)
     close(layer.running_mean, torch.tensor([2.], dtype=torch.float64))
     # unbiased: 5 * 4 / 3; halfway from its start, 1
     close(layer.running_var, torch.tensor([0.5 + 10 / 3], dtype=torch.float64))
 
     layer.eval()
-    z = 2 * (x - 2) / layer.running_var.item()**0.5 + 1
-    close(layer(x), torch.stack([1.3 * z[0] - 2, 1.7 * z[1] + 2]))
+    z = 2 * (x - 2) / (layer.running_var.item() + 3)**0.5 + 1
+    close(layer(x), torch.stack([1.4 * z[0] - 1, 1.8 * z[1] + 3]))
 
 
 @pytest.mark.parametrize('kwargs, training', MODES)
@@ -268,10 +271,113 @@ def test_attributes_of_batch_norm():
     for name in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
         assert getattr(layer, name) is getattr(layer.bn, name)
         assert name not in layer._parameters and name not in layer._buffers
-    with pytest.raises(AttributeError):
-        layer.eps = 1.
     bare = DNB(6, affine=False, track_running_stats=False)
     assert bare.weight is bare.bias is bare.running_mean is bare.running_var is None
+
+
+def test_settings_of_the_norm_can_be_changed_as_in_torch(close):
+    layer, bn = DNB(6), nn.BatchNorm2d(6)
+    x = torch.randn(4, 6, 5, 5) * 3 + 1
+    for norm in (layer, bn):
+        norm.momentum, norm.eps = 0.3, 1e-2
+        norm(x)
+        norm.track_running_stats = False
+        norm(2 * x)
+        norm.track_running_stats = True
+        norm.momentum = None
+        norm(3 * x)
+        norm.eval()
+    assert (layer.bn.momentum, layer.bn.eps) == (None, 1e-2)
+    close(layer(x), bn(x))
+    layer.reset_running_stats()
+    assert layer.num_batches_tracked == 0 and not layer.bn.running_mean.any()
+    for name in ('weight', 'running_mean', 'num_features', 'affine'):
+        with pytest.raises(AttributeError):
+            setattr(layer, name, None)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_reset_parameters_gives_a_fresh_layer(cls, close):
+    layer = trained(cls)
+    layer(batch(cls))
+    layer.reset_parameters()
+    torch.manual_seed(3)
+    x = batch(cls)
+    close(layer(x), nn.functional.batch_norm(x, None, None, training=True))
+    assert layer.num_batches_tracked == 1 and layer.sc.w_in.any()
+
+
+def to_bn_fold(conv, bn):
+    """As the YOLOs do it."""
+    return fuse_conv_and_bn(conv, bn)
+
+
+def fuse_conv_and_bn(conv, bn):
+    scale = [(bn.weight / torch.sqrt(bn.eps + bn.running_var))[:, None, None, None]
+             for _ in range(1)][0]
+    return conv.weight * scale
+
+
+class Block(nn.Sequential):
+
+    def switch_to_deploy(self):
+        conv, bn = self
+        std = (bn.running_var + bn.eps).sqrt()
+        return conv.weight * (bn.weight / std).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize('fold', [fuse_conv_bn_eval, fuse_conv_and_bn, to_bn_fold,
+                                  lambda conv, bn: Block(conv, bn).switch_to_deploy()],
+                         ids=['torch', 'yolo', 'nested', 'method'])
+@pytest.mark.parametrize('cls', [DNB, DNC])
+def test_code_that_folds_by_attributes_is_refused(cls, fold):
+    conv, layer = nn.Conv2d(3, 6, 3).eval(), awake(cls(6)).eval()
+    with pytest.raises(TypeError, match=f'expected a BatchNorm to fold, got {cls.__name__}.*lost'):
+        fold(conv, layer)
+    fold(conv, cls(6).eval())  # a fresh layer is BatchNorm: nothing is lost
+    fold(conv, layer.bn)  # on purpose
+
+
+def test_code_that_only_looks_goes_on_to_work():
+    layer = awake(DNB(6))
+
+    def diffuse(layer):
+        return layer.running_var
+
+    def is_refused(layer):
+        return {name: getattr(layer, name) for name in dir(layer) if 'running' in name}
+
+    assert is_refused(layer)['running_var'] is diffuse(layer) is layer.bn.running_var
+
+
+def test_a_deleted_layer_is_freed_at_once():
+    gc.collect()
+    gc.disable()
+    try:
+        for cls in (DNB, DNC):
+            for copied in (lambda layer: layer, copy.deepcopy,
+                           lambda layer: pickle.loads(pickle.dumps(layer))):
+                layer = copied(cls(6))
+                layer(torch.randn(2, 6, 3, 3)).sum().backward()
+                kept = [weakref.ref(t) for t in (layer, layer.sc.w_in, layer.bn.weight)]
+                del layer
+                assert [ref() for ref in kept] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize('what', [DNB(6), nn.Sequential(nn.Conv2d(3, 6, 1), DNC(6))])
+def test_scripting_says_what_to_use_instead(what):
+    with pytest.raises(TypeError, match='DN.*cannot be scripted.*use torch.jit.trace'):
+        torch.jit.script(what)
+
+
+def test_numpys_integers_are_integers():
+    layer = DNB(np.int64(64), reduction=np.int32(4), min_channels=np.uint8(2),
+                bound=np.float32(0.5))
+    assert type(layer.num_features) is int and type(layer.bn.num_features) is int
+    assert len(layer.sc.b_in) == 16
+    assert layer(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
 
 
 def test_factory_arguments():

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import torch_ops
 from ._cpp import affine as _affine
 from ._cpp import coefficients, coefficients_backward
+from ._cpp import fits as fits
 from ._cpp import infer as _infer
 from ._cpp import input_gradient as _input_gradient
 from ._cpp import moments as _moments

@@ -310,7 +310,8 @@ class Plan:
         nc = shape.samples * shape.channels
         first, parts, size = moments(shape, tuning)
         sizes.update(m_part=parts * nc, v_part=parts * nc)
-        self.forward = [first]
+        # by running statistics, nothing of DN-C depends on the moments
+        self.forward = [first] if options.batch or not options.shared else []
         if options.world > 1:
             self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
             # which has merged the parts

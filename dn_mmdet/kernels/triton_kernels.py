@@ -392,8 +392,8 @@ def _of_all_processes(table_ptr, o_c, m_c, channels, world, C: tl.constexpr, ACC
 def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in_ptr,
                       up_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr, n,
                       channels, hidden, padded, blocks, splits, split_size, columns, world,
-                      eps: tl.float64, momentum: tl.float64, BATCH: tl.constexpr, UPDATE: tl.constexpr,
-                      CUMULATIVE: tl.constexpr, SHARED: tl.constexpr,
+                      eps: tl.float64, momentum: tl.float64, BATCH: tl.constexpr,
+                      UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr, SHARED: tl.constexpr,
                       STANDARDIZED: tl.constexpr, SINGLE: tl.constexpr, N: tl.constexpr,
                       C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
                       ACC: tl.constexpr):
@@ -424,8 +424,13 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
         m_n = o_n < n
         mask = m_n[:, None] & m_c[None, :]
         o_nc = o_n[:, None] * channels + o_c[None, :]
-        b_m, b_v = _merged(m_part_ptr, v_part_ptr, o_nc, mask, total, splits, split_size,
-                           columns, SINGLE, N, C, ACC)
+        if SHARED and not BATCH:  # where nothing depends on m, it is mu: NaN stays where it is
+            b_m = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)[None, :]
+            b_m += tl.zeros([N, C], ACC)
+            b_v = tl.zeros([N, C], ACC)
+        else:
+            b_m, b_v = _merged(m_part_ptr, v_part_ptr, o_nc, mask, total, splits, split_size,
+                               columns, SINGLE, N, C, ACC)
         if i_h == 0:
             tl.store(m_ptr + o_nc, b_m, mask)
             tl.store(v_ptr + o_nc, b_v, mask)

@@ -7,6 +7,7 @@
 // Source of the maths: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -160,6 +161,75 @@ void for_each_row(int64_t rows, int64_t size, const Row& row) {
   });
 }
 
+// ----------------------------------------------------------------- what may be read
+
+// Asked before a pointer is taken: it could lead past the end of a smaller tensor, into the
+// memory of another device, or to values whose sign is still to be flipped.
+void check(const Tensor& t, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.defined() && t.layout() == at::kStrided && t.has_storage() && !t._is_zerotensor(),
+              name, ": expected a dense tensor with memory");
+  TORCH_CHECK(t.device().is_cpu(), "Expected all tensors to be on the CPU, but ", name, " is on ",
+              t.device());
+  TORCH_CHECK(t.sizes() == sizes, name, " should have the shape ", sizes, " not ", t.sizes());
+  TORCH_CHECK(t.is_floating_point(), name, ": expected a floating-point dtype, got ", t.dtype());
+}
+
+// Of a tensor that is read as it lies.
+void check_values(const Tensor& t, const char* name, at::IntArrayRef sizes,
+                  at::ScalarType dtype) {
+  check(t, name, sizes);
+  TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous() && !t.is_neg(), name,
+              ": expected a contiguous tensor of ", dtype, ", got one of ", t.scalar_type(),
+              " with the strides ", t.strides());
+}
+
+// Of a map (N, C, ...) with values.
+void check_map(const Tensor& x) {
+  check_values(x, "input", x.sizes(), x.scalar_type());
+  TORCH_CHECK(x.dim() > 1 && x.numel() > 0, "input: expected a map (N, C, ...) with values, got ",
+              x.sizes());
+}
+
+// Of coefficients (N, C) of the map x.
+void check_coefficients(const Tensor& t, const char* name, const Tensor& x) {
+  check_values(t, name, {x.size(0), x.size(1)}, x.scalar_type());
+}
+
+// A parameter or buffer, as a contiguous tensor of this dtype.
+Tensor as(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
+  check(t, name, sizes);
+  return t.scalar_type() == dtype && t.is_contiguous() && !t.is_neg()
+             ? t
+             : t.resolve_neg().to(dtype).contiguous();
+}
+
+OptionalTensor as(const OptionalTensor& t, const char* name, at::IntArrayRef sizes,
+                  at::ScalarType dtype) {
+  return t ? OptionalTensor(as(*t, name, sizes, dtype)) : t;
+}
+
+// functional.py's check of a layer's tensors, at a tenth of the time: whether those of the norm
+// (each may be None) and of SC (or none) are plain tensors of the map's device that have the
+// sizes for so many channels.
+bool fits(const Tensor& x, int64_t channels, const py::tuple& norm, const py::tuple& sc) {
+  const auto device = x.device();
+  const auto plain = [device](PyObject* object, at::IntArrayRef sizes) {
+    if (!THPVariable_CheckExact(object)) return false;
+    const Tensor& t = THPVariable_Unpack(object);
+    return t.sizes() == sizes && t.device() == device && t.is_floating_point();
+  };
+  for (size_t i = 0; i < norm.size(); ++i)
+    if (PyObject* part = PyTuple_GET_ITEM(norm.ptr(), i); part != Py_None && !plain(part, channels))
+      return false;
+  if (sc.size() == 0) return true;
+  PyObject* const b_in = PyTuple_GET_ITEM(sc.ptr(), 1);
+  if (sc.size() != 4 || !THPVariable_CheckExact(b_in)) return false;
+  const int64_t units = THPVariable_Unpack(b_in).numel(), two = 2 * channels;
+  return plain(PyTuple_GET_ITEM(sc.ptr(), 0), {units, two}) && plain(b_in, units) &&
+         plain(PyTuple_GET_ITEM(sc.ptr(), 2), {two, units}) &&
+         plain(PyTuple_GET_ITEM(sc.ptr(), 3), two);
+}
+
 // ------------------------------------------------------------------- the primitives
 
 template <typename T>
@@ -177,6 +247,7 @@ void affine_of(const T* x, T* y, int64_t rows, int64_t size, const T* m, const T
 int64_t row_size(const Tensor& x) { return x.numel() / (x.size(0) * x.size(1)); }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {
+  check_map(x);
   Tensor m = at::empty({x.size(0), x.size(1)}, x.options()), v = at::empty_like(m);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "moments", [&] {
     moments_of(x.const_data_ptr<scalar_t>(), m.numel(), row_size(x),
@@ -186,6 +257,10 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
 }
 
 Tensor affine(const Tensor& x, const Tensor& m, const Tensor& a, const Tensor& c) {
+  check_map(x);
+  check_coefficients(m, "m", x);
+  check_coefficients(a, "a", x);
+  check_coefficients(c, "c", x);
   Tensor y = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "affine", [&] {
     affine_of(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), m.numel(), row_size(x),
@@ -196,6 +271,9 @@ Tensor affine(const Tensor& x, const Tensor& m, const Tensor& a, const Tensor& c
 }
 
 std::tuple<Tensor, Tensor> reduce(const Tensor& dy, const Tensor& x, const Tensor& m) {
+  check_map(x);
+  check_values(dy, "dy", x.sizes(), x.scalar_type());
+  check_coefficients(m, "m", x);
   Tensor da = at::empty_like(m), dc = at::empty_like(m);
   const int64_t size = row_size(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "reduce", [&] {
@@ -211,6 +289,12 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& dy, const Tensor& x, const Tenso
 
 Tensor input_gradient(const Tensor& dy, const Tensor& x, const Tensor& m, const Tensor& a,
                       const Tensor& p, const Tensor& q) {
+  check_map(x);
+  check_values(dy, "dy", x.sizes(), x.scalar_type());
+  check_coefficients(m, "m", x);
+  check_coefficients(a, "a", x);
+  check_coefficients(p, "p", x);
+  check_coefficients(q, "q", x);
   Tensor dx = at::empty_like(x);
   const int64_t size = row_size(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "input_gradient", [&] {
@@ -236,17 +320,19 @@ struct Norm {
   std::optional<double> bound;
   bool standardized;
 
-  Norm(const OptionalTensor& w, const OptionalTensor& b, const std::vector<Tensor>& sc, double eps,
-       std::optional<double> bound, bool standardized, at::ScalarType dtype)
-      : w(as(w, dtype)), b(as(b, dtype)), w_in(as(sc[0], dtype)), b_in(as(sc[1], dtype)),
-        w_out(as(sc[2], dtype)), b_out(as(sc[3], dtype)), eps(eps), bound(bound),
-        standardized(standardized) {}
-
-  static Tensor as(const Tensor& t, at::ScalarType dtype) {
-    return t.scalar_type() == dtype && t.is_contiguous() ? t : t.to(dtype).contiguous();
-  }
-  static OptionalTensor as(const OptionalTensor& t, at::ScalarType dtype) {
-    return t ? OptionalTensor(as(*t, dtype)) : t;
+  Norm(const OptionalTensor& weight, const OptionalTensor& bias, const std::vector<Tensor>& sc,
+       double eps, std::optional<double> bound, bool standardized, int64_t channels,
+       at::ScalarType dtype)
+      : eps(eps), bound(bound), standardized(standardized) {
+    TORCH_CHECK(sc.size() == 4, "expected SC's w_in, b_in, w_out, b_out, got ", sc.size(),
+                " tensors");
+    const int64_t units = sc[1].numel(), two = 2 * channels;
+    w = as(weight, "weight", channels, dtype);
+    b = as(bias, "bias", channels, dtype);
+    w_in = as(sc[0], "w_in", {units, two}, dtype);
+    b_in = as(sc[1], "b_in", units, dtype);
+    w_out = as(sc[2], "w_out", {two, units}, dtype);
+    b_out = as(sc[3], "b_out", two, dtype);
   }
 
   int64_t channels() const { return b_out.numel() / 2; }
@@ -384,12 +470,22 @@ std::vector<Tensor> coefficients(const Tensor& m, const Tensor& v, int64_t size,
                                  const std::vector<Tensor>& sc, double eps,
                                  std::optional<double> bound, bool standardized,
                                  bool batch_shared) {
-  const Norm norm(w, b, sc, eps, bound, standardized, m.scalar_type());
+  TORCH_CHECK(m.dim() == 2 && m.size(0) > 0 && size > 0, "m: expected (N, C), got ", m.sizes());
+  check_coefficients(m, "m", m);
+  check_coefficients(v, "v", m);
   const int64_t samples = m.size(0), channels = m.size(1), rows = batch_shared ? 1 : samples;
+  const Norm norm(w, b, sc, eps, bound, standardized, channels, m.scalar_type());
+  for (const auto& [mean, var] : {std::tie(running_mean, running_var),
+                                  std::tie(mean_average, var_average)})
+    TORCH_CHECK(mean.has_value() == var.has_value(), "expected a mean and a variance, or neither");
+  if (mean_average) {
+    check(*mean_average, "running_mean", channels);
+    check(*var_average, "running_var", channels);
+  }
   Tensor mu, var;
   if (running_mean) {
-    mu = Norm::as(*running_mean, m.scalar_type());
-    var = Norm::as(*running_var, m.scalar_type());
+    mu = as(*running_mean, "running_mean", channels, m.scalar_type());
+    var = as(*running_var, "running_var", channels, m.scalar_type());
   } else {
     mu = at::empty({channels}, m.options());
     var = at::empty_like(mu);
@@ -499,8 +595,17 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
                                           const OptionalTensor& b, const std::vector<Tensor>& sc,
                                           double eps, std::optional<double> bound,
                                           bool standardized, bool batch_shared, bool training) {
-  const Norm norm(w, b, sc, eps, bound, standardized, m.scalar_type());
-  const int64_t samples = m.size(0), channels = m.size(1), rows = out.size(0);
+  TORCH_CHECK(m.dim() == 2 && m.size(0) > 0 && size > 0, "m: expected (N, C), got ", m.sizes());
+  const int64_t samples = m.size(0), channels = m.size(1), rows = batch_shared ? 1 : samples;
+  const Norm norm(w, b, sc, eps, bound, standardized, channels, m.scalar_type());
+  for (const auto& [t, name] : {std::pair<const Tensor&, const char*>(da, "da"), {dc, "dc"},
+                                {m, "m"}, {a, "a"}})
+    check_coefficients(t, name, m);
+  check_values(mu, "mu", channels, m.scalar_type());
+  check_values(sigma, "sigma", channels, m.scalar_type());
+  check_values(inputs, "inputs", {rows, 2 * channels}, m.scalar_type());
+  check_values(hidden, "hidden", {rows, norm.units()}, m.scalar_type());
+  check_values(out, "out", {rows, 2 * channels}, m.scalar_type());
   Tensor sums = at::zeros({4, channels}, m.options());
   Tensor received = at::empty_like(m), dout = at::empty_like(out);
   Tensor p = at::empty_like(m), q = at::empty_like(m);
@@ -581,10 +686,11 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
 Tensor infer(const Tensor& x, const Tensor& running_mean, const Tensor& running_var,
              const OptionalTensor& w, const OptionalTensor& b, const std::vector<Tensor>& sc,
              double eps, std::optional<double> bound, bool standardized, bool batch_shared) {
-  const Norm norm(w, b, sc, eps, bound, standardized, x.scalar_type());
+  check_map(x);
   const int64_t samples = x.size(0), channels = x.size(1), size = row_size(x);
-  const Tensor mu = Norm::as(running_mean, x.scalar_type());
-  const Tensor var = Norm::as(running_var, x.scalar_type());
+  const Norm norm(w, b, sc, eps, bound, standardized, channels, x.scalar_type());
+  const Tensor mu = as(running_mean, "running_mean", channels, x.scalar_type());
+  const Tensor var = as(running_var, "running_var", channels, x.scalar_type());
   Tensor y = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "infer", [&] {
     const Small<scalar_t> small(norm);
@@ -634,6 +740,7 @@ Tensor infer(const Tensor& x, const Tensor& running_mean, const Tensor& running_
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The primitives of Dynamic Normalization over contiguous maps on CPUs.";
   const auto free = py::call_guard<py::gil_scoped_release>();
+  module.def("fits", &fits);
   module.def("moments", &moments, free);
   module.def("affine", &affine, free);
   module.def("reduce", &reduce, free);

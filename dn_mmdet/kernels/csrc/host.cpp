@@ -283,6 +283,14 @@ void run(const std::vector<Launch>& launches, size_t count, char* const* pointer
   }
 }
 
+// Batched gradients, say: not a plain tensor with memory of its own.
+bool is_transformed(const Tensor& t) {
+  return t.layout() != at::kStrided || !t.has_storage() ||
+         t.key_set().has_any(c10::DispatchKeySet(
+             {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+              c10::DispatchKey::Python}));
+}
+
 PyObject* double_backward = nullptr;  // host.py's, set once
 
 struct DynamicNormBackward : public torch::autograd::Node {
@@ -304,7 +312,7 @@ struct DynamicNormBackward : public torch::autograd::Node {
     std::array<Tensor, PARAMETERS> p;
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i]) p[i] = parameters_[i].unpack();
-    if (c10::GradMode::is_enabled()) return differentiable(dy, x, p);
+    if (c10::GradMode::is_enabled() || is_transformed(dy)) return differentiable(dy, x, p);
     c10::OptionalDeviceGuard guard(x.device());
     if (dy.sizes() != x.sizes() || dy.strides() != x.strides() ||
         dy.scalar_type() != x.scalar_type() || dy.is_conj() || dy.is_neg() || !is_aligned(dy)) {
@@ -339,7 +347,7 @@ struct DynamicNormBackward : public torch::autograd::Node {
     return found;
   }
 
-  // create_graph=True: by plain PyTorch, whose every operation autograd sees.
+  // create_graph=True, or batched gradients: by plain PyTorch, each operation seen.
   variable_list differentiable(const Tensor& dy, const Tensor& x,
                                const std::array<Tensor, PARAMETERS>& p) {
     pybind11::gil_scoped_acquire gil;
@@ -446,6 +454,7 @@ PyObject* intern(const char* name) { return PyUnicode_InternFromString(name); }
 
 struct Names {
   PyObject *parameters = intern("_parameters"), *buffers = intern("_buffers"),
+           *modules = intern("_modules"),
            *training = intern("training"), *eps = intern("eps"), *momentum = intern("momentum"),
            *track = intern("track_running_stats"), *forward = intern("forward"),
            *bound = intern("bound"), *inputs = intern("inputs"),
@@ -493,7 +502,9 @@ struct Attributes {
       PyObject* hooks = get(name);
       if (hooks == nullptr || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return false;
     }
-    return get(names->forward) == nullptr && get(names->is_replica) == nullptr;
+    PyObject* children = get(names->modules);  // parametrizations
+    return children != nullptr && PyDict_Check(children) && PyDict_GET_SIZE(children) == 0 &&
+           get(names->forward) == nullptr && get(names->is_replica) == nullptr;
   }
 };
 
@@ -582,7 +593,7 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   const bool averages = call.state[0].defined() && call.state[1].defined();
   if (call.state[0].defined() != call.state[1].defined()) return false;
   const bool batch = training || !averages;
-  if (!read_number(norm.get(names->eps), call.scalars.eps)) return false;
+  if (!read_number(norm.get(names->eps), call.scalars.eps) || !(call.scalars.eps > 0)) return false;
   call.mode = (batch ? BATCH : 0) | (shared ? SHARED : 0);
   call.scalars.momentum = call.scalars.bound = 0;
   if (training && norm.get(names->track) == Py_True) {
