@@ -3,10 +3,14 @@
 BatchNorm's own kernels, in eval mode on a view with one channel per sample's channel,
 are the fastest stock operators for these passes: each is one pass over all cores. A map
 that is made anew costs more than a pass over it, so that each primitive makes one at most.
+
+On a GPU, where those kernels round sums to the map's dtype, plain operators run: a slow path
+for where the Triton kernels cannot.
 """
 import torch
 from torch import Tensor
 
+from dn_mmdet import reference
 from dn_mmdet.reference import widen
 from dn_mmdet.sc import in_dtype_of, no_autocast
 
@@ -20,27 +24,22 @@ CANCELLATION = 4
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c = x.shape[:2]
     x = as_dense(x)
+    if not x.is_cpu:
+        return reference.moments(x)
     if not x.is_contiguous():
-        if not x.is_cpu:
-            var, mean = torch.var_mean(widen(x), tuple(range(2, x.dim())), correction=0)
-            return mean, var
         return tuple(torch.stack(tensors) for tensors in
                      zip(*map(_strided_moments, x.split(1)), strict=True))
-    x = x.view(n * c, -1)
-    if x.is_cpu:
-        m, v = _row_moments(x)
-    else:
-        v, m = torch.var_mean(widen(x), 1, correction=0)
+    m, v = _row_moments(x.view(n * c, -1))
     return m.view(n, c), v.view(n, c)
 
 
 def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
     x = as_dense(x)
-    if _is_strided_on_gpu(x):
+    if not x.is_cpu:
         m, a, c = (_over(x, t) for t in (m, a, c))
         return (a * (widen(x) - m) + c).to(x.dtype)
     y = torch.empty_like(x)
-    # Two tensors: CPUs leave these outputs alone, CUDA resizes them and reads them again.
+    # Two tensors, for these are memory: other devices resize them and read them again.
     mean, invstd = m.new_empty(0), m.new_empty(0)
     if x.is_contiguous():  # small maps feel each operator that `_parts` would add
         rows = m.numel()
@@ -58,7 +57,7 @@ def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
 def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     x = as_dense(x)
     dy = in_layout_of(x, dy)
-    if _is_strided_on_gpu(x):
+    if not x.is_cpu:
         spatial = tuple(range(2, x.dim()))
         dy = widen(dy)
         return (dy * (widen(x) - _over(x, m))).sum(spatial), dy.sum(spatial)
@@ -288,11 +287,6 @@ def _memory_format(x):
             if x.dim() == ndim and x.is_contiguous(memory_format=memory_format):
                 return memory_format
     return torch.contiguous_format
-
-
-def _is_strided_on_gpu(x):
-    """channels_last on a GPU, where a launch per sample would cost more than it saves."""
-    return not (x.is_cpu or x.is_contiguous())
 
 
 def _parts(x, *others):
