@@ -9,6 +9,8 @@ import time
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dn_mmdet.benchmark import timing
+
 REPLAY = 1e-3
 
 
@@ -55,10 +57,10 @@ class FakeCuda:
 
             def capture_begin(self):
                 assert not fake.capturing and fake.on_side_stream
-                fake.capturing = True
                 if uncapturable(fake.captures):
                     fake.captures += 1
                     raise RuntimeError('CUDA error: operation not permitted when capturing')
+                fake.capturing = True
 
             def capture_end(self):
                 assert fake.capturing
@@ -77,8 +79,10 @@ class FakeCuda:
         @contextlib.contextmanager
         def stream(side):
             fake.on_side_stream = True
-            yield
-            fake.on_side_stream = False
+            try:
+                yield
+            finally:
+                fake.on_side_stream = False
 
         def synchronize():
             assert not fake.capturing, 'waits for the device in a capture'
@@ -106,4 +110,5 @@ class FakeCuda:
         monkeypatch.setattr(torch, 'Generator', Generator)
         monkeypatch.setattr(torch, 'autocast', lambda device, *args, **kwargs: autocast(
             _on_cpu(device), *args, **kwargs))
+        monkeypatch.setitem(timing.COPIED, 'cuda', timing.COPIED['cpu'])
         self.mode = _OnCPU()

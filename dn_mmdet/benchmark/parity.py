@@ -5,6 +5,9 @@ import torch
 # whose 76 layers amplify rounding, twice what the reference is off is allowed if that is more.
 LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 DETECTOR_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Of the detector's gradient in float32: where maps have few values, rounding alone moves it by
+# 0.002 (64 px, batch 3), and each layer's own backward has LAYER_TOLERANCE.
+DETECTOR_GRADIENT_TOLERANCE = 1e-2
 
 
 class ParityError(AssertionError):

@@ -12,6 +12,8 @@ from .variants import BN, Setting
 LONG_ENOUGH = dict(cpu=4e-3, cuda=4e-3)
 # Calls in a block of host times: the GPU is waited for between blocks and never in one.
 BLOCK = 20
+# Values that a copy moves to show the bandwidth: far more than any cache holds.
+COPIED = dict(cpu=2**24, cuda=2**28)
 
 
 class GraphError(RuntimeError):
@@ -202,7 +204,7 @@ def allocations(call, device: str):
 
 def copy_bandwidth(setting: Setting) -> float:
     """Bytes per second, read and written, of a copy far larger than any cache."""
-    source = torch.randn(2**28 if setting.device == 'cuda' else 2**24, device=setting.device)
+    source = torch.randn(COPIED[setting.device], device=setting.device)
     target = torch.zeros_like(source)
     seconds = alternate({BN: lambda: target.copy_(source)}, setting)[BN]
     return 2 * source.nbytes / statistics.median(seconds)
