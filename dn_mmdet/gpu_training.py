@@ -589,9 +589,10 @@ def folded(model: nn.Module, constants: dict[str, tuple]):
     with torch.no_grad():
         for name, layer in layers.items():
             g, h = (t.mean(0) for t in constants[name])
-            bn = nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum).to(g.device)
-            bn.load_state_dict(dict(layer.bn.state_dict(), weight=layer.weight * (1 + g),
-                                    bias=layer.bias * (1 + g) + h))
+            inner = layer.bn
+            bn = nn.BatchNorm2d(inner.num_features, inner.eps, inner.momentum).to(g.device)
+            bn.load_state_dict(dict(inner.state_dict(), weight=inner.weight * (1 + g),
+                                    bias=inner.bias * (1 + g) + h))
             _replace(model, name, bn.train(layer.training))
     try:
         yield
