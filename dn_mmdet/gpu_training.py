@@ -27,7 +27,6 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
 from . import controls  # noqa: F401  registers the controls' norms
-from .benchmark import wake
 from .convert import batch_norms, convert_norm, dn_layers
 from .recording import hardware, norm_counts
 from .reference import widen
@@ -620,7 +619,10 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
     Raises:
         Refused: one is more than allowed.
     """
-    fresh, worst = wake(Classifier(recipe)), 0.
+    fresh, worst = Classifier(recipe), 0.
+    for layer in dn_layers(fresh).values():  # a fresh SC gives g = h = 0
+        for parameter in layer.sc.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1]**-0.5)
     for name, (channels, height) in _shapes(recipe, size).items():
         x, dy = (0.5 + torch.randn(batch, channels, height, height, device=device).to(
             torch.bfloat16, memory_format=torch.channels_last) for _ in range(2))
