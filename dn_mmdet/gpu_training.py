@@ -27,7 +27,6 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
 from . import controls  # noqa: F401  registers the controls' norms
-from .benchmark import wake
 from .convert import batch_norms, convert_norm, dn_layers
 from .recording import hardware, norm_counts
 from .reference import widen
@@ -589,9 +588,10 @@ def folded(model: nn.Module, constants: dict[str, tuple]):
     with torch.no_grad():
         for name, layer in layers.items():
             g, h = (t.mean(0) for t in constants[name])
-            bn = nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum).to(g.device)
-            bn.load_state_dict(dict(layer.bn.state_dict(), weight=layer.weight * (1 + g),
-                                    bias=layer.bias * (1 + g) + h))
+            inner = layer.bn
+            bn = nn.BatchNorm2d(inner.num_features, inner.eps, inner.momentum).to(g.device)
+            bn.load_state_dict(dict(inner.state_dict(), weight=inner.weight * (1 + g),
+                                    bias=inner.bias * (1 + g) + h))
             _replace(model, name, bn.train(layer.training))
     try:
         yield
@@ -619,7 +619,10 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
     Raises:
         Refused: one is more than allowed.
     """
-    fresh, worst = wake(Classifier(recipe)), 0.
+    fresh, worst = Classifier(recipe), 0.
+    for layer in dn_layers(fresh).values():  # a fresh SC gives g = h = 0
+        for parameter in layer.sc.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1]**-0.5)
     for name, (channels, height) in _shapes(recipe, size).items():
         x, dy = (0.5 + torch.randn(batch, channels, height, height, device=device).to(
             torch.bfloat16, memory_format=torch.channels_last) for _ in range(2))
