@@ -33,11 +33,11 @@ def augmented(cfg: Config) -> Config:
         tell('the config has no tta_model: taking DetTTAModel with an NMS at IoU 0.5')
         cfg.tta_model = copy.deepcopy(MODEL)
     cfg.model = dict(cfg.tta_model, module=cfg.model)
-    for option, dataset in _innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
-        if cfg.get('tta_pipeline') is not None:
-            dataset['pipeline'] = copy.deepcopy(cfg.tta_pipeline)
-        else:
-            dataset['pipeline'] = _flipped(dataset.get('pipeline') or [], option)
+    datasets = list(_innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'))
+    pipelines = [cfg.get('tta_pipeline') or _flipped(dataset.get('pipeline') or [], option)
+                 for option, dataset in datasets]
+    for (_, dataset), pipeline in zip(datasets, pipelines, strict=True):
+        dataset['pipeline'] = copy.deepcopy(pipeline)
     return cfg
 
 

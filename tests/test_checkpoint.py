@@ -263,6 +263,45 @@ def test_dnb_and_dnc_weights_are_told_apart_by_the_config_that_they_carry():
         check_fits(net(DNB), checkpoint, 'x.pth')
 
 
+class OwnDNC(DNC):
+    """A user's subclass."""
+
+
+@pytest.mark.parametrize('kind', [
+    "'DNC'", "'SyncDNC'", "'DNC3d'", "'mmengine.DNC'", "'dn_mmdet.DNC'", "'dn_mmdet.layers.DNC'",
+    'dn_mmdet.layers.DNC', 'dn_mmdet.layers.SyncDNC', f"'{OwnDNC.__module__}.OwnDNC'",
+    f'{OwnDNC.__module__}.OwnDNC'])
+@pytest.mark.parametrize('text', [
+    "model = dict(\n    neck=[dict(norm_cfg=dict(eps=0.001, type={}))])\nnorm = dict(type='DNB')",
+    "model = {{'neck': dict(a=1), 'norm_cfg': {{'type': {}}}}}"], ids=['dict', 'braces'])
+def test_a_checkpoint_may_name_its_norm_in_every_way(kind, text):
+    """As mmengine writes configs, with classes as paths, in quotes or without."""
+    meta = dict(cfg=text.format(kind))
+    checkpoint = dict(state_dict=net(DNC).state_dict(), meta=meta)
+    check_fits(net(DNC), checkpoint, 'x.pth')
+    with pytest.raises(CheckpointError, match='trained with DN-C, the config builds DN-B'):
+        check_fits(net(DNB), checkpoint, 'x.pth')
+
+
+@pytest.mark.parametrize('text', [
+    None, '', 3, 'no ( python', 'x = ' + '(' * 5000, "model = dict(type='DNX')", 'model = 1',
+    "model = dict(type=open('x'))", '\0'])
+def test_a_config_that_says_nothing_is_no_error(text):
+    checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(cfg=text))
+    check_fits(net(DNB), checkpoint, 'x.pth')
+
+
+def test_the_config_in_a_checkpoint_is_never_executed(tmp_path, monkeypatch):
+    (tmp_path / 'named_by_a_checkpoint.py').write_text(f"open('{tmp_path}/executed', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in (f"model = dict(type=open('{tmp_path}/executed', 'w'))",
+                 "model = dict(type='named_by_a_checkpoint.Norm')",
+                 "model = dict(type=named_by_a_checkpoint)"):
+        checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(cfg=text))
+        check_fits(net(DNB), checkpoint, 'x.pth')
+    assert not (tmp_path / 'executed').exists()
+
+
 @pytest.mark.parametrize('other, message', [
     (nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)), r'6 of another size'),
     (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(as 1.bias\)'),

@@ -57,6 +57,11 @@ def test_the_imports_that_it_has_stay(config, imports):
     assert cfg.custom_imports == dict(imports=['os', 'dn_mmdet'], allow_failed_imports=True)
 
 
+def test_a_norm_with_its_scope_needs_the_import_too(config):
+    cfg = command_line.load_config(config(MODEL.format('mmengine.DNB')))
+    assert cfg.custom_imports.imports == ['dn_mmdet']
+
+
 def test_our_ssd_head_is_found_without_an_import(config):
     cfg = command_line.load_config(config(MODEL.format('BN').replace('Net', 'SSDLiteHead')))
     assert cfg.custom_imports.imports == ['dn_mmdet.ssdlite_head']

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
+from mmengine.dataset import RepeatDataset
 from rich.console import Console
 from tiny_detector import make_coco, write_config
 
@@ -84,15 +86,26 @@ def test_an_automatic_learning_rate_is_the_real_one_in_the_table():
     assert not cfg.auto_scale_lr.enable
 
 
-def test_epochs_are_passes_over_the_data():
+@pytest.mark.parametrize('kind', ['RepeatDataset', 'mmengine.RepeatDataset', RepeatDataset])
+def test_epochs_are_passes_over_the_data(kind):
     repeated = config(train_dataloader=dict(batch_size=8, dataset=dict(
-        type='RepeatDataset', times=5, dataset=dict(type='Data', data_root='x/voc/'))))
+        type=kind, times=5, dataset=dict(type='Data', data_root='x/voc/'))))
     cfg, numbers = configured(point(repeated, epochs=20))
     assert (cfg.train_cfg.max_epochs, numbers['epochs']) == (4, 20)
     assert configured(point(repeated))[1]['epochs'] == 50
     assert compare.data_name(cfg) == 'voc'
     with pytest.raises(ConfigError, match='of this config is 5'):
         configured(point(repeated, epochs=12))
+
+
+@pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.CocoMetric', CocoMetric])
+@pytest.mark.parametrize('form', [
+    lambda metric: metric, lambda metric: [dict(type='VOCMetric'), metric],
+    lambda metric: dict(metrics=[metric])], ids=['dict', 'list', 'metrics'])
+def test_mmdets_coco_metric_is_asked_for_its_classes(kind, form):
+    metric = dict(type=kind)
+    compare._ask_for_classes(form(metric))
+    assert metric['classwise'] is True
 
 
 def test_the_config_that_was_given_is_left_as_it_is():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import awake
+from mmdet.datasets.transforms import Resize
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
 from tiny_detector import write_config
 
-from dn_mmdet import command_line, export, preflight
+from dn_mmdet import DNB, command_line, export, preflight
 from dn_mmdet.convert import swap_norm
 
 ROOT = Path(__file__).parents[1]
@@ -206,8 +207,24 @@ def test_the_size_is_that_of_the_test_pipeline():
     image_size = main.__globals__['image_size']
     cfg = command_line.load_config(ROOT / 'configs' / 'ssdlite_mbv2_dnb_coco.py')
     assert image_size(cfg, None) == (320, 320) and image_size(cfg, [64, 96]) == (64, 96)
+    dataset = cfg.test_dataloader.dataset
+    for kind in ('mmdet.Resize', 'mmcv.Resize', Resize):
+        resize = next(step for step in dataset.pipeline if 'scale' in step)
+        resize.type = kind
+        assert image_size(cfg, None) == (320, 320)
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=dataset)
+    assert image_size(cfg, None) == (320, 320)
     with pytest.raises(preflight.ConfigError, match='name the size'):
         image_size({}, None)
+
+
+@pytest.mark.parametrize('kind', ['DNB', 'DNC3d', 'mmengine.SyncDNC', 'dn_mmdet.DNC', DNB])
+def test_every_way_to_name_a_dn_layer_is_swapped_back(kind):
+    model = dict(necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
+                 norm_cfg=dict(type='GN', num_groups=2))
+    export._swap_back(model)
+    assert model == dict(necks=[dict(norm_cfg=dict(type='BN', eps=1e-3, momentum=0.03))],
+                         norm_cfg=dict(type='GN', num_groups=2))
 
 
 def test_latency_is_of_each_run_after_the_warm_up():

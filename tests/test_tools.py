@@ -320,6 +320,134 @@ def test_no_space_left_on_the_device_is_told(user):
     assert (user / 'work' / 'last_checkpoint').read_text().endswith('epoch_1.pth')
 
 
+BAD_DATA = [
+    (lambda coco: coco['categories'].reverse(), 'order dog, cat'),
+    (lambda coco: coco['annotations'][0].pop('iscrowd'), 'id 1 has no iscrowd'),
+    (lambda coco: coco['annotations'][0].update(id=0), 'the id 0'),
+    (lambda coco: coco['annotations'][0].update(area=None), 'the area None'),
+]
+
+
+@pytest.mark.parametrize('tool, argv', [
+    ('train', ['--work-dir', 'work', '--overwrite']),
+    ('test', ['work/epoch_1.pth', '--work-dir', 'new'])])
+@pytest.mark.parametrize('change, expected', BAD_DATA, ids=[name for _, name in BAD_DATA])
+def test_data_that_would_be_misread_are_one_message(user, root, unchanged, tool, argv, change,
+                                                    expected):
+    coco = json.loads((root / 'instances.json').read_text())
+    change(coco)
+    path = user / 'misread.json'
+    path.write_text(json.dumps(coco))
+    options = [f'{part}={path}' for part in (
+        'train_dataloader.dataset.ann_file', 'val_dataloader.dataset.ann_file',
+        'test_dataloader.dataset.ann_file', 'val_evaluator.ann_file', 'test_evaluator.ann_file')]
+    message = refuse(tool, 'tiny_dnb.py', *argv, '--cfg-options', *options, cwd=user)
+    assert message.startswith(f'{path}: ') and expected in message
+    assert not (user / 'new').exists()
+
+
+def test_labels_that_the_checkpoint_numbers_otherwise_are_told(user, unchanged):
+    checkpoint = torch.load(user / 'work' / 'epoch_1.pth', weights_only=False)
+    checkpoint['meta']['dataset_meta']['classes'] = ('dog', 'cat')
+    torch.save(checkpoint, user / 'other.pth')
+    message = refuse('test', 'tiny_dnb.py', 'other.pth', '--work-dir', 'new', cwd=user)
+    assert 'test_dataloader.dataset.metainfo.classes: cat, dog' in message
+    assert 'other.pth has dog, cat' in message
+
+
+VISUALIZER = """
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')],
+                  name='visualizer')
+default_hooks = dict(visualization=dict(_delete_=True, type='mmdet.DetVisualizationHook'))
+"""
+
+
+def test_test_time_augmentation_changes_the_detections_and_draws_them(user, root):
+    """By default each image and its mirror image; the hook is named with its scope."""
+    config = write_config(user, 'DNB', 'augmented.py', VISUALIZER)
+    config.write_text(config.read_text().replace(str(user), str(root)))
+    run = ('test', 'augmented.py', 'work/epoch_1.pth')
+    succeed(*run, '--work-dir', 'plain', '--out', 'plain.pkl', cwd=user)
+    output = succeed(*run, '--work-dir', 'tta', '--out', 'tta.pkl', '--tta', '--show-dir', 'drawn',
+                     cwd=user)
+    assert 'no tta_pipeline: taking each image and its mirror image' in output
+    assert 'coco/bbox_mAP' in metrics(user / 'tta')
+    assert len(list((user / 'tta').glob('*/drawn/*.png'))) == 4
+    plain, both = (pickle.loads((user / f'{name}.pkl').read_bytes()) for name in ('plain', 'tta'))
+    for one, other in zip(plain, both, strict=True):
+        assert one['img_id'] == other['img_id'] and len(other['pred_instances']['scores']) > 0
+        assert not torch.equal(one['pred_instances']['scores'][:9],
+                               other['pred_instances']['scores'][:9])
+
+
+PYTHON_STYLE = """
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
+from mmdet.engine.hooks import DetVisualizationHook
+from mmdet.evaluation import CocoMetric
+from mmdet.models import SingleStageDetector
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.dataset import DefaultSampler, RepeatDataset
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
+from mmengine.visualization import LocalVisBackend
+from torch.optim import SGD
+
+from dn_mmdet import DNB
+
+model = MODEL
+model.update(type=SingleStageDetector)
+model['neck'].update(norm_cfg=dict(type=DNB, eps=0.001, momentum=0.03))
+pipeline = [
+    dict(type=LoadImageFromFile),
+    dict(type=LoadAnnotations, with_bbox=True),
+    dict(type=Resize, scale=(64, 64), keep_ratio=False),
+    dict(type=PackDetInputs, meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                        'scale_factor')),
+]
+data = dict(type=CocoDataset, data_root='ROOT/', ann_file='instances.json', pipeline=pipeline,
+            data_prefix=dict(img='images/'), metainfo=dict(classes=('cat', 'dog')))
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=True),
+    dataset=dict(type=RepeatDataset, times=1, dataset=data))
+val_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type=DefaultSampler, shuffle=False),
+    dataset=dict(test_mode=True, **data))
+test_dataloader = val_dataloader
+val_evaluator = dict(type=CocoMetric, ann_file='ROOT/instances.json')
+test_evaluator = val_evaluator
+train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=1, val_interval=1)
+val_cfg = dict(type=ValLoop)
+test_cfg = dict(type=TestLoop)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.01))
+default_scope = None
+default_hooks = dict(visualization=dict(type=DetVisualizationHook))
+visualizer = dict(type=DetLocalVisualizer, vis_backends=[dict(type=LocalVisBackend)],
+                  name='visualizer')
+"""
+
+
+@pytest.mark.slow
+def test_a_config_in_python_style_names_classes_and_works_with_every_tool(user, root):
+    model = Config.fromfile(user / 'tiny_dnb.py').model.to_dict()
+    text = PYTHON_STYLE.replace('MODEL', repr(model)).replace('ROOT', str(root))
+    (user / 'style.py').write_text(text)
+    succeed('train', 'style.py', '--work-dir', 'new', cwd=user)
+    succeed('test', 'style.py', 'new/epoch_1.pth', '--work-dir', 'tested', '--show-dir', 'drawn',
+            '--tta', cwd=user)
+    assert len(list((user / 'tested').glob('*/drawn/*.png'))) == 4
+    succeed('predict', 'style.py', 'new/epoch_1.pth', root / 'images', cwd=user)
+    # its weights are not taken for those of another norm, which have the same names
+    (user / 'dnc.py').write_text((user / 'tiny_dnb.py').read_text().replace("'DNB'", "'DNC'"))
+    message = refuse('test', 'dnc.py', 'new/epoch_1.pth', cwd=user)
+    assert 'trained with DN-B, the config builds DN-C' in message
+    (user / 'style.py').write_text(text.replace("classes=('cat', 'dog')",
+                                                "classes=('dog', 'cat')"))
+    assert 'order' in refuse('train', 'style.py', '--work-dir', 'other', cwd=user)
+    assert not (user / 'other').exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('norm', ['bn', 'dnb'])
 def test_testing_gives_the_map_that_training_logged(user, norm):
