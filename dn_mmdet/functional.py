@@ -116,7 +116,7 @@ def check_backend(backend: str) -> None:
 def check_eps(eps: float) -> None:
     """Raises ValueError where torch's BatchNorm would not run."""
     if not eps > 0:
-        raise ValueError(f'eps: expected a number above 0, got {eps!r}')
+        raise ValueError(f'eps must be positive, but got {eps!r}')
 
 
 def is_torch_batch_norm(bn: nn.Module) -> bool:
