@@ -471,7 +471,7 @@ def test_torchs_own_inputs_for_its_batch_norms_give_the_same():
     done = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True,
                           env={**os.environ, 'PYTHONPATH': str(script.parents[1])})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r'(\d+) agree, 0 differ', done.stdout)[1]) > 4000
+    assert int(re.search(r'(\d+) agree, 0 differ', done.stdout)[1]) > 3000
 
 
 def test_sc_costs_under_0_6_percent_mult_adds_on_mobilenet_v2():

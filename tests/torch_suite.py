@@ -91,8 +91,6 @@ def other_strides(cls, bn, x, backend):
 
 
 def gradients(cls, bn, x, backend):
-    if x.dtype != torch.float64 or x.numel() == 0:
-        return
     layer = twin(cls, bn, backend, x.dtype)
     layer.bn.momentum = 0.  # each call is to be the same
     x = x.detach()[:, :, :2].requires_grad_() if x.dim() > 2 else x.detach().requires_grad_()
@@ -183,9 +181,11 @@ def check_module(info, cls, backend, counts, wrong):
                 for parameter in bn.parameters():
                     nn.init.uniform_(parameter, 0.5, 2)
                 what = f'{cls.__name__} {backend} {dtype} training={training} {given.desc}'
+                x = given.forward_input.args[0]
                 for run in CHECKS:
-                    check(counts, wrong, what, run, cls, bn, given.forward_input.args[0],
-                          backend)
+                    if run is gradients and (dtype != torch.float64 or x.numel() == 0):
+                        continue  # differences need all digits, and values
+                    check(counts, wrong, what, run, cls, bn, x, backend)
     for given in info.module_error_inputs_func(info, device='cpu', dtype=torch.float32,
                                                requires_grad=False, training=True):
         inputs = given.module_error_input
