@@ -11,7 +11,7 @@ from conftest import awake
 from mmengine.model import convert_sync_batchnorm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -311,6 +311,23 @@ def test_fsdp2_on_parts_of_a_layer(one_process, sharded, cls, kwargs):
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x[0]), plain.eval()(x[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('use_orig_params', [True, False])
+def test_fsdp1(one_process, use_orig_params):
+    """It puts plain attributes in the places of parameters."""
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), make_layer(DNB).float())
+    model = FullyShardedDataParallel(copy.deepcopy(plain), device_id=torch.device('cpu'),
+                                     use_orig_params=use_orig_params)
+    x = torch.randn(4, 3, 9, 9)
+    gradients = []
+    for net in (model, plain):
+        inputs = x.clone().requires_grad_()
+        y = net(inputs)
+        y.square().mean().backward()
+        gradients.append((y, inputs.grad))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
