@@ -103,7 +103,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     running = None if bn.training or mean is None else (mean, var)
     call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
-    ops = _primitives(x, sc, backend) if plain and not seen else None
+    ops = _primitives(x, backend) if plain and not seen else None
     if ops is None:
         return _reference(call, x, w, b, step=True)
     planes = (x if x.dim() > 2 else x.unsqueeze(2)).resolve_neg()
@@ -125,7 +125,7 @@ def check_backend(backend: str) -> None:
 def check_eps(eps: float) -> None:
     """Raises ValueError where torch's BatchNorm would not run."""
     if not eps > 0:
-        raise ValueError(f'eps: expected a number above 0, got {eps!r}')
+        raise ValueError(f'eps must be positive, but got {eps!r}')
 
 
 def is_torch_batch_norm(bn: nn.Module) -> bool:
@@ -364,10 +364,9 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _primitives(x, sc, backend):
+def _primitives(x, backend):
     """The module with the fused primitives to run on x, or None for the reference."""
-    if (backend == 'reference' or x.numel() == 0
-            or '_is_replica' in sc.__dict__):  # nn.DataParallel's have no parameters
+    if backend == 'reference' or x.numel() == 0:
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
     if backend == 'auto':
@@ -649,8 +648,9 @@ def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
     ``fast``, by the compiled kernels' own check, if they are there.
 
     Returns:
-        whether kernels can read all of them: a tensor of a subclass has its own memory, or
-        none.
+        whether kernels can read all of them. A tensor of a subclass has memory of its own, or
+        none; attributes instead of parameters, in nn.DataParallel's replicas and inside FSDP,
+        need autograd's graph as it is.
     """
     mean, var = norm_parts[2:]
     if (mean is None) != (var is None):
@@ -667,7 +667,8 @@ def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
         if t is not None and (t.shape != shape or t.device != x.device
                               or not t.dtype.is_floating_point):
             raise RuntimeError(_misfit(name, t, shape, x))
-    return PLAIN.issuperset(map(type, (*norm_parts, *(sc_parts or sc.parameters()))))
+    parameters = sc_parts or tuple(sc.parameters())
+    return bool(parameters) and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
 
 
 def _misfit(name, tensor, shape, x):

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from conftest import awake
 from mmengine.model import convert_sync_batchnorm
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -282,3 +284,54 @@ def sync_norm_hook(rank):
 def test_sync_norm_hook_averages_the_inner_statistics(two_processes):
     for result in two_processes(sync_norm_hook):
         assert (result['mean'] == 1.5).all() and result['kept']
+
+
+@pytest.mark.parametrize('cls, kwargs', [(DNB, {}), (DNB, dict(inputs='standardized')), (DNC, {})])
+@pytest.mark.parametrize('sharded', ['bn', 'sc', 'both', 'layer'])
+def test_fsdp2_on_parts_of_a_layer(one_process, sharded, cls, kwargs):
+    """It gathers a module's parameters in a hook on it."""
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), make_layer(cls, **kwargs).float())
+    model = copy.deepcopy(plain)
+    mesh = init_device_mesh('cpu', (1, ))
+    layer = model[1]
+    for module in dict(bn=[layer.bn], sc=[layer.sc], both=[layer.bn, layer.sc],
+                       layer=[layer])[sharded]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = torch.randn(2, 4, 3, 9, 9)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, plain)]
+    for batch in x:
+        results = []
+        for net, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            y = net(batch)
+            y.square().mean().backward()
+            optimizer.step()
+            results.append(y)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x[0]), plain.eval()(x[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('use_orig_params', [True, False])
+def test_fsdp1(one_process, use_orig_params):
+    """It puts plain attributes in the places of parameters."""
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), make_layer(DNB).float())
+    model = FullyShardedDataParallel(copy.deepcopy(plain), device_id=torch.device('cpu'),
+                                     use_orig_params=use_orig_params)
+    x = torch.randn(4, 3, 9, 9)
+    gradients = []
+    for net in (model, plain):
+        inputs = x.clone().requires_grad_()
+        y = net(inputs)
+        y.square().mean().backward()
+        gradients.append((y, inputs.grad))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -329,6 +329,23 @@ def test_norm_decay_mult_is_of_w_and_b_alone():
     assert not decay
 
 
+@pytest.mark.parametrize('paramwise, decay, lr', [
+    (dict(flat_decay_mult=0.), {'w': 0.5, 'b': 0.}, 0.1),
+    (dict(bias_lr_mult=2., bias_decay_mult=0.), {'w': 0.5, 'b': 0.5}, 0.1),
+    (dict(custom_keys={'.sc.b_': dict(decay_mult=0.)}), {'w': 0.5, 'b': 0.}, 0.1),
+    (dict(custom_keys={'.sc.': dict(decay_mult=0., lr_mult=0.1)}), {'w': 0., 'b': 0.}, 0.01)])
+def test_what_paramwise_cfg_does_to_sc(paramwise, decay, lr):
+    """docs/models.md says so: `bias_*` reaches what is called bias, which SC's cannot be."""
+    model = nn.Sequential(ConvModule(3, 8, 3, norm_cfg=dict(type='DNB')))
+    constructor = DefaultOptimWrapperConstructor(
+        dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5)), paramwise)
+    of = {id(p): group for group in constructor(model).optimizer.param_groups
+          for p in group['params']}
+    for name, parameter in model[0].bn.sc.named_parameters():
+        assert of[id(parameter)]['weight_decay'] == decay[name[0]], name
+        assert of[id(parameter)]['lr'] == pytest.approx(lr), name
+
+
 class TestAveraging:
 
     @pytest.mark.parametrize('update_buffers', [True, False])

@@ -228,13 +228,13 @@ def test_only_floating_point_maps_are_taken(backend, dtype):
 
 @pytest.mark.parametrize('eps', [0, -1., float('nan')])
 def test_eps_is_above_zero(eps):
-    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+    with pytest.raises(ValueError, match='eps must be positive, but got'):
         DNB(3, eps=eps)
     layer = DNB(3)
-    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+    with pytest.raises(ValueError, match='eps must be positive, but got'):
         layer.eps = eps
     layer.bn.eps = eps
-    with pytest.raises(ValueError, match='eps: expected a number above 0'):
+    with pytest.raises(ValueError, match='eps must be positive, but got'):
         layer(torch.randn(2, 3, 4, 4))
 
 

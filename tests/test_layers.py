@@ -2,8 +2,13 @@
 import copy
 import gc
 import io
+import os
 import pickle
+import re
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -458,6 +463,15 @@ class TestFrozenInnerBatchNorm:
         assert torch.equal(model[0].weight, before[0])
         assert torch.equal(model[0].bias, before[1])
         assert not torch.equal(model[0].sc.w_in, sc_before)
+
+
+@pytest.mark.slow
+def test_torchs_own_inputs_for_its_batch_norms_give_the_same():
+    script = Path(__file__).with_name('torch_suite.py')
+    done = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(script.parents[1])})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r'(\d+) agree, 0 differ', done.stdout)[1]) > 3000
 
 
 def test_sc_costs_under_0_6_percent_mult_adds_on_mobilenet_v2():
