@@ -20,7 +20,7 @@ torch.fx.wrap('dynamic_norm')
 BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 # How functions are called that fold a BatchNorm into a convolution or a linear: those of
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
-FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy|equivalent)'
+FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
 
 

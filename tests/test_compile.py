@@ -109,6 +109,7 @@ RECORDERS = {
         strict=False).module()}
 
 
+@pytest.mark.shows('`torch.jit.trace`, `make_fx` and `torch.export` for any batch')
 @pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('record', RECORDERS)

@@ -286,6 +286,7 @@ def test_sync_norm_hook_averages_the_inner_statistics(two_processes):
         assert (result['mean'] == 1.5).all() and result['kept']
 
 
+@pytest.mark.shows('hooks, pruning, parametrizations and FSDP2 on the inner norm')
 @pytest.mark.parametrize('cls, kwargs', [(DNB, {}), (DNB, dict(inputs='standardized')), (DNC, {})])
 @pytest.mark.parametrize('sharded', ['bn', 'sc', 'both', 'layer'])
 def test_fsdp2_on_parts_of_a_layer(one_process, sharded, cls, kwargs):

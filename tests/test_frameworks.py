@@ -545,6 +545,7 @@ def flops_by_torch(model, x):
     return counter.get_total_flops()
 
 
+@pytest.mark.shows("counters of operations: MMEngine's, torch's")
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('count', [flops_by_mmengine, flops_by_torch])
 def test_counters_of_operations_see_batch_norm_and_sc(count, training):

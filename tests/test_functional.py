@@ -289,6 +289,7 @@ REGISTERED = {
     'spectral norm': parametrizations.spectral_norm}
 
 
+@pytest.mark.shows('hooks, pruning, parametrizations and FSDP2 on the inner norm')
 @MODES
 @BACKENDS
 @pytest.mark.parametrize('registered', REGISTERED)
