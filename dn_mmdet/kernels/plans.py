@@ -66,10 +66,14 @@ class Launch(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Sizes that decide speed alone. Waves: 16-byte loads of a thread in flight, by map."""
-    sum_warps: int = 8
+    """Sizes that decide speed alone; the defaults were measured, see docs/gpu.md.
+
+    Waves: 16-byte loads of a thread in flight, by map.
+    """
+    sum_warps: int = 4
+    sum_rows: int = 64  # of a channels_last tile in sums: lanes are merged in shared memory
     moments_waves: int = 4
-    reduce_waves: int = 2
+    reduce_waves: int = 4
     map_warps: int = 4
     affine_waves: int = 4
     gradient_waves: int = 2
@@ -81,7 +85,9 @@ class Tuning(NamedTuple):
     coefficients_block: int = 0
     output_block: int = 0
     moments_block: int = 0
-    precision: str = 'ieee'  # of products in float32
+    # of products of float32 forward (by tensor cores) and backward
+    forward_precision: str = 'tf32x3'
+    backward_precision: str = 'ieee'
 
 
 TUNING = Tuning()
@@ -108,14 +114,14 @@ class Tile(NamedTuple):
         return dict(U=self.deep, R=self.rows, K=self.columns)
 
 
-def tile(shape: Shape, warps: int, waves: int) -> Tile:
+def tile(shape: Shape, warps: int, waves: int, most_rows: int = 256) -> Tile:
     vector = 16 // shape.dtype.itemsize
     wave = warps * 32 * vector
     whole = next_power_of_2(shape.size)
     if shape.channels_last:
         # whole lines of 128 bytes if possible, few idle lanes
         penalty = {256: 1., 128: 1., 64: 0.97, 32: 0.8, 16: 0.5}
-        most = next_power_of_2(shape.rows)
+        most = min(next_power_of_2(shape.rows), most_rows)
         rows = max((r for r in penalty if r <= max(most, 16)),
                    key=lambda r: shape.rows / (-(-shape.rows // r) * r) * penalty[r])
         rows = min(rows, most)
@@ -150,7 +156,7 @@ def _big(kernel, shape, tile, grid, warps, registers=0, **numbers):
 
 def _sum(kernel, shape, waves, tuning):
     """A launch of moments or reduce, and into how many parts of which size it splits."""
-    t = tile(shape, tuning.sum_warps, waves)
+    t = tile(shape, tuning.sum_warps, waves, tuning.sum_rows)
     parts, size = splits(shape, t, tuning)
     grid = shape.outer * -(-shape.rows // t.rows) * parts
     registers = tuning.registers if shape.accumulator == torch.float32 else 0
@@ -195,7 +201,8 @@ class SmallPart:
         self.output_block = tuning.output_block or usual
         self.moments_block = tuning.moments_block or usual
         # each program adds up all partials of its samples' hidden units: fewer, larger ones
-        self.coefficients_block = tuning.coefficients_block or (usual if c <= 512 else 64)
+        self.coefficients_block = tuning.coefficients_block or (
+            16 if c <= 128 else 32 if c <= 512 else 64)
         self.statistics_blocks = -(-c // self.statistics_block)
         self.output_blocks = -(-c // self.output_block)
         self.tile_hidden = min(HIDDEN, max(16, next_power_of_2(options.hidden)))
@@ -210,10 +217,14 @@ class SmallPart:
         blocks = -(-s.channels // block)
         warps = 8 if block * self.tile_hidden >= 2048 else 4
         constants = dict(N=self.tile_samples, C=block, ACC=s.accumulator)
+        precision = (self.tuning.backward_precision if 'gradient' in kernel
+                     else self.tuning.forward_precision)
+        if s.accumulator == torch.float64:
+            precision = 'ieee'
         names = getattr(triton_kernels, kernel).arg_names
         known = dict(BATCH=o.batch, UPDATE=o.update, CUMULATIVE=o.cumulative, SHARED=o.shared,
                      STANDARDIZED=o.standardized, BOUNDED=o.bounded, H=self.tile_hidden,
-                     PRECISION=self.tuning.precision, WHOLE=self.hidden_blocks == 1, **dict(flags))
+                     PRECISION=precision, WHOLE=self.hidden_blocks == 1, **dict(flags))
         constants.update((name, value) for name, value in known.items() if name in names)
         absent = dict(self.none, **{f'{name}_ptr': None for name in none})
         for name in ('w', 'b'):  # nor is there a gradient

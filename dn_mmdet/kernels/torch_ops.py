@@ -10,7 +10,6 @@ for where the Triton kernels cannot.
 import torch
 from torch import Tensor
 
-from dn_mmdet import reference
 from dn_mmdet.reference import widen
 from dn_mmdet.sc import in_dtype_of, no_autocast
 
@@ -25,7 +24,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c = x.shape[:2]
     x = as_dense(x)
     if not x.is_cpu:
-        return reference.moments(x)
+        spatial = tuple(range(2, x.dim()))
+        m = widen(x).mean(spatial)
+        centred = widen(x) - _over(x, m)
+        rest = centred.mean(spatial)
+        return m + rest, centred.square_().mean(spatial).addcmul_(rest, rest, value=-1)
     if not x.is_contiguous():
         return tuple(torch.stack(tensors) for tensors in
                      zip(*map(_strided_moments, x.split(1)), strict=True))

@@ -483,7 +483,7 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
             b_m, b_v = _merged(m_part_ptr, v_part_ptr, o_nc, mask, total, splits, split_size,
                                columns, SINGLE, N, C, ACC)
             b_m = tl.where(mask, (b_m - b_mu[None, :]) / b_sigma[None, :], 0.)
-            b_s = tl.where(mask, tl.sqrt(b_v + eps) / b_sigma[None, :] - 1, 0.)
+            b_s = tl.where(mask, (tl.sqrt(b_v + eps) - b_sigma[None, :]) / b_sigma[None, :], 0.)
             b_u = tl.dot(b_m, b_wm, input_precision=PRECISION, out_dtype=ACC)
             b_u += tl.dot(b_s, b_ws, input_precision=PRECISION, out_dtype=ACC)
             o_up = (i_c * n + o_n)[:, None] * padded + o_h[None, :]
@@ -800,7 +800,7 @@ def moments_gradient_kernel(dr_ptr, r_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in
             b_std = b_s
             if STANDARDIZED:
                 b_mean = tl.where(mask, (b_m - b_mu[None, :]) / b_sigma[None, :], 0.)
-                b_std = tl.where(mask, b_s / b_sigma[None, :] - 1, 0.)
+                b_std = tl.where(mask, (b_s - b_sigma[None, :]) / b_sigma[None, :], 0.)
             b_dwm += tl.dot(tl.trans(b_du), b_mean, input_precision=PRECISION, out_dtype=ACC)
             b_dws += tl.dot(tl.trans(b_du), b_std, input_precision=PRECISION, out_dtype=ACC)
             if WHOLE:
