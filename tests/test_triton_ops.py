@@ -273,7 +273,8 @@ if not INTERPRETED:
         compiled = set()
         for plan in PLANS:
             for launch in plan.launches():
-                binary = functional.gpu_host().compile_launch(plan, launch, capability)
+                host = functional.gpu_host()
+                binary = host.compile_kernel(host.Signature.of(plan, launch), capability)
                 registers, spilled = resources(binary)
                 print(capability, launch.kernel, launch.constants, f'shared memory '
                       f'{binary.metadata.shared}, registers {registers}, spilled {spilled}')

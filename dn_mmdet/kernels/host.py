@@ -7,13 +7,14 @@ keeps in its own cache). Nothing of it is kept in a layer, so that layers are co
 and moved as ever.
 
 Triton passes a kernel's arguments in order, without constants, then two pointers to scratch
-memory; `compile_launch` checks that in the compiled code, and another version of Triton is
+memory; `compile_kernel` checks that in the compiled code, and another version of Triton is
 refused.
 """
 import functools
 import logging
 import re
 import struct
+from typing import NamedTuple
 
 import torch
 import torch.nn.modules.module as torch_modules
@@ -43,6 +44,7 @@ NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 TRITON_TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32',
                 torch.float64: 'fp64', torch.int64: 'i64', 'i32': 'i32'}
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+OWN = (*plans.PARAMETERS, *plans.STATE)  # the layer's tensors
 # host.cpp's Kind.
 OTHER, NORM, SYNC_NORM, PLAIN_SC = range(4)
 
@@ -99,10 +101,9 @@ def plan_of(key) -> plans.Plan:
         cumulative=bool(mode & CUMULATIVE), shared=bool(mode & SHARED),
         standardized=bool(mode & STANDARDIZED), bounded=bool(mode & BOUNDED), world=world,
         rank=rank)
-    names = (*plans.PARAMETERS, *plans.STATE)
     given = {}
-    for i, name in enumerate(names):
-        number = dtypes >> 6 * (len(names) - 1 - i) & 63
+    for i, name in enumerate(OWN):
+        number = dtypes >> 6 * (len(OWN) - 1 - i) & 63
         if number:
             given[name] = DTYPES[number - 1]
     return plans.Plan(shape, options, given)
@@ -111,8 +112,7 @@ def plan_of(key) -> plans.Plan:
 def encode(plan: plans.Plan, handle_of) -> bytes:
     """What host.cpp's add_plan takes. handle_of(launch) -> (function, shared memory)."""
     itemsize = plan.shape.accumulator.itemsize
-    places = {name: ('x' if name == 'x' else name, 0) for name in (
-        *plans.MAPS, *plans.PARAMETERS, *plans.STATE, 'table', 'dtable')}
+    places = {name: (name, 0) for name in (*plans.MAPS, *OWN, 'table', 'dtable')}
     for source in ('kept', 'scratch', 'backward_scratch'):
         for name, at in getattr(plan, source).items():
             places[name] = source, at * itemsize
@@ -143,34 +143,50 @@ def encode(plan: plans.Plan, handle_of) -> bytes:
     return struct.pack(f'<{len(numbers)}q', *numbers)
 
 
-def compile_launch(plan: plans.Plan, launch: plans.Launch, capability: int):
-    """A launch's kernel, compiled for a GPU that need not be here (90: sm_90).
+class Signature(NamedTuple):
+    """All that decides a kernel's machine code, of one GPU; a key of what is compiled."""
+    kernel: str
+    types: tuple[str, ...]  # of each parameter, in Triton's words
+    constants: tuple  # (name, value)
+    divisibility: tuple[tuple[int, int], ...]  # (index of the parameter, divisor)
+    warps: int
+    registers: int
+
+    @classmethod
+    def of(cls, plan: plans.Plan, launch: plans.Launch):
+        types, divisibility = [], []
+        for i, name in enumerate(getattr(triton_kernels, launch.kernel).arg_names):
+            if name in launch.constants:
+                types.append('constexpr')
+                continue
+            pointer = plans.is_pointer(name)
+            types.append('*' * pointer + TRITON_TYPES[plans.type_of(plan, name)])
+            if pointer and name.removesuffix('_ptr') not in OWN:  # those may start anywhere
+                divisibility.append((i, plans.Plan.ALIGNMENT))
+            elif name in plans.HINTED and plans.divisor(launch.numbers[name]) > 1:
+                divisibility.append((i, plans.divisor(launch.numbers[name])))
+        return cls(launch.kernel, tuple(types), tuple(launch.constants.items()),
+                   tuple(divisibility), launch.warps, launch.registers)
+
+
+def compile_kernel(signature: Signature, capability: int):
+    """A kernel, compiled for a GPU that need not be here (90: sm_90).
 
     Raises:
         UnknownTriton: this version of Triton passes arguments in another way.
     """
-    kernel = getattr(triton_kernels, launch.kernel)
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in launch.constants:
-            value = launch.constants[name]
-            constants[name] = ACCUMULATORS[value] if name == 'ACC' else value
-            signature[name] = 'constexpr'
-            continue
-        pointer = plans.is_pointer(name)
-        signature[name] = '*' * pointer + TRITON_TYPES[plans.type_of(plan, name)]
-        # the layer's own tensors may start anywhere
-        own = pointer and name.removesuffix('_ptr') in (*plans.PARAMETERS, *plans.STATE)
-        if pointer and not own:
-            attributes[(i, )] = [['tt.divisibility', plans.Plan.ALIGNMENT]]
-        elif name in plans.HINTED and plans.divisor(launch.numbers[name]) > 1:
-            attributes[(i, )] = [['tt.divisibility', plans.divisor(launch.numbers[name])]]
-    options = dict(num_warps=launch.warps, num_stages=2)
-    if launch.registers:
-        options['maxnreg'] = launch.registers
-    binary = triton_compile(ASTSource(kernel, signature, constants, attributes),
+    kernel = getattr(triton_kernels, signature.kernel)
+    constants = {name: ACCUMULATORS[value] if name == 'ACC' else value
+                 for name, value in signature.constants}
+    attributes = {(i, ): [['tt.divisibility', divisor]]
+                  for i, divisor in signature.divisibility}
+    options = dict(num_warps=signature.warps, num_stages=2)
+    if signature.registers:
+        options['maxnreg'] = signature.registers
+    types = dict(zip(kernel.arg_names, signature.types, strict=True))
+    binary = triton_compile(ASTSource(kernel, types, constants, attributes),
                             target=GPUTarget('cuda', capability, 32), options=options)
-    _check_arguments(binary, [signature[name] for name in plans.argument_names(launch)])
+    _check_arguments(binary, [t for t in signature.types if t != 'constexpr'])
     return binary
 
 
@@ -185,18 +201,18 @@ def _check_arguments(binary, types):
                            f'{sizes}: this version of Triton is not known; install triton 3.6')
 
 
-_loaded = {}
+_loaded = {}  # (signature, device) -> (function, bytes of shared memory)
 
 
 def _load(plan, launch, device):
-    capability = torch.cuda.get_device_capability(device)
-    binary = compile_launch(plan, launch, 10 * capability[0] + capability[1])
-    found = _loaded.get((binary.hash, device))
-    if found is None:
-        handle, *_ = _host.load(binary.asm['cubin'], binary.metadata.name,
-                                binary.metadata.shared, device)
-        found = _loaded[binary.hash, device] = handle, binary.metadata.shared
-    return found
+    key = Signature.of(plan, launch), device
+    if key not in _loaded:
+        capability = torch.cuda.get_device_capability(device)
+        binary = compile_kernel(key[0], 10 * capability[0] + capability[1])
+        function, *_ = _host.load(binary.asm['cubin'], binary.metadata.name,
+                                  binary.metadata.shared, device)
+        _loaded[key] = function, binary.metadata.shared
+    return _loaded[key]
 
 
 def _kind_of_type(cls: type) -> int:
