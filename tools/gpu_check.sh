@@ -18,9 +18,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 PYTHONUNBUFF
 export PYTHONDONTWRITEBYTECODE=  # compiled files save the later stages their imports
 case $device in
     cuda) batch=24; large=192; workers=${WORKERS:-8}; compilers=${COMPILERS:-6}; mark=gpu
-          slow=1; sizes=() ;;
+          slow=1; sizes=(); others=(DNB:triton DNB:torch DNB:reference) ;;
     cpu) batch=4; large=5; workers=${WORKERS:-2}; compilers=1; mark='not gpu and not slow'
-         slow=4; sizes=(--size 64) ;;
+         slow=4; sizes=(--size 64); others=(DNB:torch DNB:reference) ;;
     *) echo "gpu_check: DEVICE: expected cuda or cpu, got '$device'" >&2; exit 2 ;;
 esac
 
@@ -144,7 +144,7 @@ if wanted float32; then
 fi
 if wanted backends; then
     bench "other backends, float16, contiguous" 30 --batch $batch --amp --parts layers host \
-        --norms BN DNB:auto DNB:triton DNB:torch DNB:reference
+        --norms BN DNB:auto "${others[@]}"
 fi
 if wanted float32; then  # what matters least
     bench "layers, float32, contiguous, batch $large" 25 --batch $large --parts layers "${fast[@]}"
