@@ -77,8 +77,11 @@ def test_nothing_is_printed_or_written_without_parity(main, tmp_path, monkeypatc
     assert not table.exists()
 
 
-def test_parity_of_the_detector_comes_first_too(tmp_path, monkeypatch):
-    detectors = benchmark.Detectors(Setting('cpu'), [BN, FUSED], write_config(tmp_path), size=64)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_parity_of_the_detector_comes_first_too(tmp_path, monkeypatch, dtype, channels_last):
+    setting = Setting('cpu', dtype, channels_last)
+    detectors = benchmark.Detectors(setting, [BN, FUSED], write_config(tmp_path), size=64)
     detectors.check(2)
     monkeypatch.setattr(torch_ops, 'affine', wrong_affine)
     with pytest.raises(benchmark.ParityError, match='SSDLite, DNB torch'):

@@ -6,6 +6,7 @@ from pathlib import Path
 import claims
 import evidence
 import pytest
+import speed
 import torch
 import torch.nn.functional as F
 from conftest import awake
@@ -109,6 +110,35 @@ def test_the_speed_table_is_the_benchmarks():
             expected = [row['median']] if label.startswith('bytes') else [
                 row['median'], row['q10'], row['q90']]
             assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
+
+
+def test_the_speed_on_a_gpu_is_the_benchmarks():
+    assert speed.with_table(README, speed.read()) == README, (
+        'python tests/speed.py writes the table again')
+
+
+def gpu_row(line, layout, measure, median, **others):
+    return dict(dict(part=line.part, task=line.task, measure=measure, unit='of BN',
+                     batch=line.batch, dtype=line.dtype, memory_format=layout, norm='DNB',
+                     backend='auto', median=median, device='NVIDIA X', commit='abc123',
+                     torch='2', triton='3', date='2026-01-02 03:04'), **others)
+
+
+def test_a_table_of_gpu_speed_follows_the_rows_and_names_card_and_commit():
+    first, second, *_ = speed.LINES
+    page = f'a\n{speed.BEGIN}\nold\n{speed.END}\nb'
+    made = speed.with_table(page, [
+        gpu_row(first, 'contiguous', first.eager, 0.714),
+        gpu_row(first, 'channels_last', first.alone, 1.2),
+        gpu_row(first, 'contiguous', first.eager, 9, backend='torch'),
+        gpu_row(second, 'contiguous', second.alone, 0.5)])
+    assert 'old' not in made and 'NVIDIA X' in made and '`abc123`' in made
+    assert f'| {first.label} | 0.71 | not measured | not measured | 1.20 |' in made
+    assert f'| {second.label} | not measured | 0.50 | not measured | not measured |' in made
+    assert speed.with_table(made, []).count('not measured') > 2 * len(speed.LINES)
+    with pytest.raises(ValueError, match='rows of one device, commit'):
+        speed.table([gpu_row(first, 'contiguous', first.eager, 1),
+                     gpu_row(first, 'contiguous', first.eager, 1, commit='def')])
 
 
 def test_what_works_is_the_table_of_the_tests_that_show_it():

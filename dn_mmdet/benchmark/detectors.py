@@ -86,14 +86,14 @@ class Detectors:
         layer's backward does in float16 is for `check_layers`.
         """
         images, samples = self.images(batch), self._samples(batch)
-        settings = {Setting(self.setting.device, torch.float32): True, self.setting: False}
+        settings = [(self.setting._replace(dtype=torch.float32), True)]
+        if self.setting.dtype != torch.float32:
+            settings.append((self.setting, False))
         for norm in sorted({v.norm for v in self.models} & set(DN)):
             reference = self._variant(self.models[BN], Variant(norm, 'reference'))
             exact = _results(copy.deepcopy(reference).double(), images.double(), samples, None,
                              gradient=True)
-            for setting, gradient in settings.items():
-                if setting.dtype == torch.float32 and not gradient:
-                    continue  # the same again
+            for setting, gradient in settings:
                 plain = _results(copy.deepcopy(reference), images, samples, setting, gradient)
                 for variant, model in self.models.items():
                     if variant.norm != norm or variant.backend == 'reference':

@@ -1,0 +1,95 @@
+"""The README's table of speed on a GPU, made of docs/results/benchmark_gpu.csv.
+
+    python tests/speed.py    # writes it again
+
+A page says where: ``<!-- speed on a GPU, written by tests/speed.py -->`` to ``<!-- end -->``.
+Without the file the table says that nothing was measured.
+"""
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from dn_mmdet import benchmark
+from dn_mmdet.benchmark import bars
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / 'README.md'
+ROWS = ROOT / 'docs' / 'results' / 'benchmark_gpu.csv'
+BEGIN, END = '<!-- speed on a GPU, written by tests/speed.py -->', '<!-- end -->'
+
+
+class Line(NamedTuple):
+    """What a line of the table shows: a measure of the benchmark, eager or on the GPU alone."""
+    label: str
+    part: str
+    task: str
+    eager: str
+    alone: str | None = None
+    batch: int = bars.GPU_BATCH
+    dtype: str = bars.GPU_DTYPE
+
+
+LINES = (
+    Line('the 76 layers, forward + backward', 'layers', 'train', 'sum of times',
+         'sum of GPU times'),
+    Line('the same, batch 192', 'layers', 'train', 'sum of times', 'sum of GPU times', batch=192),
+    Line('the same, batch 24, float32', 'layers', 'train', 'sum of times', 'sum of GPU times',
+         dtype='float32'),
+    Line('the 76 layers, inference', 'layers', 'inference', 'sum of times', 'sum of GPU times'),
+    Line('SSDLite, training step', 'detector', 'train', 'time'),
+    Line('SSDLite, inference', 'detector', 'inference', 'time', 'GPU time'),
+    Line('SSDLite, peak memory of a training step', 'detector', 'train', 'peak memory'),
+    Line('host time of a forward', 'host', 'train', 'forward', batch=2),
+    Line('host time of `backward()`', 'host', 'train', 'backward', batch=2))
+MISSING = 'not measured'
+
+
+def table(rows) -> str:
+    """DN-B over BatchNorm: eager and on the GPU alone, for each memory format."""
+    lines = ['| | contiguous | GPU alone | channels_last | GPU alone |',
+             '|---|--:|--:|--:|--:|']
+    for line in LINES:
+        cells = []
+        for layout in bars.LAYOUTS:
+            for measure in (line.eager, line.alone):
+                cells.append('' if measure is None else _cell(rows, line, layout, measure))
+        lines.append(f'| {line.label} | {" | ".join(cells)} |')
+    return f'{_source(rows)}\n\n' + '\n'.join(lines)
+
+
+def _cell(rows, line, layout, measure):
+    wanted = dict(part=line.part, task=line.task, measure=measure, batch=line.batch,
+                  dtype=line.dtype, memory_format=layout, unit='of BN',
+                  norm=bars.MEASURED.norm, backend=bars.MEASURED.backend)
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return f"{found[-1]['median']:.2f}" if found else MISSING
+
+
+def _source(rows):
+    if not rows:
+        return 'On a GPU: not measured. `tools/gpu_check.sh` does it in one call.'
+    sources = {tuple(row[key] for key in ('device', 'commit', 'torch', 'triton'))
+               for row in rows}
+    if len(sources) > 1:
+        raise ValueError(f'{ROWS.name}: expected rows of one device, commit, torch and triton, '
+                         f'got {sorted(sources)}; keep one run')
+    device, commit, torch, triton = sources.pop()
+    date = min(row['date'] for row in rows)[:10]
+    return (f'On a GPU: {device}, commit `{commit}`, torch {torch}, triton {triton}, {date}. Time '
+            f'of DN-B as a\nratio to `nn.BatchNorm2d` in the same run, batch {bars.GPU_BATCH}, '
+            f'{bars.GPU_DTYPE} where a line does not say another; "GPU\nalone" is the replay of a '
+            f'CUDA graph, which leaves the host out. `tools/gpu_check.sh` measures it.')
+
+
+def read() -> list[dict]:
+    return benchmark.read_rows(ROWS) if ROWS.exists() else []
+
+
+def with_table(page: str, rows) -> str:
+    """A page with the table written again between its two marks."""
+    before, after = re.split(f'(?s){re.escape(BEGIN)}.*?{END}', page)
+    return f'{before}{BEGIN}\n{table(rows)}\n{END}{after}'
+
+
+if __name__ == '__main__':
+    README.write_text(with_table(README.read_text(), read()))
