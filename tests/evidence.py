@@ -3,7 +3,10 @@
     python tests/evidence.py    # writes them anew
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
-QUESTION: CONFIG, CONFIG -->`` for some of the configs. The baseline is the config with BN.
+QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QUESTION -->`` takes
+the column ``folded`` instead of ``value``. The baseline is the config with BN.
+
+``<!-- seeds needed at SPREAD -->`` is a power calculation.
 """
 import re
 from pathlib import Path
@@ -12,14 +15,22 @@ from dn_mmdet import report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
-MARKS = re.compile(r'(?s)<!-- runs of ([^:]+?)(?:: (.+?))? -->\n.*?<!-- end -->')
+MARKS = re.compile(r'(?s)<!-- (?:(\w+) )?runs of ([^:]+?)(?:: ([^>]+?))? -->\n.*?<!-- end -->')
+POWER = re.compile(r'(?s)<!-- seeds needed at ([\d.]+) -->\n.*?<!-- end -->')
+DIFFERENCES = (0.5, 0.75, 1., 1.5, 2.)
+PLANNED = ('Causes, on a GPU', 'Stability, on a GPU', 'Causes, digits')  # and not run yet
 BASELINE = re.compile(r'(mobilenetv2|ssdlite_mbv2)_bn_')
 
 
-def tables(question: str, configs: str | None = None) -> str:
-    """A table for each setting: the metric over seeds, paired with BatchNorm's."""
+def tables(question: str, configs: str | None = None, column: str | None = None) -> str:
+    """A table for each setting: the metric over seeds, against BatchNorm's."""
     runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
             if run.row['question'] == question]
+    if column:
+        runs = [results.Recorded(dict(run.row, value=run.row[column],
+                                      metric=f'{run.row["metric"]}, {column}')) for run in runs]
+    if not runs and question in PLANNED:
+        return 'Not run yet.\n'
     if not runs:
         raise ValueError(f'docs/results/runs.csv has no run of {question!r}')
     baseline = next(run.row['config'] for run in runs if BASELINE.match(run.row['config']))
@@ -39,11 +50,21 @@ def tables(question: str, configs: str | None = None) -> str:
     return '\n'.join(text)
 
 
+def seeds_needed(spread: float) -> str:
+    return report.markdown_table(
+        ['true difference', *(f'{difference:g}' for difference in DIFFERENCES)],
+        [['seeds of each', *(results.seeds_needed(d, spread) for d in DIFFERENCES)],
+         ['found with 5 of each', *(f'{results.power(5, d, spread):.0%}' for d in DIFFERENCES)]])
+
+
 def with_tables(page: str) -> str:
-    def anew(found):
-        begin = found.group().split('\n')[0]
-        return f'{begin}\n{tables(*found.groups())}<!-- end -->'
-    return MARKS.sub(anew, page)
+    def anew(made):
+        def write(found):
+            return f'{found.group().splitlines()[0]}\n{made(*found.groups())}<!-- end -->'
+        return write
+    page = MARKS.sub(anew(lambda column, question, configs: tables(question, configs, column)),
+                     page)
+    return POWER.sub(anew(lambda spread: seeds_needed(float(spread))), page)
 
 
 if __name__ == '__main__':
