@@ -140,6 +140,21 @@ def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
     made = evidence.with_tables('<!-- folded runs of q: dnb -->\n<!-- end -->')
     assert '| dnb | 0.00 M | BN | 1 | 0 | 49 |' in made and 'top1, folded' in made
     assert '| mobilenetv2_bn_x |' not in made
+    made = evidence.with_tables('<!-- runs of q against dnb -->\n<!-- end -->')
+    assert made.index('| dnb |') < made.index('| mobilenetv2_bn_x |')
+    assert 'paired difference to dnb' in made and '| -2 |' in made
+
+
+def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3., 'GPU',
+                                     'c', 'finished'), strict=True),
+               folded=49., folded_recalibrated=49.5, folded_most=50.)
+    rows = [row, dict(row, seed=1, value=40., folded=38., folded_recalibrated=39.5,
+                      folded_most=40.), dict(row, config='static', norm='StaticDN')]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables('<!-- adaptation in q -->\n<!-- end -->')
+    assert '| dnb | 2 | +1.50 (-4.85 to +7.85) | +0.50 (+0.50 to +0.50) | +0.00' in made
+    assert 'static' not in made
 
 
 def test_questions_that_are_planned_have_no_runs_yet():
