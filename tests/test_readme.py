@@ -146,8 +146,8 @@ def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
 
 
 def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3., 'GPU',
-                                     'c', 'finished'), strict=True),
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True),
                folded=49., folded_recalibrated=49.5, folded_most=50.)
     rows = [row, dict(row, seed=1, value=40., folded=38., folded_recalibrated=39.5,
                       folded_most=40.), dict(row, config='static', norm='StaticDN')]
