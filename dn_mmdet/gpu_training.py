@@ -729,7 +729,8 @@ class Grid:
             _title(run) for run in self.late + todo]
         if left:
             more = f' and {len(left) - 8} more' if len(left) > 8 else ''
-            self.say(f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left[:8])}{more}')
+            self.say(f"{self.elapsed():.0f} s: the time is over, "
+                     f"left: {', '.join(left[:8])}{more}")
         for name, why in self.refused.items():
             self.say(f'{name} was refused: {why}')
         return not left and not self.refused
