@@ -19,7 +19,8 @@ OPTION = re.compile(r'@(lr|batch|epochs)([\d.]+)')
 RECIPE = ('model', 'data_preprocessor', 'optim_wrapper', 'param_scheduler', 'train_pipeline')
 
 
-def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=None) -> list:
+def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=None,
+            append=False) -> list:
     """Writes the plan and the images into a folder to carry to the GPU machine.
 
     Args:
@@ -30,9 +31,10 @@ def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=N
         epochs (int): of runs that do not say how many; by default the config's.
         question (str): for the tables.
         commit (str): of the code, where git cannot tell.
+        append (bool): behind the runs of the plan that is there.
 
     Returns:
-        the runs, one dict each.
+        the runs of the plan, one dict each.
 
     Raises:
         ConfigError: an unknown variant, a run listed twice, or a recipe that the training
@@ -40,6 +42,9 @@ def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=N
     """
     folder = Path(folder)
     found = plan(config, runs, epochs, question, commit or compare.commit_of())
+    if append and (folder / PLAN).is_file():
+        found = json.loads((folder / PLAN).read_text())['runs'] + found
+    _check_once(found)
     if not Path(archive).is_file():
         raise ConfigError(f'{archive}: expected the archive of the images, found no such file')
     make_folder(folder, '--folder')
@@ -66,12 +71,15 @@ def plan(config, runs, epochs, question, commit) -> list[dict]:
             point = compare.Point(variants[short], seed, options.get('lr', 1.),
                                   options.get('batch'), options.get('epochs', epochs))
             found.append(_run(point, short, question, commit))
-    keys = [json.dumps(run['row'], sort_keys=True) for run in found]
-    twice = {run['name'] for run, key in zip(found, keys, strict=True) if keys.count(key) > 1}
+    return found
+
+
+def _check_once(runs):
+    keys = [json.dumps(run['row'], sort_keys=True) for run in runs]
+    twice = {run['name'] for run, key in zip(runs, keys, strict=True) if keys.count(key) > 1}
     if twice:
         raise ConfigError(f'{", ".join(sorted(twice))}: listed twice with the same seed and '
                           f'setting')
-    return found
 
 
 def parse_runs(text: str) -> list[tuple[str, int, dict]]:

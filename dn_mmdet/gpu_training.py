@@ -728,7 +728,9 @@ class Grid:
         left = [_title(run) for run, _ in self.running.values()] + [
             _title(run) for run in self.late + todo]
         if left:
-            self.say(f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left)}')
+            more = f' and {len(left) - 8} more' if len(left) > 8 else ''
+            self.say(f"{self.elapsed():.0f} s: the time is over, "
+                     f"left: {', '.join(left[:8])}{more}")
         for name, why in self.refused.items():
             self.say(f'{name} was refused: {why}')
         return not left and not self.refused
@@ -809,6 +811,8 @@ class Grid:
         for _ in range(ROUNDS // 4):
             for training in self.running:
                 training.advance(4 * max(1, self.usual_batch // training.batch))
+            if self.elapsed() >= self.seconds:
+                return
         for training in self.running:
             training.synchronize()
         if all(training.batch == self.usual_batch for training in self.running):

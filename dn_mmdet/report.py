@@ -158,12 +158,15 @@ def metric_table(rows, baseline) -> tuple[list, list[list]]:
     """Header and lines of the rows of `summarise`: what came out, without what it cost."""
     metrics = ', '.join(sorted({row['metric'] for row in rows if row['metric']}))
     header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
-              f'paired difference to {baseline}', '95 % interval', 'p']
+              f'paired difference to {baseline}', '95 % interval', 'p', 'unpaired difference',
+              '95 % interval', 'p']
     return header, [[
         row['config'], row['norm'] or '-', row['seeds'], row['diverged'], _number(row['mean']),
         _range(row['low'], row['high']), _number(row['difference'], '+'),
         _range(row['difference_low'], row['difference_high'], '+'),
-        '-' if row['p'] is None else f'{row["p"]:.3g}'] for row in rows]
+        _probability(row['p']), _number(row['unpaired'], '+'),
+        _range(row['unpaired_low'], row['unpaired_high'], '+'),
+        _probability(row['unpaired_p'])] for row in rows]
 
 
 def _cost_table(rows):
@@ -178,6 +181,10 @@ def _cost_table(rows):
 
 def _number(value, sign=''):
     return '-' if value is None else f'{value:{sign}.4g}'
+
+
+def _probability(p):
+    return '-' if p is None else f'{p:.3g}'
 
 
 def _range(low, high, sign=''):

@@ -79,6 +79,65 @@ def paired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
     return found, float(test.pvalue)
 
 
+def unpaired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
+    """The difference of the means, and the p-value of Welch's t-test.
+
+    The right one where the same seed makes two runs no more alike than two seeds do: then
+    pairing gives up half of the degrees of freedom for nothing. Where it does make them
+    alike, this interval is too wide and that of `paired` is right.
+
+    Args:
+        values, baseline: {seed: value}, of all seeds.
+
+    Returns:
+        p is None, and the interval empty, for fewer than two values on either side or where
+        neither spreads.
+    """
+    values, baseline = list(values.values()), list(baseline.values())
+    n = min(len(values), len(baseline))
+    if n == 0:
+        return Interval(0, None, None, None), None
+    difference = float(np.mean(values) - np.mean(baseline))
+    if n < 2 or np.ptp(values) == np.ptp(baseline) == 0:
+        return Interval(n, difference, None, None), None
+    test = stats.ttest_ind(values, baseline, equal_var=False)
+    low, high = test.confidence_interval(LEVEL)
+    return Interval(n, difference, float(low), float(high)), float(test.pvalue)
+
+
+def power(seeds: int, difference: float, spread: float) -> float:
+    """How often two configs of that many seeds each are told apart, unpaired, at 5 %.
+
+    Args:
+        difference: of their true means.
+        spread: standard deviation over seeds, of both.
+
+    Example:
+        >>> round(power(17, 1., 1.), 2)
+        0.81
+    """
+    freedom = 2 * seeds - 2
+    shift = difference / spread * (seeds / 2)**0.5
+    limit = stats.t.ppf((1 + LEVEL) / 2, freedom)
+    return float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift))
+
+
+def seeds_needed(difference: float, spread: float, wanted=0.8) -> int:
+    """The fewest seeds of each config for a `power` of ``wanted``.
+
+    Example:
+        >>> seeds_needed(1., 1.)
+        17
+    """
+    if not difference > 0 or not spread > 0 or not 0 < wanted < 1:
+        raise ValueError(f'expected a difference and a spread above 0 and a power between 0 and '
+                         f'1, got {difference}, {spread}, {wanted}')
+    seeds = 2
+    while power(seeds, difference, spread) < wanted:
+        seeds += 1
+    return seeds
+
+
 def read(sources, metric=None) -> list[Recorded]:
     """The runs in folders, at any depth, and in CSV files of rows.
 
@@ -170,7 +229,7 @@ def grouped(items, key):
 
 
 def summarise(runs, baseline) -> list[dict]:
-    """One row per setting and config: the metric over seeds, paired with the baseline, cost."""
+    """One row per setting and config: the metric over seeds, against the baseline, cost."""
     table = []
     for setting, group in grouped(runs, lambda run: key_of(run.row, SETTING)).items():
         configs = grouped(group, lambda run: run.row['config'])
@@ -180,6 +239,8 @@ def summarise(runs, baseline) -> list[dict]:
             found = interval(list(values.values()))
             difference, p = (paired(values, reference) if name != baseline
                              else (Interval(0, None, None, None), None))
+            apart, apart_p = (unpaired(values, reference) if name != baseline
+                              else (Interval(0, None, None, None), None))
             table.append(dict(
                 zip(SETTING, setting, strict=True), config=name,
                 norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
@@ -187,7 +248,9 @@ def summarise(runs, baseline) -> list[dict]:
                 seeds=found.n, diverged=sum(run.row['status'] == 'diverged' for run in members),
                 mean=found.mean, low=found.low, high=found.high, pairs=difference.n,
                 difference=difference.mean, difference_low=difference.low,
-                difference_high=difference.high, p=p, **_cost(members)))
+                difference_high=difference.high, p=p, unpaired=apart.mean,
+                unpaired_low=apart.low, unpaired_high=apart.high, unpaired_p=apart_p,
+                **_cost(members)))
     return table
 
 

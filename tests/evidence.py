@@ -3,7 +3,12 @@
     python tests/evidence.py    # writes them anew
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
-QUESTION: CONFIG, CONFIG -->`` for some of the configs. The baseline is the config with BN.
+QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QUESTION -->`` takes
+the column ``folded`` instead of ``value``. The baseline is the config with BN, or CONFIG in
+``<!-- runs of QUESTION against CONFIG -->``.
+
+``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- seeds needed at
+SPREAD -->`` is a power calculation.
 """
 import re
 from pathlib import Path
@@ -12,17 +17,30 @@ from dn_mmdet import report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
-MARKS = re.compile(r'(?s)<!-- runs of ([^:]+?)(?:: (.+?))? -->\n.*?<!-- end -->')
+MARKS = re.compile(r'(?s)<!-- (?:(\w+) )?runs of ([^:]+?)(?: against (\S+?))?(?:: ([^>]+?))? -->\n'
+                   r'.*?<!-- end -->')
+ADAPTATION = re.compile(r'(?s)<!-- adaptation in ([^>]+?) -->\n.*?<!-- end -->')
+FOLDED = ('folded', 'folded_recalibrated', 'folded_most')
+POWER = re.compile(r'(?s)<!-- seeds needed at ([\d.]+) -->\n.*?<!-- end -->')
+DIFFERENCES = (0.5, 0.75, 1., 1.5, 2.)
+PLANNED = ('Causes, on a GPU', 'Stability, on a GPU')  # and not run yet
 BASELINE = re.compile(r'(mobilenetv2|ssdlite_mbv2)_bn_')
 
 
-def tables(question: str, configs: str | None = None) -> str:
-    """A table for each setting: the metric over seeds, paired with BatchNorm's."""
+def tables(question: str, configs: str | None = None, column: str | None = None,
+           baseline: str | None = None) -> str:
+    """A table for each setting: the metric over seeds, against BatchNorm's or another's."""
     runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
             if run.row['question'] == question]
+    if column:
+        runs = [results.Recorded(dict(run.row, value=run.row[column],
+                                      metric=f'{run.row["metric"]}, {column}')) for run in runs]
+    if not runs and question in PLANNED:
+        return 'Not run yet.\n'
     if not runs:
         raise ValueError(f'docs/results/runs.csv has no run of {question!r}')
-    baseline = next(run.row['config'] for run in runs if BASELINE.match(run.row['config']))
+    baseline = baseline or next(run.row['config'] for run in runs
+                                if BASELINE.match(run.row['config']))
     wanted = configs and configs.split(', ')
     text = []
     for setting, rows in results.grouped(results.summarise(runs, baseline), lambda row: (
@@ -39,11 +57,47 @@ def tables(question: str, configs: str | None = None) -> str:
     return '\n'.join(text)
 
 
+def adaptation(question: str) -> str:
+    """What each model with DN layers loses when they are folded: dynamic - folded, over seeds."""
+    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
+            if run.row['question'] == question and run.row['value'] is not None]
+    if not runs and question in PLANNED:
+        return 'Not run yet.\n'
+    text = []
+    for (epochs, lr, batch), group in results.grouped(runs, lambda run: (
+            run.row['epochs'], run.row['lr'], run.row['batch'])).items():
+        lines = []
+        for config, found in results.grouped(group, lambda run: run.row['config']).items():
+            if 'DN' not in found[0].row['norm'] or found[0].row['norm'] == 'StaticDN':
+                continue
+            lines.append([config, len(found)])
+            for column in FOLDED:
+                lost, _ = results.paired(*({run.row['seed']: run.row[name] for run in found}
+                                           for name in ('value', column)))
+                lines[-1].append(f'{lost.mean:+.2f}' + (
+                    '' if lost.low is None else f' ({lost.low:+.2f} to {lost.high:+.2f})'))
+        if lines:
+            text.append(f'{epochs} epochs, lr {lr:g}, batch {batch}:\n\n' + report.markdown_table(
+                ['config', 'seeds', *(f'dynamic - {column}' for column in FOLDED)], lines))
+    return '\n'.join(text)
+
+
+def seeds_needed(spread: float) -> str:
+    return report.markdown_table(
+        ['true difference', *(f'{difference:g}' for difference in DIFFERENCES)],
+        [['seeds of each', *(results.seeds_needed(d, spread) for d in DIFFERENCES)],
+         ['found with 5 of each', *(f'{results.power(5, d, spread):.0%}' for d in DIFFERENCES)]])
+
+
 def with_tables(page: str) -> str:
-    def anew(found):
-        begin = found.group().split('\n')[0]
-        return f'{begin}\n{tables(*found.groups())}<!-- end -->'
-    return MARKS.sub(anew, page)
+    def anew(made):
+        def write(found):
+            return f'{found.group().splitlines()[0]}\n{made(*found.groups())}<!-- end -->'
+        return write
+    page = MARKS.sub(anew(lambda column, question, baseline, configs: tables(
+        question, configs, column, baseline)), page)
+    page = ADAPTATION.sub(anew(adaptation), page)
+    return POWER.sub(anew(lambda spread: seeds_needed(float(spread))), page)
 
 
 if __name__ == '__main__':

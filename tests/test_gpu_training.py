@@ -281,11 +281,20 @@ def test_parsing_of_runs():
             gpu_plan.parse_runs(text)
 
 
-def test_an_unknown_variant_and_a_run_listed_twice_are_named(config):
+def test_an_unknown_variant_and_a_run_listed_twice_are_named(config, archive, tmp_path):
     with pytest.raises(ConfigError, match='dnx: no such variant; expected some of bn, bn-no'):
         planned(config, 'dnx:0')
     with pytest.raises(ConfigError, match='dnb: listed twice'):
-        planned(config, 'dnb:0-1', 'dnb:1')
+        gpu_plan.prepare(config, ['dnb:0-1', 'dnb:1'], tmp_path, archive)
+
+
+def test_runs_can_be_put_behind_those_of_a_plan(config, archive, tmp_path):
+    for question, append in (('first', True), ('second', True)):
+        gpu_plan.prepare(config, ['bn:0'], tmp_path, archive, 1, question, append=append)
+    plan = json.loads((tmp_path / 'plan.json').read_text())
+    assert [run['row']['question'] for run in plan['runs']] == ['first', 'second']
+    gpu_plan.prepare(config, ['bn:0'], tmp_path, archive, 1, 'third')
+    assert len(json.loads((tmp_path / 'plan.json').read_text())['runs']) == 1
 
 
 def test_rows_of_a_grid_and_what_is_left_for_a_second_call(config, images, tmp_path):

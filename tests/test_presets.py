@@ -7,11 +7,12 @@ from torch import nn
 
 from dn_mmdet import DNB, DNC
 from dn_mmdet.compare import Variant, check, configured, differences
-from dn_mmdet.controls import BNSE
+from dn_mmdet.controls import BNSE, ScaledBN, StaticDN
 from dn_mmdet.convert import batch_norms, dn_layers
 from dn_mmdet.functional import compiled_kernels
 from dn_mmdet.preflight import ConfigError, check_model
-from dn_mmdet.presets import PRESETS, SC_FACTORS, widened
+from dn_mmdet.presets import CONTROLS, PRESETS, SC_FACTORS, widened
+from dn_mmdet.recording import norm_counts
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +92,47 @@ def test_dnc_loses_one_suspect_at_a_time(bn):
     assert first['dnc-unbounded-no-feedback'].sc.bound is None
     assert first['dnc-unbounded-no-feedback'].sc.choices['gradient'] == 'stopped'
     assert {(p.variant.name, p.batch) for p in points if p.batch} == {('tiny_bn', 8), ('dnc', 8)}
+
+
+def test_causes_are_separated_one_at_a_time(bn):
+    found = variants(grid('causes', bn, seeds=[0]))
+    for name in ('dnb', *CONTROLS):  # in all 66 places, and in nothing else
+        assert differences(bn.cfg, found[name].cfg) == []
+        model = check_model(found[name].cfg)
+        made = norm_counts(model)
+        assert list(made.values()) == [66], name
+    classes = {name: {type(m) for m in check_model(found[name].cfg).modules()}
+               for name in ('static', 'bn-rate-10')}
+    assert StaticDN in classes['static'] and ScaledBN in classes['bn-rate-10']
+    sc = {name: next(iter(dn_layers(check_model(found[name].cfg)).values())).sc
+          for name in ('dnb-stopped', 'dnb-shuffled', 'dnb-scale', 'dnb-shift', 'dnb-bound-0.5')}
+    assert sc['dnb-stopped'].choices['gradient'] == 'stopped'
+    assert sc['dnb-shuffled'].choices['sample'] == 'other'
+    assert sc['dnb-scale'].choices['outputs'] == 'scale'
+    assert sc['dnb-shift'].choices['outputs'] == 'shift'
+    assert sc['dnb-bound-0.5'].bound == 0.5
+    assert differences(bn.cfg, found['bn-no-decay'].cfg) == [
+        'optim_wrapper.paramwise_cfg.norm_decay_mult: not set and 0.0']
+
+
+@pytest.mark.parametrize('name,part', [
+    ('dnb-depthwise', 'depthwise_conv'), ('dnb-expansions', 'expand_conv'),
+    ('dnb-projections', 'linear_conv'), ('dnb-head', 'bbox_head')])
+def test_where_is_where_the_name_says(name, part, bn):
+    cfg = variants(grid('causes', bn, seeds=[0]))[name].cfg
+    model = check_model(cfg)
+    layers, plain = dn_layers(model), batch_norms(model)
+    assert layers and len(layers) + len(plain) == 66
+    assert all(part in layer for layer in layers) and not any(part in bn for bn in plain)
+    names = check_model(bn.cfg).state_dict()
+    ours = {key.replace('.bn.bn.', '.bn.') for key in model.state_dict() if '.sc.' not in key}
+    assert ours == set(names)  # a checkpoint with BatchNorm fits
+
+
+def test_wider_models_have_more_parameters(bn):
+    found = variants(grid('causes', bn, seeds=[0]))
+    sizes = [parameters(found[name].cfg) for name in ('tiny_bn', 'bn-wide-1.1', 'bn-wide-1.28')]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
 
 
 def test_backends_are_all_that_run_here_and_nothing_else_differs(bn):

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torchvision.models import mobilenet_v2
 
-from dn_mmdet import DNB
+from dn_mmdet import DNB, results
 from dn_mmdet.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
@@ -159,3 +159,39 @@ def test_a_table_of_evidence_follows_the_runs():
     assert evidence.with_tables(made) == made
     with pytest.raises(ValueError, match="no run of 'Other'"):
         evidence.tables('Other')
+
+
+def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'mobilenetv2_bn_x', 'BN', 0, 'top1', 48., 2, .1, 8,
+                                     9, 3., 'GPU', 'c', 'finished'), strict=True), folded=48.)
+    dnb = dict(row, config='dnb', value=50., folded=49.)
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in (row, dnb)])
+    assert '| dnb | 0.00 M | BN | 1 | 0 | 50 |' in evidence.tables('q')
+    made = evidence.with_tables('<!-- folded runs of q: dnb -->\n<!-- end -->')
+    assert '| dnb | 0.00 M | BN | 1 | 0 | 49 |' in made and 'top1, folded' in made
+    assert '| mobilenetv2_bn_x |' not in made
+    made = evidence.with_tables('<!-- runs of q against dnb -->\n<!-- end -->')
+    assert made.index('| dnb |') < made.index('| mobilenetv2_bn_x |')
+    assert 'paired difference to dnb' in made and '| -2 |' in made
+
+
+def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True),
+               folded=49., folded_recalibrated=49.5, folded_most=50.)
+    rows = [row, dict(row, seed=1, value=40., folded=38., folded_recalibrated=39.5,
+                      folded_most=40.), dict(row, config='static', norm='StaticDN')]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables('<!-- adaptation in q -->\n<!-- end -->')
+    assert '| dnb | 2 | +1.50 (-4.85 to +7.85) | +0.50 (+0.50 to +0.50) | +0.00' in made
+    assert 'static' not in made
+
+
+def test_questions_that_are_planned_have_no_runs_yet():
+    asked = {row['question'] for row in results.read_rows(ROOT / 'docs/results/runs.csv')}
+    assert not asked & set(evidence.PLANNED), 'take them out of PLANNED'
+
+
+def test_the_power_calculation_is_written_anew():
+    made = evidence.with_tables('<!-- seeds needed at 0.5 -->\nold\n<!-- end -->')
+    assert 'old' not in made and '| seeds of each | 17 |' in made

@@ -101,6 +101,52 @@ def grid(tmp_path):
     return tmp_path
 
 
+def test_an_unpaired_difference_is_that_of_welchs_test():
+    values, baseline = dict(enumerate([3., 5., 4., 9.])), dict(enumerate([1., 2., 2.]))
+    found, p = results.unpaired(values, baseline)
+    test = stats.ttest_ind([3, 5, 4, 9], [1, 2, 2], equal_var=False)
+    assert (found.n, found.mean) == (3, pytest.approx(5.25 - 5 / 3))
+    assert (p, found.low, found.high) == pytest.approx(
+        (test.pvalue, *test.confidence_interval(0.95)))
+    assert found.low < found.mean < found.high
+    assert results.unpaired({0: 3.}, baseline) == ((1, pytest.approx(4 / 3), None, None), None)
+    assert results.unpaired({0: 3., 1: 3.}, {0: 1., 1: 1.}) == ((2, 2., None, None), None)
+    assert results.unpaired({}, baseline) == ((0, None, None, None), None)
+
+
+def test_the_power_is_that_of_simulated_experiments():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 0.5, (4000, 5)), rng.normal(0.8, 0.5, (4000, 5))
+    found = (stats.ttest_ind(second, first, axis=1).pvalue < 0.05).mean()
+    assert results.power(5, 0.8, 0.5) == pytest.approx(found, abs=0.02)
+    assert results.power(5, 0., 0.5) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize('difference,seeds', [(1., 17), (0.5, 64), (0.8, 26)])
+def test_seeds_needed_are_those_of_cohens_tables(difference, seeds):
+    assert results.seeds_needed(difference, 1.) == seeds
+    assert results.power(seeds, difference, 1.) >= 0.8 > results.power(
+        seeds - 1, difference, 1.)
+
+
+def test_seeds_needed_of_nothing_is_told():
+    with pytest.raises(ValueError, match='expected a difference and a spread above 0'):
+        results.seeds_needed(0., 1.)
+
+
+def test_columns_of_a_gpu_training_are_kept_beside_rows_without_them(tmp_path):
+    path = tmp_path / 'runs.csv'
+    plain = dict(zip(results.COLUMNS, ('q', 'd', 'bn', 'BN', 0, 'm', 1., 2, .1, 8, 9, 3., 'CPU',
+                                       'c', 'finished'), strict=True))
+    results.merge_rows(path, [plain])
+    assert path.read_text().splitlines()[0] == ','.join(results.COLUMNS)
+    more = dict(plain, seed=1, folded=.5, backend='auto')
+    results.merge_rows(path, [more])
+    first, second = results.read_rows(path)
+    assert first['folded'] is None and second['folded'] == .5 and second['backend'] == 'auto'
+    assert {key: first[key] for key in plain} == plain
+
+
 def test_the_table_holds_mean_interval_paired_difference_and_cost(grid):
     table = results.summarise(results.read([grid]), 'zbn')
     assert len(table) == 6

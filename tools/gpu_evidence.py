@@ -35,6 +35,8 @@ def parse(argv):
     parser.add_argument('--runs', nargs='+', metavar='NAMES:SEEDS',
                         help='variants of the preset "causes" and bn, with seeds, in the order '
                         'of training: bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3')
+    parser.add_argument('--append', action='store_true',
+                        help='--prepare: put the runs behind those that the plan has')
     parser.add_argument('--images', type=Path, metavar='TAR',
                         help='archive with train/<class>/* and val/<class>/*')
     parser.add_argument('--epochs', type=int, help='(default: as in the config)')
@@ -62,7 +64,7 @@ def main(argv=None):
         from dn_mmdet import command_line, gpu_plan
         with command_line.one_message(parser):
             runs = gpu_plan.prepare(args.prepare, args.runs, args.folder, args.images,
-                                    args.epochs, args.question, args.commit)
+                                    args.epochs, args.question, args.commit, args.append)
         print(f'{len(runs)} runs of commit {runs[0]["row"]["commit"]}: {args.folder}')
         return 0
     MMLogger.get_instance('gpu_evidence', log_level=logging.WARNING)
