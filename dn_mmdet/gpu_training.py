@@ -517,6 +517,7 @@ class Training:
         with torch.no_grad():
             for tensor, average in zip(self.averaging, self.average, strict=True):
                 tensor.copy_(average)
+        self.recalibrate()  # averaged statistics are not those of averaged weights
         found['averaged'] = self.top1()
         found['train_loss'] = round(self.losses[-self.steps_per_epoch:].mean().item(), 4)
         return found

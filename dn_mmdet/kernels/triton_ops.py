@@ -39,8 +39,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     _launch(launch, dict(x=x, m_part=m, v_part=v))
     if splits == 1:
         return m[0], v[0]
-    widths = [min(split_size, shape.size - i * split_size) for i in range(splits)]
-    share = torch.tensor(widths, dtype=m.dtype).div_(shape.size)[:, None, None].to(m.device)
+    share = m.new_full((splits, 1, 1), split_size / shape.size)  # no copy: graphs capture it
+    share[-1] = 1 - (splits - 1) * split_size / shape.size
     centred = m - m[0]
     rest = (centred * share).sum(0)
     return m[0] + rest, ((v + (centred - rest).square()) * share).sum(0)
