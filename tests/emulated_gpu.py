@@ -108,10 +108,11 @@ def load(plan, launch, device):
 
 def dynamic_norm(x, bn, sc, *, batch_shared, ndims=(), backend='auto'):
     """As `functional.dynamic_norm` does it on a GPU, with maps on the CPU."""
-    if backend == 'cpp':
+    if backend == 'cpp' and not torch.compiler.is_compiling():
         y = told(host.call, x, bn, sc, batch_shared, ndims)
         if y is not None:
             return y
+    if backend == 'cpp':
         backend = 'triton'
     return functional.dynamic_norm(x, bn, sc, batch_shared=batch_shared, ndims=ndims,
                                    backend=backend)
