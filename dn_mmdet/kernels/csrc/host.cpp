@@ -253,12 +253,12 @@ struct BelowAutograd {  // what is done inside is no part of the graph
   at::AutoDispatchBelowADInplaceOrView guard;
 };
 
-// x itself, or an aligned copy that is contiguous or channels_last.
+// x itself, or an aligned copy that is contiguous or channels_last. Autograd sees the copy made:
+// a backward pass that is to be differentiated leads back to x through it.
 Tensor dense(const Tensor& x, bool& channels_last) {
   const bool contiguous = x.is_contiguous();
   channels_last = !contiguous && is_channels_last(x);
   if ((contiguous || channels_last) && is_aligned(x)) return x;
-  BelowAutograd guard;
   return channels_last ? x.clone() : x.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -397,11 +397,10 @@ struct Call {
   std::string group;
 };
 
-Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, const Tensor& given,
-               Call& call) {
+Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
   auto& p = call.parameters;
   const bool differentiable =
-      torch::autograd::compute_requires_grad(given, p[0], p[1], p[2], p[3], p[4], p[5]);
+      torch::autograd::compute_requires_grad(x, p[0], p[1], p[2], p[3], p[4], p[5]);
   c10::OptionalDeviceGuard guard(x.device());
   Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
   Tensor kept = empty_bytes(plan->kept, x);
@@ -431,7 +430,7 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, const Tensor&
     std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
                                               torch::autograd::deleteNode);
     node->set_next_edges(
-        torch::autograd::collect_next_edges(given, p[0], p[1], p[2], p[3], p[4], p[5]));
+        torch::autograd::collect_next_edges(x, p[0], p[1], p[2], p[3], p[4], p[5]));
     node->plan = plan;
     node->x_ = SavedVariable(x, false);
     for (int i = 0; i < PARAMETERS; ++i) {
@@ -693,7 +692,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Tensor y;
     {
       pybind11::gil_scoped_release released;
-      y = forward(plan, x, given, found);
+      y = forward(plan, x, found);
     }
     return THPVariable_Wrap(std::move(y));
   });
