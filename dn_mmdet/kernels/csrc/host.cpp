@@ -524,6 +524,12 @@ bool read_number(PyObject* found, double& value) {
   return !PyErr_Occurred();
 }
 
+// A flag that is something else than True or False is no plain case.
+bool read_flag(PyObject* found, bool& value) {
+  value = found == Py_True;
+  return value || found == Py_False;
+}
+
 bool is_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
@@ -588,14 +594,17 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
                             tracked.device() != x.device()))
     return false;
 
-  const bool training = norm.get(names->training) == Py_True;
+  bool training, track;
+  if (!read_flag(norm.get(names->training), training) ||
+      !read_flag(norm.get(names->track), track))
+    return false;
   const bool averages = call.state[0].defined() && call.state[1].defined();
   if (call.state[0].defined() != call.state[1].defined()) return false;
   const bool batch = training || !averages;
   if (!read_number(norm.get(names->eps), call.scalars.eps) || !(call.scalars.eps > 0)) return false;
   call.mode = (batch ? BATCH : 0) | (shared ? SHARED : 0);
   call.scalars.momentum = call.scalars.bound = 0;
-  if (training && norm.get(names->track) == Py_True) {
+  if (training && track) {
     if (!averages) return false;
     call.mode |= UPDATE;
     PyObject* momentum = norm.get(names->momentum);
@@ -631,6 +640,7 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   }
   const int64_t n = x.size(0), s = x.numel() / (n * c);
   if (batch && world == 1 && n * s == 1) return false;  // an error in training
+  if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;  // the kernels' integers
   int64_t dtypes = 0;
   for (const auto& t : p) dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
   for (const auto& t : call.state)
