@@ -337,9 +337,10 @@ struct DynamicNormBackward : public torch::autograd::Node {
     pointers[GRADIENTS] = address(all);
     pointers[TABLE] = address(table);
     pointers[DTABLE] = address(dtable);
-    // the last launch makes dx
-    run(plan->backward, plan->backward.size() - !task_should_compute_output(0), pointers, scalars,
-        x, dtable, group);
+    // The last launches make dx alone. Among them is the all-reduce, which other processes
+    // make only for dx too: autograd's on the general path, torch's SyncBatchNorm.
+    const size_t for_dx = task_should_compute_output(0) ? 0 : plan->table ? 3 : 1;
+    run(plan->backward, plan->backward.size() - for_dx, pointers, scalars, x, dtable, group);
     if (task_should_compute_output(0)) found[0] = dx;
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i] && task_should_compute_output(i + 1))
