@@ -175,7 +175,13 @@ struct Plan {
   int64_t gradients;
   std::array<int64_t, PARAMETERS> offsets;  // of the gradients, in bytes
   int64_t table;                            // values; 0: statistics of one process
+  int64_t hidden, dtypes;                   // of the key
   at::ScalarType accumulator;
+
+  at::ScalarType type_of(int parameter) const {
+    return static_cast<at::ScalarType>((dtypes >> 6 * (PARAMETERS + STATE - 1 - parameter) & 63) -
+                                       1);
+  }
 };
 
 // device; N, C, S; hidden; layout, mode and dtype; dtypes of what the layer has; world; rank
@@ -291,11 +297,21 @@ bool is_transformed(const Tensor& t) {
               c10::DispatchKey::Python}));
 }
 
+// Hooks on saved tensors may give back anything; kernels would read past its end.
+void check_saved(const Tensor& t, int64_t numel, at::ScalarType type, c10::Device device) {
+  TORCH_CHECK(t.numel() == numel && t.scalar_type() == type && t.device() == device &&
+                  t.layout() == at::kStrided,
+              "expected the saved tensor back from a hook on saved tensors, with ", numel,
+              " values of ", type, " on ", device, ", got ", t.sizes(), " values of ",
+              t.scalar_type(), " on ", t.device());
+}
+
 PyObject* double_backward = nullptr;  // host.py's, set once
 
 struct DynamicNormBackward : public torch::autograd::Node {
   std::shared_ptr<Plan> plan;
   SavedVariable x_;
+  c10::SmallVector<int64_t, 5> strides;  // of x, by which the plan goes
   std::array<SavedVariable, PARAMETERS> parameters_;
   std::array<bool, PARAMETERS> has;
   Tensor kept, table;
@@ -308,12 +324,25 @@ struct DynamicNormBackward : public torch::autograd::Node {
     variable_list found(1 + PARAMETERS);
     Tensor dy = grads[0];
     if (!dy.defined()) return found;
-    const Tensor x = x_.unpack();  // says so where it was released or changed
+    Tensor x = x_.unpack();  // says so where it was released or changed
     std::array<Tensor, PARAMETERS> p;
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i]) p[i] = parameters_[i].unpack();
     if (c10::GradMode::is_enabled() || is_transformed(dy)) return differentiable(dy, x, p);
-    c10::OptionalDeviceGuard guard(x.device());
+    const c10::Device device = dy.device();
+    c10::OptionalDeviceGuard guard(device);
+    TORCH_CHECK(x.sizes() == dy.sizes(), "expected the saved tensor of size ", dy.sizes(),
+                " from a hook on saved tensors, got ", x.sizes());
+    check_saved(x, dy.numel(), dy.scalar_type(), device);
+    const int64_t pairs = 2 * x.size(1);
+    const int64_t numels[PARAMETERS] = {x.size(1),    x.size(1),           plan->hidden * pairs,
+                                        plan->hidden, plan->hidden * pairs, pairs};
+    for (int i = 0; i < PARAMETERS; ++i)
+      if (has[i]) check_saved(p[i], numels[i], plan->type_of(i), device);
+    if (x.strides() != at::IntArrayRef(strides) || x.is_neg() || !is_aligned(x)) {
+      Tensor copy = at::empty_strided(x.sizes(), strides, x.options());
+      x = copy.copy_(x);
+    }
     if (dy.sizes() != x.sizes() || dy.strides() != x.strides() ||
         dy.scalar_type() != x.scalar_type() || dy.is_conj() || dy.is_neg() || !is_aligned(dy)) {
       Tensor copy = at::empty_like(x);
@@ -434,6 +463,7 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
         torch::autograd::collect_next_edges(x, p[0], p[1], p[2], p[3], p[4], p[5]));
     node->plan = plan;
     node->x_ = SavedVariable(x, false);
+    node->strides = x.strides();
     for (int i = 0; i < PARAMETERS; ++i) {
       node->has[i] = p[i].defined();
       if (p[i].defined()) node->parameters_[i] = SavedVariable(p[i], false);
@@ -760,6 +790,8 @@ PyObject* add_plan(PyObject*, PyObject* args) {
       }
     }
     TORCH_CHECK(at == v.size(), "plan too long");
+    plan->hidden = key[4];
+    plan->dtypes = key[6];
     if (plans.size() >= MOST_PLANS) plans.clear();
     plans[key] = std::move(plan);
     Py_RETURN_NONE;
