@@ -675,7 +675,7 @@ def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
                               or not t.dtype.is_floating_point):
             raise RuntimeError(_misfit(name, t, shape, x))
     parameters = sc_parts or tuple(sc.parameters())
-    return bool(parameters) and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
+    return len(parameters) > 0 and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
 
 
 def _misfit(name, tensor, shape, x):

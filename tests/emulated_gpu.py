@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import subprocess
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -25,11 +26,19 @@ functions = {}  # handle -> (plan, launch)
 intervals = []  # what the running launch may touch: (name, first address, the one after)
 errors = []
 launched = []  # names of kernels, in order
+one_at_a_time = threading.RLock()  # the interpreter's state is global
+load_by_driver = host._load
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
                   ctypes.POINTER(ctypes.c_void_p))
 def on_launch(function, grid, threads, shared, params):
+    with one_at_a_time:
+        return run(function, grid, threads, shared, params)
+
+
+def run(function, grid, threads, shared, params):
+    """0, or what CUDA says of an illegal address; the error itself is kept."""
     try:
         plan, launch = functions[function]
         assert (grid, threads, shared) == (launch.grid, 32 * launch.warps, SHARED)
