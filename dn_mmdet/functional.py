@@ -327,6 +327,13 @@ def _backward_by_the_reference(call, names, needed, dy, x, w, b, *sc_parameters)
         return _gradients((y, ), (dy, ), wanted, create_graph=create_graph)
 
 
+class _StatelessSC(SC):
+    """An SC whose parameters come with each call. To draw some would be refused by vmap."""
+
+    def reset_parameters(self):
+        pass
+
+
 def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, parameters, needed, *,
                       batch: bool, batch_shared: bool, standardized: bool, eps: float,
                       bound: float | None, group: str):
@@ -343,8 +350,8 @@ def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, paramete
     """
     w_in, b_in = parameters[2:4]
     channels = x.shape[1]
-    sc = SC(channels, channels, len(b_in), 'standardized' if standardized else 'raw', bound,
-            device='meta', dtype=w_in.dtype)
+    sc = _StatelessSC(channels, channels, len(b_in), 'standardized' if standardized else 'raw',
+                      bound, device='meta', dtype=w_in.dtype)
     names = [name for name, _ in sc.named_parameters()]
     if group:
         group = dist.distributed_c10d._resolve_process_group(group)

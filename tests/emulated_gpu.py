@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import subprocess
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -25,11 +26,19 @@ functions = {}  # handle -> (plan, launch)
 intervals = []  # what the running launch may touch: (name, first address, the one after)
 errors = []
 launched = []  # names of kernels, in order
+one_at_a_time = threading.RLock()  # the interpreter's state is global
+load_by_driver = host._load
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
                   ctypes.POINTER(ctypes.c_void_p))
 def on_launch(function, grid, threads, shared, params):
+    with one_at_a_time:
+        return run(function, grid, threads, shared, params)
+
+
+def run(function, grid, threads, shared, params):
+    """0, or what CUDA says of an illegal address; the error itself is kept."""
     try:
         plan, launch = functions[function]
         assert (grid, threads, shared) == (launch.grid, 32 * launch.warps, SHARED)
@@ -108,10 +117,11 @@ def load(plan, launch, device):
 
 def dynamic_norm(x, bn, sc, *, batch_shared, ndims=(), backend='auto'):
     """As `functional.dynamic_norm` does it on a GPU, with maps on the CPU."""
-    if backend == 'cpp':
+    if backend == 'cpp' and not torch.compiler.is_compiling():
         y = told(host.call, x, bn, sc, batch_shared, ndims)
         if y is not None:
             return y
+    if backend == 'cpp':
         backend = 'triton'
     return functional.dynamic_norm(x, bn, sc, batch_shared=batch_shared, ndims=ndims,
                                    backend=backend)

@@ -1,5 +1,8 @@
 """How every fused backend is held against the float64 reference, on any device."""
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ CUDA = pytest.param('cuda', marks=[
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')])
 
+# Whether this process runs Triton's kernels on the CPU, in Triton's interpreter.
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICES = pytest.mark.parametrize('device', ['cpu'] if INTERPRETED else [CUDA])
 KINDS = {'dnb-raw': (DNB, dict(inputs='raw')),
          'dnb-standardized': (DNB, dict(inputs='standardized')),
          'dnc': (DNC, {})}
@@ -26,6 +32,16 @@ OFFSETS = {torch.float64: 1e4, torch.float32: 1e4, torch.float16: 1e2, torch.bfl
 # own error happens to be smaller still: sums of a thousand values are rounded so.
 FEW = 8
 MODES = pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+
+
+def assert_interpreted_tests_pass(file, marker):
+    """Runs a file's tests with this marker in a process that has Triton's interpreter."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
+    process = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marker, file],
+        env=dict(env, TRITON_INTERPRET='1'), capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert ' passed' in process.stdout and 'skipped' not in process.stdout, process.stdout
 
 
 def make_layer(kind, channels, backend, training, offset=0., **kwargs):

@@ -5,10 +5,8 @@ starts with TRITON_INTERPRET=1; `test_in_the_interpreter` starts it on this file
 to launch them are tested: from Python ('triton'), and from C++ ('cpp'), there by a driver
 that `emulated_gpu` puts in CUDA's place.
 """
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,12 +16,15 @@ import torch
 from hypothesis import given, settings
 from parity import (
     CUDA,
+    DEVICES,
+    INTERPRETED,
     KINDS,
     LAYOUTS,
     MODES,
     OFFSETS,
     assert_as_accurate_as_plain_pytorch,
     assert_equals_reference,
+    assert_interpreted_tests_pass,
     assert_primitives,
     make_layer,
     step,
@@ -35,14 +36,12 @@ triton = pytest.importorskip(
     'triton', reason='needs Triton, which is not made for this system')
 from dn_mmdet.kernels import plans, triton_kernels  # noqa: E402
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 HOST = functional.gpu_host() is not None
 if INTERPRETED and HOST:
     import emulated_gpu
     emulated_gpu.install()
 BACKENDS = pytest.mark.parametrize('backend', ['triton', pytest.param('cpp', marks=[
     pytest.mark.skipif(not HOST, reason='the compiled host was not built')])])
-DEVICES = pytest.mark.parametrize('device', ['cpu'] if INTERPRETED else [CUDA])
 ROUNDED = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
                                   ids=['fp32', 'fp16', 'bf16'])
 slow = pytest.mark.slow
@@ -56,22 +55,12 @@ CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
          ((35, 70, 2, 3), 'channels_last')]
 
 
-def child(marker):
-    """What pytest says about this file's interpreted tests, in a process of their own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
-    return subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marker, __file__],
-        env=dict(env, TRITON_INTERPRET='1'), capture_output=True, text=True)
-
-
 if not INTERPRETED:
 
     @pytest.mark.parametrize('marker', [
         'not slow and not gpu', pytest.param('slow and not gpu', marks=slow)])
     def test_in_the_interpreter(marker):
-        process = child(marker)
-        assert process.returncode == 0, process.stdout + process.stderr
-        assert ' passed' in process.stdout and 'skipped' not in process.stdout, process.stdout
+        assert_interpreted_tests_pass(__file__, marker)
 
 
 @BACKENDS

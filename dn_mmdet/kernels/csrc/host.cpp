@@ -175,7 +175,13 @@ struct Plan {
   int64_t gradients;
   std::array<int64_t, PARAMETERS> offsets;  // of the gradients, in bytes
   int64_t table;                            // values; 0: statistics of one process
+  int64_t hidden, dtypes;                   // of the key
   at::ScalarType accumulator;
+
+  at::ScalarType type_of(int parameter) const {
+    return static_cast<at::ScalarType>((dtypes >> 6 * (PARAMETERS + STATE - 1 - parameter) & 63) -
+                                       1);
+  }
 };
 
 // device; N, C, S; hidden; layout, mode and dtype; dtypes of what the layer has; world; rank
@@ -253,12 +259,12 @@ struct BelowAutograd {  // what is done inside is no part of the graph
   at::AutoDispatchBelowADInplaceOrView guard;
 };
 
-// x itself, or an aligned copy that is contiguous or channels_last.
+// x itself, or an aligned copy that is contiguous or channels_last. Autograd sees the copy made:
+// a backward pass that is to be differentiated leads back to x through it.
 Tensor dense(const Tensor& x, bool& channels_last) {
   const bool contiguous = x.is_contiguous();
   channels_last = !contiguous && is_channels_last(x);
   if ((contiguous || channels_last) && is_aligned(x)) return x;
-  BelowAutograd guard;
   return channels_last ? x.clone() : x.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -291,11 +297,21 @@ bool is_transformed(const Tensor& t) {
               c10::DispatchKey::Python}));
 }
 
+// Hooks on saved tensors may give back anything; kernels would read past its end.
+void check_saved(const Tensor& t, int64_t numel, at::ScalarType type, c10::Device device) {
+  TORCH_CHECK(t.numel() == numel && t.scalar_type() == type && t.device() == device &&
+                  t.layout() == at::kStrided,
+              "expected the saved tensor back from a hook on saved tensors, with ", numel,
+              " values of ", type, " on ", device, ", got ", t.sizes(), " values of ",
+              t.scalar_type(), " on ", t.device());
+}
+
 PyObject* double_backward = nullptr;  // host.py's, set once
 
 struct DynamicNormBackward : public torch::autograd::Node {
   std::shared_ptr<Plan> plan;
   SavedVariable x_;
+  c10::SmallVector<int64_t, 5> strides;  // of x, by which the plan goes
   std::array<SavedVariable, PARAMETERS> parameters_;
   std::array<bool, PARAMETERS> has;
   Tensor kept, table;
@@ -308,12 +324,25 @@ struct DynamicNormBackward : public torch::autograd::Node {
     variable_list found(1 + PARAMETERS);
     Tensor dy = grads[0];
     if (!dy.defined()) return found;
-    const Tensor x = x_.unpack();  // says so where it was released or changed
+    Tensor x = x_.unpack();  // says so where it was released or changed
     std::array<Tensor, PARAMETERS> p;
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i]) p[i] = parameters_[i].unpack();
     if (c10::GradMode::is_enabled() || is_transformed(dy)) return differentiable(dy, x, p);
-    c10::OptionalDeviceGuard guard(x.device());
+    const c10::Device device = dy.device();
+    c10::OptionalDeviceGuard guard(device);
+    TORCH_CHECK(x.sizes() == dy.sizes(), "expected the saved tensor of size ", dy.sizes(),
+                " from a hook on saved tensors, got ", x.sizes());
+    check_saved(x, dy.numel(), dy.scalar_type(), device);
+    const int64_t pairs = 2 * x.size(1);
+    const int64_t numels[PARAMETERS] = {x.size(1),    x.size(1),           plan->hidden * pairs,
+                                        plan->hidden, plan->hidden * pairs, pairs};
+    for (int i = 0; i < PARAMETERS; ++i)
+      if (has[i]) check_saved(p[i], numels[i], plan->type_of(i), device);
+    if (x.strides() != at::IntArrayRef(strides) || x.is_neg() || !is_aligned(x)) {
+      Tensor copy = at::empty_strided(x.sizes(), strides, x.options());
+      x = copy.copy_(x);
+    }
     if (dy.sizes() != x.sizes() || dy.strides() != x.strides() ||
         dy.scalar_type() != x.scalar_type() || dy.is_conj() || dy.is_neg() || !is_aligned(dy)) {
       Tensor copy = at::empty_like(x);
@@ -337,9 +366,10 @@ struct DynamicNormBackward : public torch::autograd::Node {
     pointers[GRADIENTS] = address(all);
     pointers[TABLE] = address(table);
     pointers[DTABLE] = address(dtable);
-    // the last launch makes dx
-    run(plan->backward, plan->backward.size() - !task_should_compute_output(0), pointers, scalars,
-        x, dtable, group);
+    // The last launches make dx alone. Among them is the all-reduce, which other processes
+    // make only for dx too: autograd's on the general path, torch's SyncBatchNorm.
+    const size_t for_dx = task_should_compute_output(0) ? 0 : plan->table ? 3 : 1;
+    run(plan->backward, plan->backward.size() - for_dx, pointers, scalars, x, dtable, group);
     if (task_should_compute_output(0)) found[0] = dx;
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i] && task_should_compute_output(i + 1))
@@ -397,11 +427,10 @@ struct Call {
   std::string group;
 };
 
-Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, const Tensor& given,
-               Call& call) {
+Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
   auto& p = call.parameters;
   const bool differentiable =
-      torch::autograd::compute_requires_grad(given, p[0], p[1], p[2], p[3], p[4], p[5]);
+      torch::autograd::compute_requires_grad(x, p[0], p[1], p[2], p[3], p[4], p[5]);
   c10::OptionalDeviceGuard guard(x.device());
   Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
   Tensor kept = empty_bytes(plan->kept, x);
@@ -431,9 +460,10 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, const Tensor&
     std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
                                               torch::autograd::deleteNode);
     node->set_next_edges(
-        torch::autograd::collect_next_edges(given, p[0], p[1], p[2], p[3], p[4], p[5]));
+        torch::autograd::collect_next_edges(x, p[0], p[1], p[2], p[3], p[4], p[5]));
     node->plan = plan;
     node->x_ = SavedVariable(x, false);
+    node->strides = x.strides();
     for (int i = 0; i < PARAMETERS; ++i) {
       node->has[i] = p[i].defined();
       if (p[i].defined()) node->parameters_[i] = SavedVariable(p[i], false);
@@ -525,6 +555,12 @@ bool read_number(PyObject* found, double& value) {
   return !PyErr_Occurred();
 }
 
+// A flag that is something else than True or False is no plain case.
+bool read_flag(PyObject* found, bool& value) {
+  value = found == Py_True;
+  return value || found == Py_False;
+}
+
 bool is_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
 }
@@ -589,14 +625,17 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
                             tracked.device() != x.device()))
     return false;
 
-  const bool training = norm.get(names->training) == Py_True;
+  bool training, track;
+  if (!read_flag(norm.get(names->training), training) ||
+      !read_flag(norm.get(names->track), track))
+    return false;
   const bool averages = call.state[0].defined() && call.state[1].defined();
   if (call.state[0].defined() != call.state[1].defined()) return false;
   const bool batch = training || !averages;
   if (!read_number(norm.get(names->eps), call.scalars.eps) || !(call.scalars.eps > 0)) return false;
   call.mode = (batch ? BATCH : 0) | (shared ? SHARED : 0);
   call.scalars.momentum = call.scalars.bound = 0;
-  if (training && norm.get(names->track) == Py_True) {
+  if (training && track) {
     if (!averages) return false;
     call.mode |= UPDATE;
     PyObject* momentum = norm.get(names->momentum);
@@ -632,6 +671,7 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   }
   const int64_t n = x.size(0), s = x.numel() / (n * c);
   if (batch && world == 1 && n * s == 1) return false;  // an error in training
+  if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;  // the kernels' integers
   int64_t dtypes = 0;
   for (const auto& t : p) dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
   for (const auto& t : call.state)
@@ -693,7 +733,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
     Tensor y;
     {
       pybind11::gil_scoped_release released;
-      y = forward(plan, x, given, found);
+      y = forward(plan, x, found);
     }
     return THPVariable_Wrap(std::move(y));
   });
@@ -750,6 +790,8 @@ PyObject* add_plan(PyObject*, PyObject* args) {
       }
     }
     TORCH_CHECK(at == v.size(), "plan too long");
+    plan->hidden = key[4];
+    plan->dtypes = key[6];
     if (plans.size() >= MOST_PLANS) plans.clear();
     plans[key] = std::move(plan);
     Py_RETURN_NONE;
