@@ -367,6 +367,17 @@ def test_averages_that_are_there_and_not_tracked(device):
 
 
 @DEVICES
+def test_averages_that_are_a_lazy_copy(device):
+    """What they were copied from keeps its values."""
+    layer, twin = pair(device)
+    first = layer.running_mean
+    before = first.clone()
+    layer.bn.running_mean = torch._lazy_clone(first)
+    check(layer, twin, values(device, 2, 3, 2, 2))
+    assert torch.equal(first, before)
+
+
+@DEVICES
 def test_averages_that_were_removed(device):
     layer, _ = pair(device, training=False)
     layer.bn.running_mean = layer.bn.running_var = None
@@ -1100,6 +1111,7 @@ if INTERPRETED:
         monkeypatch.setattr(host, 'compile_launch', compiled)
         monkeypatch.setattr(host, 'print_log', lambda text, **kwargs: logged.append(text))
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+        assert functional._on_gpu(0) is not None  # nothing is known against it yet
         refusing(209)
         for shape in ((2, 3, 1, 13), (2, 3, 1, 15)):  # nobody else's
             for layer, twin in (pair('cpu'), pair('cpu', DNC)):
@@ -1107,6 +1119,7 @@ if INTERPRETED:
         assert len(logged) == 1 and 'slower' in logged[0]
         assert ('another version' if error == 'abi' else 'CUDA error 209') in logged[0]
         assert host.kernels_run_on(0) == by_python and host.kernels_run_on(1)
+        assert (functional._on_gpu(0) is not None) == by_python
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
 

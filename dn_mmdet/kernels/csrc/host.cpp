@@ -451,7 +451,11 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
     }
     pointers[W + i] = address(copies[i].defined() ? copies[i] : *p[i]);
   }
-  for (int i = 0; i < STATE; ++i) pointers[RUNNING_MEAN + i] = address(*call.state[i]);
+  for (int i = 0; i < STATE; ++i) {
+    const Tensor& t = *call.state[i];
+    if (t.defined() && call.mode & UPDATE) t.mutable_data_ptr();  // ends a lazy copy
+    pointers[RUNNING_MEAN + i] = address(t);
+  }
   pointers[KEPT] = address(kept);
   pointers[SCRATCH] = address(scratch);
   pointers[TABLE] = address(table);
