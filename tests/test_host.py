@@ -1261,11 +1261,12 @@ def test_two_threads(device):
 two_processes = test_distributed.two_processes
 
 
-def half(rank, device, sizes, cls, kwargs, map_needs_gradient, checkpointed=False):
+def half(rank, device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2),
+         checkpointed=False):
     """In a process of its own: a step with a part of the batch."""
     torch.manual_seed(4)
     layer, _ = pair(device, cls, **kwargs)
-    x, dy = (t.to(device).split(sizes)[rank] for t in batch(sum(sizes)))
+    x, dy = (t.to(device).split(sizes)[rank] for t in batch(sum(sizes), size))
     found = {}
     for _ in range(2):
         x = x.detach().requires_grad_(map_needs_gradient)
@@ -1278,16 +1279,16 @@ def half(rank, device, sizes, cls, kwargs, map_needs_gradient, checkpointed=Fals
     return {name: t.cpu() for name, t in found.items()}
 
 
-def batch(n):
+def batch(n, size=(2, 2)):
     generator = torch.Generator().manual_seed(5)
-    x, dy = torch.randn(2, n, 3, 2, 2, dtype=torch.float64, generator=generator)
+    x, dy = torch.randn(2, n, 3, *size, dtype=torch.float64, generator=generator)
     return x * torch.arange(1, n + 1).view(-1, 1, 1, 1) + 3, dy
 
 
-def whole(device, sizes, cls, kwargs, map_needs_gradient):
+def whole(device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2)):
     torch.manual_seed(4)
     twin = pair(device, cls, **kwargs)[1]
-    x, dy = (t.to(device) for t in batch(sum(sizes)))
+    x, dy = (t.to(device) for t in batch(sum(sizes), size))
     for _ in range(2):
         found = results(twin, x.detach().requires_grad_(map_needs_gradient), dy)
     return found
@@ -1310,8 +1311,18 @@ def test_synchronised_statistics(two_processes, kind, sizes, map_needs_gradient,
 
 
 @DEVICES
+@pytest.mark.parametrize('kind', ['raw', *(
+    pytest.param(kind, marks=slow) for kind in ('standardized', 'dnc', 'cumulative'))])
+def test_synchronised_statistics_of_maps_in_parts(two_processes, kind, device):
+    """Sums over a map split among programs, and more hidden units than one program takes."""
+    cls, kwargs = SYNCHRONISED[kind]
+    arguments = device, (1, 2), cls, dict(kwargs, min_channels=70), True, (61, 83)
+    assert_halves(two_processes(half, *arguments), whole(*arguments))
+
+
+@DEVICES
 def test_synchronised_statistics_under_checkpointing(two_processes, device):
-    arguments = device, (2, 1), *SYNCHRONISED['raw'], True
+    arguments = device, (2, 1), *SYNCHRONISED['raw'], True, (2, 2)
     first = two_processes(half, *arguments)
     again = two_processes(half, *arguments, True)
     for one, other in zip(first, again, strict=True):
