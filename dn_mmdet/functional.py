@@ -447,12 +447,16 @@ def gpu_host():
         return None
 
 
-@functools.cache
 def _on_gpu(index: int):
     """The Triton kernels launched from Python, or None where they do not run on this GPU."""
     host = gpu_host()
-    if host is not None and not host.kernels_run_on(index):
+    if host is not None and not host.kernels_run_on(index):  # which may turn out at any call
         return None
+    return _triton_on_gpu(index)
+
+
+@functools.cache
+def _triton_on_gpu(index):
     if torch.cuda.get_device_capability(index) < (8, 0):
         print_log(f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
                   f'needs compute capability 8.0', logger='current', level=logging.WARNING)

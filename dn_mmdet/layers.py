@@ -97,7 +97,8 @@ class _DynamicNorm(nn.Module):
         self.bn.requires_grad_(bn_requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        return dynamic_norm(x, self.bn, self.sc, batch_shared=self.batch_shared,
+        parts = self._modules  # as attributes, both cost as much as the whole compiled call
+        return dynamic_norm(x, parts['bn'], parts['sc'], batch_shared=self.batch_shared,
                             ndims=self.ndims, backend=self.backend)
 
     def parameters(self, recurse=True):

@@ -367,6 +367,17 @@ def test_averages_that_are_there_and_not_tracked(device):
 
 
 @DEVICES
+def test_averages_that_are_a_lazy_copy(device):
+    """What they were copied from keeps its values."""
+    layer, twin = pair(device)
+    first = layer.running_mean
+    before = first.clone()
+    layer.bn.running_mean = torch._lazy_clone(first)
+    check(layer, twin, values(device, 2, 3, 2, 2))
+    assert torch.equal(first, before)
+
+
+@DEVICES
 def test_averages_that_were_removed(device):
     layer, _ = pair(device, training=False)
     layer.bn.running_mean = layer.bn.running_var = None
@@ -1100,6 +1111,7 @@ if INTERPRETED:
         monkeypatch.setattr(host, 'compile_launch', compiled)
         monkeypatch.setattr(host, 'print_log', lambda text, **kwargs: logged.append(text))
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+        assert functional._on_gpu(0) is not None  # nothing is known against it yet
         refusing(209)
         for shape in ((2, 3, 1, 13), (2, 3, 1, 15)):  # nobody else's
             for layer, twin in (pair('cpu'), pair('cpu', DNC)):
@@ -1107,6 +1119,7 @@ if INTERPRETED:
         assert len(logged) == 1 and 'slower' in logged[0]
         assert ('another version' if error == 'abi' else 'CUDA error 209') in logged[0]
         assert host.kernels_run_on(0) == by_python and host.kernels_run_on(1)
+        assert (functional._on_gpu(0) is not None) == by_python
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
 
@@ -1248,11 +1261,12 @@ def test_two_threads(device):
 two_processes = test_distributed.two_processes
 
 
-def half(rank, device, sizes, cls, kwargs, map_needs_gradient, checkpointed=False):
+def half(rank, device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2),
+         checkpointed=False):
     """In a process of its own: a step with a part of the batch."""
     torch.manual_seed(4)
     layer, _ = pair(device, cls, **kwargs)
-    x, dy = (t.to(device).split(sizes)[rank] for t in batch(sum(sizes)))
+    x, dy = (t.to(device).split(sizes)[rank] for t in batch(sum(sizes), size))
     found = {}
     for _ in range(2):
         x = x.detach().requires_grad_(map_needs_gradient)
@@ -1265,16 +1279,16 @@ def half(rank, device, sizes, cls, kwargs, map_needs_gradient, checkpointed=Fals
     return {name: t.cpu() for name, t in found.items()}
 
 
-def batch(n):
+def batch(n, size=(2, 2)):
     generator = torch.Generator().manual_seed(5)
-    x, dy = torch.randn(2, n, 3, 2, 2, dtype=torch.float64, generator=generator)
+    x, dy = torch.randn(2, n, 3, *size, dtype=torch.float64, generator=generator)
     return x * torch.arange(1, n + 1).view(-1, 1, 1, 1) + 3, dy
 
 
-def whole(device, sizes, cls, kwargs, map_needs_gradient):
+def whole(device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2)):
     torch.manual_seed(4)
     twin = pair(device, cls, **kwargs)[1]
-    x, dy = (t.to(device) for t in batch(sum(sizes)))
+    x, dy = (t.to(device) for t in batch(sum(sizes), size))
     for _ in range(2):
         found = results(twin, x.detach().requires_grad_(map_needs_gradient), dy)
     return found
@@ -1297,8 +1311,18 @@ def test_synchronised_statistics(two_processes, kind, sizes, map_needs_gradient,
 
 
 @DEVICES
+@pytest.mark.parametrize('kind', ['raw', *(
+    pytest.param(kind, marks=slow) for kind in ('standardized', 'dnc', 'cumulative'))])
+def test_synchronised_statistics_of_maps_in_parts(two_processes, kind, device):
+    """Sums over a map split among programs, and more hidden units than one program takes."""
+    cls, kwargs = SYNCHRONISED[kind]
+    arguments = device, (1, 2), cls, dict(kwargs, min_channels=70), True, (61, 83)
+    assert_halves(two_processes(half, *arguments), whole(*arguments))
+
+
+@DEVICES
 def test_synchronised_statistics_under_checkpointing(two_processes, device):
-    arguments = device, (2, 1), *SYNCHRONISED['raw'], True
+    arguments = device, (2, 1), *SYNCHRONISED['raw'], True, (2, 2)
     first = two_processes(half, *arguments)
     again = two_processes(half, *arguments, True)
     for one, other in zip(first, again, strict=True):

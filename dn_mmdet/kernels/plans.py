@@ -325,11 +325,8 @@ class Plan:
         self.forward = [first] if options.batch or not options.shared else []
         if options.world > 1:
             self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
-            # which has merged the parts
-            second = small.statistics(1, shape.size)
-        else:
-            second = small.statistics(parts, size)
-        self.forward += [second, small.coefficients(), affine(shape, tuning)]
+        self.forward += [small.statistics(parts, size), small.coefficients(),
+                         affine(shape, tuning)]
         first, parts, size = reduce(shape, tuning)
         sizes.update(da_part=parts * nc, dc_part=parts * nc)
         self.backward = [first, small.output_gradient(parts), small.moments_gradient()]

@@ -336,10 +336,10 @@ def _add_batch(b_m, b_v, mask, b_shift, b_s1, b_s2):
 
 
 @triton.jit(do_not_specialize=['n'])
-def local_statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, table_ptr, n, channels,
-                            splits, split_size, columns, rank, world, SINGLE: tl.constexpr,
-                            N: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """m, v, and this process's row (count, mean, variance) of a table of zeros."""
+def local_statistics_kernel(m_part_ptr, v_part_ptr, table_ptr, n, channels, splits, split_size,
+                            columns, rank, world, SINGLE: tl.constexpr, N: tl.constexpr,
+                            C: tl.constexpr, ACC: tl.constexpr):
+    """This process's row (count, mean, variance) of a table of zeros."""
     o_c = tl.program_id(0) * C + tl.arange(0, C)
     m_c = o_c < channels
     b_shift = tl.zeros([C], ACC)
@@ -351,8 +351,6 @@ def local_statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, table_ptr, n, 
         o_nc = o_n[:, None] * channels + o_c[None, :]
         b_m, b_v = _merged(m_part_ptr, v_part_ptr, o_nc, mask, n * channels, splits, split_size,
                            columns, SINGLE, N, C, ACC)
-        tl.store(m_ptr + o_nc, b_m, mask)
-        tl.store(v_ptr + o_nc, b_v, mask)
         if first == 0:
             b_shift = tl.sum(b_m, 0) / tl.minimum(n, N)
         b_s1, b_s2 = _add_batch(b_m, b_v, mask, b_shift, b_s1, b_s2)

@@ -420,17 +420,20 @@ struct DynamicNormBackward : public torch::autograd::Node {
 
 // A call as it was read from the layer's modules.
 struct Call {
-  std::array<Tensor, PARAMETERS> parameters;
-  std::array<Tensor, STATE> state;
+  // Not copies: each would take the GIL to count a reference of the Python object.
+  std::array<const Tensor*, PARAMETERS> parameters;
+  std::array<const Tensor*, STATE> state;
+  std::array<THPObjectPtr, PARAMETERS + STATE> owners;
   Scalars scalars;
   int64_t mode = 0;
   std::string group;
 };
 
 Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
-  auto& p = call.parameters;
+  const auto& p = call.parameters;
   const bool differentiable =
-      torch::autograd::compute_requires_grad(x, p[0], p[1], p[2], p[3], p[4], p[5]);
+      torch::autograd::compute_requires_grad(x, *p[0], *p[1], *p[2], *p[3], *p[4], *p[5]);
+  std::optional<pybind11::gil_scoped_release> released(std::in_place);
   c10::OptionalDeviceGuard guard(x.device());
   Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
   Tensor kept = empty_bytes(plan->kept, x);
@@ -442,31 +445,36 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
   pointers[X] = address(x);
   pointers[Y] = address(y);
   for (int i = 0; i < PARAMETERS; ++i) {
-    if (p[i].defined() && !p[i].is_contiguous()) {
+    if (p[i]->defined() && !p[i]->is_contiguous()) {
       BelowAutograd below;
-      copies[i] = p[i].contiguous();
+      copies[i] = p[i]->contiguous();
     }
-    pointers[W + i] = address(copies[i].defined() ? copies[i] : p[i]);
+    pointers[W + i] = address(copies[i].defined() ? copies[i] : *p[i]);
   }
-  for (int i = 0; i < STATE; ++i) pointers[RUNNING_MEAN + i] = address(call.state[i]);
+  for (int i = 0; i < STATE; ++i) {
+    const Tensor& t = *call.state[i];
+    if (t.defined() && call.mode & UPDATE) t.mutable_data_ptr();  // ends a lazy copy
+    pointers[RUNNING_MEAN + i] = address(t);
+  }
   pointers[KEPT] = address(kept);
   pointers[SCRATCH] = address(scratch);
   pointers[TABLE] = address(table);
   run(plan->forward, plan->forward.size(), pointers, call.scalars, x, table, call.group);
   if (call.mode & UPDATE)  // autograd is to notice, as it does an operator's write
-    for (const auto& t : call.state)
-      if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    for (const Tensor* t : call.state)
+      if (t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+  released.reset();  // each of the copies below would take it by itself
   if (differentiable) {
     std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
                                               torch::autograd::deleteNode);
     node->set_next_edges(
-        torch::autograd::collect_next_edges(x, p[0], p[1], p[2], p[3], p[4], p[5]));
+        torch::autograd::collect_next_edges(x, *p[0], *p[1], *p[2], *p[3], *p[4], *p[5]));
     node->plan = plan;
     node->x_ = SavedVariable(x, false);
     node->strides = x.strides();
     for (int i = 0; i < PARAMETERS; ++i) {
-      node->has[i] = p[i].defined();
-      if (p[i].defined()) node->parameters_[i] = SavedVariable(p[i], false);
+      node->has[i] = p[i]->defined();
+      if (p[i]->defined()) node->parameters_[i] = SavedVariable(*p[i], false);
     }
     node->kept = std::move(kept);
     node->table = std::move(table);
@@ -538,14 +546,19 @@ struct Attributes {
   }
 };
 
+const Tensor no_tensor;
+
 // The tensor of this name, undefined for None; false where it is neither, or missing.
-bool read_tensor(PyObject* dict, PyObject* name, Tensor& t) {
+bool read_tensor(PyObject* dict, PyObject* name, const Tensor*& t, THPObjectPtr& owner) {
   PyObject* found = PyDict_GetItemWithError(dict, name);
   if (found == nullptr) return false;
+  t = &no_tensor;
   if (found == Py_None) return true;
   if (!THPVariable_CheckTypeExact(Py_TYPE(found))) return false;
-  t = THPVariable_Unpack(found);
-  return t.layout() == at::kStrided && !t.is_conj() && !t.is_neg() && !t.is_meta();
+  Py_INCREF(found);
+  owner = found;
+  t = &THPVariable_Unpack(found);
+  return t->layout() == at::kStrided && !t->is_conj() && !t->is_neg() && !t->is_meta();
 }
 
 bool read_number(PyObject* found, double& value) {
@@ -602,25 +615,27 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
     if (dict == nullptr || !PyDict_Check(dict)) return false;
   if (PyDict_GET_SIZE(dicts[2]) != 4) return false;
   auto& p = call.parameters;
+  auto& state = call.state;
+  auto owner = call.owners.begin();
   for (int i = 0; i < 2; ++i)
-    if (!read_tensor(dicts[0], names->norm_parameters[i], p[i])) return false;
+    if (!read_tensor(dicts[0], names->norm_parameters[i], p[i], *owner++)) return false;
   for (int i = 0; i < 4; ++i)
-    if (!read_tensor(dicts[2], names->sc_parameters[i], p[2 + i]) || !p[2 + i].defined())
+    if (!read_tensor(dicts[2], names->sc_parameters[i], p[2 + i], *owner++) ||
+        !p[2 + i]->defined())
       return false;
   for (int i = 0; i < STATE; ++i)
-    if (!read_tensor(dicts[1], names->state[i], call.state[i])) return false;
+    if (!read_tensor(dicts[1], names->state[i], state[i], *owner++)) return false;
 
-  const int64_t c = x.size(1), hidden = p[3].numel();
+  const int64_t c = x.size(1), hidden = p[3]->numel();
   for (int i = 0; i < 2; ++i) {
-    if (p[i].defined() && !has_sizes(p[i], x, {c})) return false;
-    if (call.state[i].defined() &&
-        !(has_sizes(call.state[i], x, {c}) && call.state[i].is_contiguous()))
+    if (p[i]->defined() && !has_sizes(*p[i], x, {c})) return false;
+    if (state[i]->defined() && !(has_sizes(*state[i], x, {c}) && state[i]->is_contiguous()))
       return false;
   }
-  if (!has_sizes(p[2], x, {hidden, 2 * c}) || !has_sizes(p[3], x, {hidden}) ||
-      !has_sizes(p[4], x, {2 * c, hidden}) || !has_sizes(p[5], x, {2 * c}) || hidden == 0)
+  if (!has_sizes(*p[2], x, {hidden, 2 * c}) || !has_sizes(*p[3], x, {hidden}) ||
+      !has_sizes(*p[4], x, {2 * c, hidden}) || !has_sizes(*p[5], x, {2 * c}) || hidden == 0)
     return false;
-  Tensor& tracked = call.state[2];
+  const Tensor& tracked = *state[2];
   if (tracked.defined() && (tracked.numel() != 1 || tracked.scalar_type() != at::kLong ||
                             tracked.device() != x.device()))
     return false;
@@ -629,8 +644,8 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   if (!read_flag(norm.get(names->training), training) ||
       !read_flag(norm.get(names->track), track))
     return false;
-  const bool averages = call.state[0].defined() && call.state[1].defined();
-  if (call.state[0].defined() != call.state[1].defined()) return false;
+  const bool averages = state[0]->defined();
+  if (averages != state[1]->defined()) return false;
   const bool batch = training || !averages;
   if (!read_number(norm.get(names->eps), call.scalars.eps) || !(call.scalars.eps > 0)) return false;
   call.mode = (batch ? BATCH : 0) | (shared ? SHARED : 0);
@@ -673,9 +688,11 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   if (batch && world == 1 && n * s == 1) return false;  // an error in training
   if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;  // the kernels' integers
   int64_t dtypes = 0;
-  for (const auto& t : p) dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
-  for (const auto& t : call.state)
-    dtypes = (dtypes << 6) | (t.defined() ? 1 + (int64_t)t.scalar_type() : 0);
+  auto add = [&](const Tensor* t) {
+    dtypes = (dtypes << 6) | (t->defined() ? 1 + (int64_t)t->scalar_type() : 0);
+  };
+  for (const Tensor* t : p) add(t);
+  for (const Tensor* t : state) add(t);
   key = {x.device().index(), n, c, s, hidden, (int64_t)x.scalar_type() << 8 | call.mode, dtypes,
          world, rank};
   return true;
@@ -730,12 +747,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
       return tuple.release();
     }
     const std::shared_ptr<Plan> plan = at->second;  // owned: another thread may add plans
-    Tensor y;
-    {
-      pybind11::gil_scoped_release released;
-      y = forward(plan, x, found);
-    }
-    return THPVariable_Wrap(std::move(y));
+    return THPVariable_Wrap(forward(plan, x, found));
   });
 }
 
