@@ -1,4 +1,4 @@
-"""The table "What works with DN-B" of docs/tested.md, made of the tests marked with what they show.
+"""The table "What works with DN-B" of docs/tested.md, made of the tests that show it.
 
     python tests/claims.py    # writes it again
 """

@@ -1,4 +1,4 @@
-"""The tables of evidence in the README and in docs/results, made of docs/results/runs.csv.
+"""The tables of evidence in README and docs, made of docs/results/runs.csv.
 
     python tests/evidence.py    # writes them again
 
@@ -7,8 +7,8 @@ QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QU
 the column ``folded`` instead of ``value``. The baseline is the config with BN, or CONFIG in
 ``<!-- runs of QUESTION against CONFIG -->``.
 
-``<!-- summary of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` is a table for readers in a hurry, of
-runs of one setting: the first is the baseline, differences are tested unpaired.
+``<!-- summary of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` is a short table of runs of
+one setting. The first config is the baseline; intervals are those of the unpaired test.
 
 ``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- seeds needed at
 SPREAD -->`` is a power calculation.

@@ -75,7 +75,7 @@ def test_every_file_and_every_make_target_that_a_page_names_exists(path):
         before, options, after = re.fullmatch(r'(\w*?)(?:\{(.+)\})?(\w*)', name).groups()
         for option in (options or '').split(','):
             assert f'{before}{option}{after}' in configs, name
-    for name in re.findall(r'`(tools/\w+\.(?:py|sh))\b', text):
+    for name in re.findall(r'`(tools/[a-z_]+\.(?:py|sh))\b', text):
         assert (ROOT / name).is_file(), name
     makefile = (ROOT / 'Makefile').read_text()
     for target in re.findall(r'(?:^    |`)make ([a-z][a-z-]*)', text, re.M):
@@ -156,12 +156,12 @@ def test_the_speed_table_is_the_benchmarks():
     for label, key in SPEED.items():
         cells = re.search(rf'^\| {re.escape(label)} \|(.+)\|$', text, re.M).group(1)
         for cell, backend in zip(cells.split('|'), ('cpp', 'torch', 'reference'), strict=False):
-            row = measured[*key, 'DNB', backend]
+            row = measured[(*key, 'DNB', backend)]
             expected = [row['median']] if label.startswith('bytes') else [
                 row['median'], row['q10'], row['q90']]
             assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
     train, inference, folded = (
-        float(measured[*SPEED[label], 'DNB', 'cpp']['median']) for label in (
+        float(measured[(*SPEED[label], 'DNB', 'cpp')]['median']) for label in (
             'train step, batch 8', 'inference, batch 8',
             'inference, batch 8, against BN folded into the convolutions'))
     assert (f"{train:.2f} of BatchNorm's time for a training step, {inference:.2f} for inference, "
@@ -261,7 +261,8 @@ def test_a_summary_follows_the_runs_and_refuses_several_settings(monkeypatch):
     rows = [row, dict(row, seed=1, value=49.), dict(row, config='dnb_x', value=50., params=2e6),
             dict(row, config='dnb_x', seed=1, value=52.)]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
-    made = evidence.with_tables('<!-- summary of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+    made = evidence.with_tables(
+        '<!-- summary of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
     assert 'old' not in made and '| BN | 0.00 M | 2 | 48.50 |  |' in made
     assert '| DN-B | 2.00 M | 2 | 51.00 | +2.50 (' in made
     with pytest.raises(ValueError, match='expected runs of one setting'):
