@@ -1,13 +1,14 @@
-# make demo | test | test-slow | test-openmmlab: each sets up what it needs first.
+# make demo | test | test-slow | test-openmmlab | docs: each sets up what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 STACK ?= onedl
 export OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo test test-slow test-openmmlab lint
+.PHONY: setup demo test test-slow test-openmmlab lint docs
 
 setup:
 	@tools/setup_env.sh $(STACK) $(VENV) $(PYTHON)
@@ -27,3 +28,13 @@ test-slow: setup
 # The same tests on upstream MMDetection, in an environment of its own.
 test-openmmlab:
 	@$(MAKE) --no-print-directory test STACK=openmmlab VENV=.venv-openmmlab
+
+# The site of docs/, in a small environment of its own: it is read from the source, without torch.
+docs: $(DOCS_VENV)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "The site is in build/site; open build/site/index.html"
+
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check -r requirements/docs.txt
+	@touch $@

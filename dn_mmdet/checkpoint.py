@@ -107,7 +107,7 @@ def open_checkpoint(path, map_location='cpu', trust=False) -> dict:
 def _damaged(path, error):
     size = path.stat().st_size
     return (f'{path}: cannot be read as a checkpoint ({size:,} bytes; '
-            f'{_first_sentence(error)}): truncated, damaged or something else. Copy it anew or '
+            f'{_first_sentence(error)}): truncated, damaged or something else. Copy it again or '
             f'use an earlier one')
 
 

@@ -4,9 +4,14 @@ Not imported by the package: a config names it in its custom_imports.
 """
 from pathlib import Path
 
-from mmdet.models.backbones import MobileNetV2
-from mmpretrain.datasets import CustomDataset
-from mmpretrain.registry import DATASETS, MODELS
+from .environment import check_extra, check_mmdet
+
+check_mmdet()
+check_extra('cls', 'mmpretrain')
+
+from mmdet.models.backbones import MobileNetV2  # noqa: E402
+from mmpretrain.datasets import CustomDataset  # noqa: E402
+from mmpretrain.registry import DATASETS, MODELS  # noqa: E402
 
 
 @MODELS.register_module()

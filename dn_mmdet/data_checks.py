@@ -335,7 +335,7 @@ def _check_size(data, image, name):
     try:
         loaded = load(dict(img_path=name))
     except (AssertionError, OSError, ValueError, cv2.error) as error:
-        raise ConfigError(f'{name}: cannot be read as an image: {reason(error)}. Copy it anew; '
+        raise ConfigError(f'{name}: cannot be read as an image: {reason(error)}. Copy it again; '
                           f'{data.dataset.ann_file} names it') from error
     if loaded is None:  # with ignore_empty=True
         return
@@ -459,4 +459,4 @@ def _read_json(option, path):
             return json.load(file)
     except (ValueError, OSError) as error:  # ValueError: no json, or no text
         raise ConfigError(f'{path}: cannot be read as json ({error}); set by {option}. Copy or '
-                          f'make it anew') from error
+                          f'make it again') from error

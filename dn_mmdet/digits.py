@@ -14,6 +14,8 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
+from .environment import check_extra
+
 # Written into every set. Raise it whenever other images come out of the same seed.
 VERSION = 1
 CLASSES = tuple('0123456789')
@@ -93,7 +95,7 @@ def _is_made(root):
         version = 'nothing of this kind'
     if version != str(VERSION):
         raise ValueError(f'{root}: expected digits of version {VERSION}, found {version}; '
-                         f'remove the folder to have them made anew, or set another data_root')
+                         f'remove the folder to have them made again, or set another data_root')
     return True
 
 
@@ -122,11 +124,8 @@ def _write(root, seed, num_train, num_val):
 
 def _sources():
     """(ink, label) of every digit, ink (h, w) in [0, 1]; the photographs, BGR uint8."""
-    try:
-        from sklearn.datasets import load_digits, load_sample_images
-    except ImportError as error:
-        raise ImportError('the digits ship inside scikit-learn: pip install scikit-learn '
-                          'pillow') from error
+    check_extra('demo', 'sklearn', 'PIL')
+    from sklearn.datasets import load_digits, load_sample_images  # they ship inside it
     data = load_digits()
     digits = [(_trim(np.float32(image) / 16, 0.2), int(label))
               for image, label in zip(data.images, data.target, strict=True)]

@@ -43,8 +43,8 @@ def check_installed() -> None:
     """Raises ConfigError where a package that exporting needs is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'ONNX export needs {", ".join(missing)}, not installed here: '
-                          f"pip install 'dn_mmdet[export]'")
+        raise ConfigError(f'ONNX export needs {", ".join(missing)}, not installed here: in a '
+                          f"clone of dn_mmdet run `pip install -e '.[export]'`")
 
 
 class Detector(nn.Module):

@@ -226,7 +226,7 @@ class _Coefficients:
                        for t, needs in zip((m, v, *parameters), (needed[0], *needed),
                                            strict=True)]
         # This graph keeps its tensors: under gradient checkpointing they would be computed
-        # anew, with all of the layer, once for this graph and once for the outer one.
+        # again, with all of the layer, once for this graph and once for the outer one.
         with torch.enable_grad(), saved_tensors_hooks(_detached, _as_it_is):
             a, c, *observed = coefficients(call, *self.leaves[:2], x, *self.leaves[2:4],
                                            dict(zip(names, self.leaves[4:], strict=True)))

@@ -553,7 +553,7 @@ class Training:
 
     @torch.no_grad()
     def recalibrate(self) -> None:
-        """Running statistics anew, as the mean over the calibration images; they stay so."""
+        """Makes running statistics the mean over the calibration images; they stay so."""
         norms = list(batch_norms(self.model).values())
         momenta = [bn.momentum for bn in norms]
         for bn in norms:

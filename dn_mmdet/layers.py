@@ -25,51 +25,11 @@ FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
 
 
 class _DynamicNorm(nn.Module):
-    r"""Dynamic Normalization: a BatchNorm whose scale and shift follow the input.
-
-    Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. The paper's
-    public text leaves the SC module's layers open; see :class:`SC`.
-
-    .. math::
-        y = (1 + g) \, z + h, \qquad z = w \frac{x - \mu}{\sqrt{var + eps}} + b
-
-    ``z`` is the output of the inner norm ``bn``. DN-B makes ``g, h`` per sample
-    and channel from the mean and std of that sample's channel; DN-C makes one
-    pair per channel from the statistics of the batch. A fresh layer has
-    ``g = h = 0`` and computes what BatchNorm does.
-
-    In training ``mu, var`` are batch statistics, in eval mode the running ones;
-    the mode that counts is that of ``bn``, so that frozen statistics
-    (``norm_eval``, ``momentum=0``, ``track_running_stats=False``) mean what they
-    mean in torch. SC adapts to each input in both.
+    """What DN-B and DN-C share, of which :class:`DNB` has the documentation.
 
     The layer contains a BatchNorm instead of being one, because frameworks fold,
     convert and bypass subclasses of ``_BatchNorm`` without regard to what a
-    subclass adds. A BatchNorm checkpoint loads by name and leaves SC at identity.
-
-    Args:
-        num_features (int): channels C of the input.
-        eps (float): added to variances before the square root.
-        momentum (float | None): step of the running averages; None averages
-            cumulatively.
-        affine (bool): whether the inner norm has ``w`` and ``b``.
-        track_running_stats (bool): whether it keeps running averages.
-        reduction (int): SC's hidden layer has ``C // reduction`` units,
-        min_channels (int): but never fewer than this.
-        inputs (str): ``'raw'`` or ``'standardized'`` statistics for SC. DN-C has
-            no batch to be relative to and takes only ``'raw'``.
-        bound (float | None): ``g`` and ``h`` lie in (-bound, bound).
-        variant (dict | None): for ablations: arguments of
-            :class:`~dn_mmdet.ablation.VariantSC`, which takes SC's place.
-        bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
-            trainable. (mmcv's own ``requires_grad=False`` freezes both.)
-        backend (str): which implementation runs; see :func:`dynamic_norm`. All
-            compute the same.
-        device, dtype: of all parameters and buffers.
-
-    Raises:
-        ValueError: an argument out of range, or an input of wrong shape.
-        TypeError: an argument that does not exist.
+    subclass adds.
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
@@ -77,10 +37,12 @@ class _DynamicNorm(nn.Module):
     batch_shared: bool
     ndims: tuple[int, ...]
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
-                 track_running_stats=True, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.25, bn_requires_grad=True, backend='auto', device=None, dtype=None,
-                 variant=None):
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+                 affine: bool = True, track_running_stats: bool = True, reduction: int = 32,
+                 min_channels: int = 8, inputs: str = 'raw', bound: float | None = 0.25,
+                 bn_requires_grad: bool = True, backend: str = 'auto',
+                 device: torch.device | str | int | None = None,
+                 dtype: torch.dtype | None = None, variant: dict | None = None):
         super().__init__()
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
@@ -205,7 +167,7 @@ class _DynamicNorm(nn.Module):
 def _register(cls):
     """Registers in mmengine's root registry, which every OpenMMLab scope falls back to.
 
-    Importing this file anew replaces its own classes; a class of the same name
+    Importing this file again replaces its own classes; a class of the same name
     from elsewhere is left in place and mmengine's error names it.
     """
     existing = MODELS.module_dict.get(cls.__name__)
@@ -224,7 +186,48 @@ class _DNC(_DynamicNorm):
 
 @_register
 class DNB(_DNB):
-    """DN-B over (N, C, H, W); see :class:`_DynamicNorm`.
+    """DN-B over (N, C, H, W): a BatchNorm whose scale and shift follow each sample.
+
+    Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. The paper's
+    public text leaves the layers of the SC module open; see :class:`SC`.
+
+        y = (1 + g) z + h,    z = w (x - mu) / sqrt(var + eps) + b
+
+    ``z`` is the output of the inner norm ``bn``. The module ``sc`` makes ``g`` and
+    ``h`` for each sample and channel, from the mean and std of that sample's
+    channel. A new layer has ``g = h = 0`` and computes what BatchNorm does. A
+    BatchNorm checkpoint loads by name and leaves it so.
+
+    In training ``mu, var`` are batch statistics, in eval mode the running ones. The
+    mode that counts is that of ``bn``, so that frozen statistics (``norm_eval``,
+    ``momentum=0``, ``track_running_stats=False``) mean what they mean in torch. SC
+    adapts to each input in both modes.
+
+    Args:
+        num_features (int): channels C of the input.
+        eps (float): added to variances before the square root.
+        momentum (float | None): step of the running averages; None averages
+            cumulatively.
+        affine (bool): whether the inner norm has ``w`` and ``b``.
+        track_running_stats (bool): whether it keeps running averages.
+        reduction (int): SC's hidden layer has ``C // reduction`` units,
+        min_channels (int): but never fewer than this.
+        inputs (str): ``'raw'`` or ``'standardized'`` statistics for SC. DN-C has
+            no batch to be relative to and takes only ``'raw'``.
+        bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
+            bound, which diverges at high learning rates.
+        variant (dict | None): for ablations: arguments of
+            :class:`~dn_mmdet.ablation.VariantSC`, which takes SC's place.
+        bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
+            trainable. (mmcv's own ``requires_grad=False`` freezes both.)
+        backend (str): which implementation runs; see :func:`dynamic_norm`. All
+            compute the same.
+        device: of all parameters and buffers.
+        dtype: of all parameters and buffers.
+
+    Raises:
+        ValueError: an argument out of range, or an input of wrong shape.
+        TypeError: an argument that does not exist.
 
     Example:
         >>> layer = DNB(16)
@@ -236,41 +239,51 @@ class DNB(_DNB):
 
 @_register
 class DNB1d(_DNB):
-    """DN-B over (N, C) or (N, C, L)."""
+    """DN-B over (N, C) or (N, C, L); the arguments are those of :class:`DNB`."""
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNB3d(_DNB):
-    """DN-B over (N, C, D, H, W)."""
+    """DN-B over (N, C, D, H, W); the arguments are those of :class:`DNB`."""
     bn_type, ndims = nn.BatchNorm3d, (5, )
 
 
 @_register
 class SyncDNB(_DNB):
-    """DN-B over (N, C, ...), its batch statistics reduced over all processes."""
+    """DN-B over (N, C, ...), with batch statistics over all processes; else as :class:`DNB`."""
     bn_type, ndims = nn.SyncBatchNorm, ()
 
 
 @_register
 class DNC(_DNC):
-    """DN-C over (N, C, H, W)."""
+    """DN-C over (N, C, H, W): a BatchNorm whose scale and shift follow the batch.
+
+    As :class:`DNB`, with its arguments, but there is one ``g`` and one ``h`` for each
+    channel, made from ``mu`` and ``sqrt(var + eps)``. In eval mode these are the running
+    averages, so that ``g`` and ``h`` are constants. ``inputs`` has to be ``'raw'``.
+
+    Example:
+        >>> layer = DNC(16)
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 16, 8, 8])
+    """
     bn_type, ndims = nn.BatchNorm2d, (4, )
 
 
 @_register
 class DNC1d(_DNC):
-    """DN-C over (N, C) or (N, C, L)."""
+    """DN-C over (N, C) or (N, C, L); the arguments are those of :class:`DNB`."""
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNC3d(_DNC):
-    """DN-C over (N, C, D, H, W)."""
+    """DN-C over (N, C, D, H, W); the arguments are those of :class:`DNB`."""
     bn_type, ndims = nn.BatchNorm3d, (5, )
 
 
 @_register
 class SyncDNC(_DNC):
-    """DN-C over (N, C, ...), its batch statistics reduced over all processes."""
+    """DN-C over (N, C, ...), with batch statistics over all processes; else as :class:`DNC`."""
     bn_type, ndims = nn.SyncBatchNorm, ()

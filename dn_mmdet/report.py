@@ -59,7 +59,8 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     (out / 'report.md').write_text(f'# Comparison\n\n{_list(head)}{text}{images}')
     page = _page(drawn, head, table, baseline)
     if page is None:
-        text += '\nreport.html was not written: it needs plotly (pip install plotly)\n'
+        text += ('\nreport.html was not written: plotly is not installed here. In a clone of '
+                 "dn_mmdet run `pip install -e '.[experiments]'`\n")
     else:
         (out / 'report.html').write_text(page)
     return Written(rows, _list(head) + text)

@@ -108,7 +108,7 @@ def append_row(path, row) -> None:
 
 
 def write_rows(path, rows) -> None:
-    """All rows anew, in order."""
+    """Writes all rows again, in order."""
     part = Path(f'{path}.part')
     with open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
@@ -186,7 +186,7 @@ def by_architecture(rows) -> str:
 
 
 def with_table(page: str, table: str) -> str:
-    """A page of Markdown with the table anew between its two marks."""
+    """A page of Markdown with the table written again between its two marks."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not (rest and after):

@@ -1,6 +1,6 @@
-"""The README's table "What works with DN-B", made of the tests marked with what they show.
+"""The table "What works with DN-B" of docs/tested.md, made of the tests that show it.
 
-    python tests/claims.py    # writes it anew
+    python tests/claims.py    # writes it again
 """
 import ast
 import re
@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-README = TESTS.parent / 'README.md'
+PAGE = TESTS.parent / 'docs' / 'tested.md'
 BEGIN, END = '<!-- written by tests/claims.py -->', '<!-- end -->'
 
 
@@ -31,10 +31,10 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """A page with the table anew between its two marks."""
+    """A page with the table written again between its two marks."""
     before, after = re.split(f'(?s){BEGIN}.*?{END}', page)
     return f'{before}{BEGIN}\n{table()}\n{END}{after}'
 
 
 if __name__ == '__main__':
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -1,11 +1,14 @@
-"""The tables of evidence in the README and in docs/results, made of docs/results/runs.csv.
+"""The tables of evidence in README and docs, made of docs/results/runs.csv.
 
-    python tests/evidence.py    # writes them anew
+    python tests/evidence.py    # writes them again
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
 QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QUESTION -->`` takes
 the column ``folded`` instead of ``value``. The baseline is the config with BN, or CONFIG in
 ``<!-- runs of QUESTION against CONFIG -->``.
+
+``<!-- summary of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` is a short table of runs of
+one setting. The first config is the baseline; intervals are those of the unpaired test.
 
 ``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- seeds needed at
 SPREAD -->`` is a power calculation.
@@ -19,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
 MARKS = re.compile(r'(?s)<!-- (?:(\w+) )?runs of ([^:]+?)(?: against (\S+?))?(?:: ([^>]+?))? -->\n'
                    r'.*?<!-- end -->')
+SUMMARY = re.compile(r'(?s)<!-- summary of ([^:]+?): ([^>]+?) -->\n.*?<!-- end -->')
+SHOWN = {'accuracy/top1': ('top-1', 1), 'coco/bbox_mAP': ('AP', 100)}  # metric: name, factor
 ADAPTATION = re.compile(r'(?s)<!-- adaptation in ([^>]+?) -->\n.*?<!-- end -->')
 FOLDED = ('folded', 'folded_recalibrated', 'folded_most')
 POWER = re.compile(r'(?s)<!-- seeds needed at ([\d.]+) -->\n.*?<!-- end -->')
@@ -57,6 +62,30 @@ def tables(question: str, configs: str | None = None, column: str | None = None,
     return '\n'.join(text)
 
 
+def summary(question: str, labels: str) -> str:
+    """One row for each config under the label that a page gives it, in two digits."""
+    configs = {config: label for label, config in (
+        pair.split(' = ') for pair in labels.split(', '))}
+    baseline = next(iter(configs))
+    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
+            if run.row['question'] == question and run.row['config'] in configs]
+    rows = {row['config']: row for row in results.summarise(runs, baseline)}
+    if len(rows) < len(configs) or len({run.row['lr'] for run in runs}) > 1:
+        raise ValueError(f'{question!r}: expected runs of one setting for {sorted(configs)}, '
+                         f'got {sorted(rows)}')
+    name, factor = SHOWN[rows[baseline]['metric']]
+    lines = []
+    for config, label in configs.items():
+        row = rows[config]
+        difference = '' if config == baseline else (
+            f'{factor * row["unpaired"]:+.2f} ({factor * row["unpaired_low"]:+.2f} to '
+            f'{factor * row["unpaired_high"]:+.2f})')
+        lines.append([label, f'{row["parameters"] / 1e6:.2f} M', row['seeds'],
+                      f'{factor * row["mean"]:.2f}', difference])
+    return report.markdown_table(['', 'parameters', 'seeds', name,
+                                  f'difference to {configs[baseline]} (95 % interval)'], lines)
+
+
 def adaptation(question: str) -> str:
     """What each model with DN layers loses when they are folded: dynamic - folded, over seeds."""
     runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
@@ -90,14 +119,15 @@ def seeds_needed(spread: float) -> str:
 
 
 def with_tables(page: str) -> str:
-    def anew(made):
+    def written_by(made):
         def write(found):
             return f'{found.group().splitlines()[0]}\n{made(*found.groups())}<!-- end -->'
         return write
-    page = MARKS.sub(anew(lambda column, question, baseline, configs: tables(
+    page = SUMMARY.sub(written_by(summary), page)
+    page = MARKS.sub(written_by(lambda column, question, baseline, configs: tables(
         question, configs, column, baseline)), page)
-    page = ADAPTATION.sub(anew(adaptation), page)
-    return POWER.sub(anew(lambda spread: seeds_needed(float(spread))), page)
+    page = ADAPTATION.sub(written_by(adaptation), page)
+    return POWER.sub(written_by(lambda spread: seeds_needed(float(spread))), page)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The README's table of speed on a GPU, made of docs/results/benchmark_gpu.csv.
+"""The table of speed on a GPU in docs/speed.md, made of docs/results/benchmark_gpu.csv.
 
     python tests/speed.py    # writes it again
 
@@ -13,7 +13,7 @@ from dn_mmdet import benchmark
 from dn_mmdet.benchmark import bars
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / 'README.md'
+PAGE = ROOT / 'docs' / 'speed.md'
 ROWS = ROOT / 'docs' / 'results' / 'benchmark_gpu.csv'
 BEGIN, END = '<!-- speed on a GPU, written by tests/speed.py -->', '<!-- end -->'
 
@@ -92,4 +92,4 @@ def with_table(page: str, rows) -> str:
 
 
 if __name__ == '__main__':
-    README.write_text(with_table(README.read_text(), read()))
+    PAGE.write_text(with_table(PAGE.read_text(), read()))

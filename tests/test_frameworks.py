@@ -214,7 +214,7 @@ class TestFreezing:
                      strides=(1, 2), dilations=(1, 1), out_indices=(1, ),
                      norm_cfg=dict(type='DNB', bn_requires_grad=bn_requires_grad))
         for thawed_first in (False, True):
-            if thawed_first:  # train() has to freeze the stages anew
+            if thawed_first:  # train() has to freeze the stages again
                 net.requires_grad_(True)
             net.train()
             for name, parameter in net.named_parameters():
@@ -297,7 +297,7 @@ class TestInitialisation:
 
 @pytest.mark.shows('gradient checkpointing, `with_cp=True`')
 def test_with_cp_gives_the_same_gradients(close):
-    """A backbone's option that computes blocks anew in the backward pass (re-entrant)."""
+    """A backbone's option that computes blocks again in the backward pass (re-entrant)."""
     model = awake(ResNet(18, base_channels=8, with_cp=True, norm_eval=False,
                          norm_cfg=dict(type='DNB'))).double()
     plain = copy.deepcopy(model)

@@ -54,7 +54,7 @@ def trained(cls, num_features=6, **kwargs):
 
 
 def by_numpy(layer, x):
-    """The formula written anew, one sample and channel at a time."""
+    """The formula written out, one sample and channel at a time."""
     x, eps = x.numpy(), layer.eps
     num_samples, num_channels = x.shape[:2]
     values = x.reshape(num_samples, num_channels, -1)

@@ -1,4 +1,4 @@
-"""What the README claims in code and in numbers holds."""
+"""What README and docs claim in code and in numbers holds."""
 import csv
 import re
 from pathlib import Path
@@ -19,12 +19,34 @@ from dn_mmdet import DNB, results
 from dn_mmdet.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
 README = (ROOT / 'README.md').read_text()
+# zoo.md is written by tools/check_zoo.py and names nothing of this repository.
+PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + [
+    path for path in sorted(DOCS.rglob('*.md')) if path.name != 'zoo.md']
+
+
+def one_line(name):
+    """A page of the docs as one line of text, for numbers that may stand across a line's end."""
+    return (DOCS / name).read_text().replace('\n', ' ')
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_its_snippets_run():
+    config, convert = re.findall(r'```python\n(.+?)```', README, re.S)
+    cfg = Config.fromstring(config, '.py')
+    assert cfg.model.backbone.norm_cfg.type in MODELS
+    names = {}
+    exec(convert, names)
+    assert any(isinstance(module, DNB) for module in names['model'].modules())
 
 
 def test_equivalent_to_is_dn_b(close):
-    section = README.split('## Equivalent to')[1]
-    lines = re.match(r'\s*\n((?:    .+\n)+)', section).group(1)
+    section = (DOCS / 'inside.md').read_text().split('## Equivalent to')[1]
+    lines = re.search(r'\n((?:    .+\n)+)', section).group(1)
     code = '\n'.join(line[4:] for line in lines.splitlines())
     assert len(code.splitlines()) == 3
     for training in (True, False):
@@ -40,20 +62,45 @@ def test_equivalent_to_is_dn_b(close):
         close(names['y'], layer(x))
 
 
-def test_every_file_that_it_names_exists():
-    for path in re.findall(r'\]\(([^)#]+)\)', README):
-        assert path.startswith('http') or (ROOT / path).exists(), path
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+def test_every_file_and_every_make_target_that_a_page_names_exists(path):
+    text = path.read_text()
+    for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
+        if not link.startswith('http'):
+            assert (path.parent / link).exists(), link
+            # The site holds the docs alone: a link that leaves them would lead nowhere.
+            assert path.parent == ROOT or (path.parent / link).resolve().is_relative_to(DOCS), link
     configs = {path.stem for path in (ROOT / 'configs').glob('*.py')}
-    for name in re.findall(r'`(\w+(?:\{[^}]+\}\w+)?)\.py`', README):
+    for name in re.findall(r'`(\w*(?:_(?:bn|dnb|dnc)_|\{[^}]+\})\w*)\.py`', text):
         before, options, after = re.fullmatch(r'(\w*?)(?:\{(.+)\})?(\w*)', name).groups()
         for option in (options or '').split(','):
             assert f'{before}{option}{after}' in configs, name
-
-
-def test_makes_all_targets_that_it_names():
+    for name in re.findall(r'`(tools/[a-z_]+\.(?:py|sh))\b', text):
+        assert (ROOT / name).is_file(), name
     makefile = (ROOT / 'Makefile').read_text()
-    for target in re.findall(r'\bmake ([a-z-]+)', README):
+    for target in re.findall(r'(?:^    |`)make ([a-z][a-z-]*)', text, re.M):
         assert re.search(rf'^{target}:', makefile, re.M), target
+
+
+def test_the_site_and_its_start_page_have_every_page():
+    site = (ROOT / 'mkdocs.yml').read_text()
+    start = (DOCS / 'README.md').read_text()
+    for path in DOCS.rglob('*.md'):
+        name = path.relative_to(DOCS).as_posix()
+        assert f': {name}\n' in site, name
+        assert name == 'README.md' or f']({name})' in start, name
+
+
+def test_every_tool_and_every_config_has_a_line():
+    tools = (DOCS / 'tools.md').read_text()
+    for path in (ROOT / 'tools').iterdir():
+        if path.suffix in ('.py', '.sh'):
+            assert f'tools/{path.name}' in tools, path.name
+    written = set()
+    for name in re.findall(r'`(\w+(?:\{[^}]+\}\w+)?)\.py`', (DOCS / 'configs.md').read_text()):
+        before, options, after = re.fullmatch(r'(\w*?)(?:\{(.+)\})?(\w*)', name).groups()
+        written.update(f'{before}{option}{after}' for option in (options or '').split(','))
+    assert written == {path.stem for path in (ROOT / 'configs').glob('*.py')}
 
 
 def test_parameters_and_mult_adds_are_as_stated():
@@ -64,11 +111,13 @@ def test_parameters_and_mult_adds_are_as_stated():
     init_default_scope('mmdet')
     bn, dnb = parameters('bn'), parameters('dnb')
     stated = f'{bn / 1e6:.2f} M with BN and {dnb / 1e6:.2f} M with DN-B (+{dnb / bn - 1:.0%})'
-    assert stated.replace('%', ' %') in README.replace('\n', ' ')
+    for text in (README, one_line('paper.md')):
+        assert stated.replace('%', ' %') in text
     model = mobilenet_v2(num_classes=100, norm_layer=DNB)
     counted = mult_adds(model, lambda: model(torch.randn(1, 3, 224, 224)))
     share = counted['SC'] / (counted['convolutions'] + counted['linears'])
-    assert f'SC adds {share:.2%} Mult-Adds'.replace('%', ' %') in README
+    for text in (README, one_line('paper.md')):
+        assert f'SC adds {share:.2%} Mult-Adds'.replace('%', ' %') in text
 
 
 # Rows of the speed table: part, task, batch, measure and unit of the benchmark's rows.
@@ -96,24 +145,37 @@ def test_the_slowest_layer_is_the_benchmarks():
         if (row['part'], row['task'], row['unit'], row['norm'], row['backend']) == (
             'layer', 'train', 'of BN', 'DNB', 'cpp')}
     assert max(ratios, key=ratios.get) == '1'
-    assert f"takes up to {ratios['1']:.1f} times BatchNorm's" in README
+    assert f"takes up to {ratios['1']:.1f} times BatchNorm's" in one_line('speed.md')
 
 
 def test_the_speed_table_is_the_benchmarks():
+    text = (DOCS / 'speed.md').read_text()
     measured = {tuple(row[key] for key in ('part', 'task', 'batch', 'measure', 'unit', 'norm',
                                            'backend')): row
                 for row in benchmark_rows() if row['part'] != 'layer'}
     for label, key in SPEED.items():
-        cells = re.search(rf'^\| {re.escape(label)} \|(.+)\|$', README, re.M).group(1)
+        cells = re.search(rf'^\| {re.escape(label)} \|(.+)\|$', text, re.M).group(1)
         for cell, backend in zip(cells.split('|'), ('cpp', 'torch', 'reference'), strict=False):
-            row = measured[*key, 'DNB', backend]
+            row = measured[(*key, 'DNB', backend)]
             expected = [row['median']] if label.startswith('bytes') else [
                 row['median'], row['q10'], row['q90']]
             assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
+    train, inference, folded = (
+        float(measured[(*SPEED[label], 'DNB', 'cpp')]['median']) for label in (
+            'train step, batch 8', 'inference, batch 8',
+            'inference, batch 8, against BN folded into the convolutions'))
+    assert (f"{train:.2f} of BatchNorm's time for a training step, {inference:.2f} for inference, "
+            f'{folded:.2f} where BatchNorm is folded') in README
+
+
+def test_the_gain_is_that_of_the_runs():
+    gain = re.search(r"\| DN-B \| .+ \| \+([\d.]+) \(", README).group(1)
+    assert f'{float(gain):.1f} points of top-1' in README
 
 
 def test_the_speed_on_a_gpu_is_the_benchmarks():
-    assert speed.with_table(README, speed.read()) == README, (
+    text = speed.PAGE.read_text()
+    assert speed.with_table(text, speed.read()) == text, (
         'python tests/speed.py writes the table again')
 
 
@@ -143,13 +205,14 @@ def test_a_table_of_gpu_speed_follows_the_rows_and_names_card_and_commit():
 
 def test_what_works_is_the_table_of_the_tests_that_show_it():
     assert len(claims.claims()) > 10
-    assert claims.with_table(README) == README, 'python tests/claims.py writes the table anew'
+    text = claims.PAGE.read_text()
+    assert claims.with_table(text) == text, 'python tests/claims.py writes the table again'
 
 
 @pytest.mark.parametrize('path', evidence.PAGES, ids=lambda path: path.name)
 def test_tables_of_evidence_are_those_of_the_runs(path):
-    page = path.read_text()
-    assert evidence.with_tables(page) == page, 'python tests/evidence.py writes them anew'
+    text = path.read_text()
+    assert evidence.with_tables(text) == text, 'python tests/evidence.py writes them again'
 
 
 def test_a_table_of_evidence_follows_the_runs():
@@ -192,6 +255,23 @@ def test_questions_that_are_planned_have_no_runs_yet():
     assert not asked & set(evidence.PLANNED), 'take them out of PLANNED'
 
 
-def test_the_power_calculation_is_written_anew():
+def test_a_summary_follows_the_runs_and_refuses_several_settings(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'accuracy/top1', 48., 2, .1, 8,
+                                     9, 3., 'GPU', 'c', 'finished'), strict=True))
+    rows = [row, dict(row, seed=1, value=49.), dict(row, config='dnb_x', value=50., params=2e6),
+            dict(row, config='dnb_x', seed=1, value=52.)]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables(
+        '<!-- summary of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+    assert 'old' not in made and '| BN | 0.00 M | 2 | 48.50 |  |' in made
+    assert '| DN-B | 2.00 M | 2 | 51.00 | +2.50 (' in made
+    with pytest.raises(ValueError, match='expected runs of one setting'):
+        evidence.summary('q', 'BN = bn_x, wider = wide_x')
+    rows.append(dict(row, seed=2, lr=.2))
+    with pytest.raises(ValueError, match='expected runs of one setting'):
+        evidence.summary('q', 'BN = bn_x, DN-B = dnb_x')
+
+
+def test_the_power_calculation_is_written_again():
     made = evidence.with_tables('<!-- seeds needed at 0.5 -->\nold\n<!-- end -->')
     assert 'old' not in made and '| seeds of each | 17 |' in made

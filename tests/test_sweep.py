@@ -170,6 +170,6 @@ def test_a_next_run_checks_what_has_no_row(zoo, tmp_path, capsys):
     assert '3 of the 3 distinct detectors' in (tmp_path / 'docs' / 'zoo.md').read_text()
     assert '| a | 2 |' in (tmp_path / 'docs' / 'models.md').read_text()
     assert len(read_rows(tmp_path / 'docs' / 'results' / 'zoo.csv')) == 3
-    with pytest.raises(SystemExit) as ended:  # it checks a/1.py anew
+    with pytest.raises(SystemExit) as ended:  # it checks a/1.py again
         TOOL['main'](['--out-dir', str(out), '--only', 'a/1.py', '--again'])
     assert ended.value.code == 130

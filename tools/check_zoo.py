@@ -34,7 +34,7 @@ def parse(argv):
                         'output of each check (default: %(default)s)')
     parser.add_argument('--only', nargs='+', default=['*'], metavar='PATTERN',
                         help='configs to check, as in "yolox/*"')
-    parser.add_argument('--again', action='store_true', help='check anew what has a row')
+    parser.add_argument('--again', action='store_true', help='check configs again that have a row')
     parser.add_argument('--time-limit', type=int, default=180, metavar='SECONDS',
                         help='of processor time for each config (default: %(default)s)')
     parser.add_argument('--memory', type=float, default=16, metavar='GIB',

@@ -30,7 +30,7 @@ class ChildFailed(Exception):
 
 
 def train(configs, out, seed, console):
-    """Both trainings at once, anew; returns their runs."""
+    """Runs both trainings at once, from the start; returns their runs."""
     shutil.rmtree(out / 'runs', ignore_errors=True)
     variants = [compare.Variant(path.stem, str(path), command_line.load_config(path))
                 for path in configs]

@@ -12,7 +12,7 @@ machine, which needs neither of the two:
 
 Before a variant is trained, its layers are held against the float64 reference on that device,
 and a replay of its graph against a step without; it is refused where one of them is off. A run
-whose row is in the file is not trained again; one that was killed starts anew.
+whose row is in the file is not trained again; one that was killed starts again.
 """
 import argparse
 import logging

@@ -47,7 +47,7 @@ def prepare(name, source, out):
         raise DataError(f'{source}: expected a folder with the tar files of {name}, found none; '
                         f'name it with --source')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f'{out}: exists already; remove it to prepare it anew, or choose '
+        raise DataError(f'{out}: exists already; remove it to prepare it again, or choose '
                         f'another folder with --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
@@ -71,7 +71,7 @@ def _unpack(tar, folder):
         with tarfile.open(tar) as archive:
             archive.extractall(folder, filter='data')
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f'{tar}: cannot be unpacked ({error}); copy it anew') from error
+        raise DataError(f'{tar}: cannot be unpacked ({error}); copy it again') from error
 
 
 def _read(folder, split, source):
@@ -84,7 +84,7 @@ def _read(folder, split, source):
         [(a['image_id'], a['iscrowd']) for a in coco['annotations']]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f'{source}: {path.name} is damaged or is not COCO json '
-                        f'({type(error).__name__}: {error}); copy it anew') from error
+                        f'({type(error).__name__}: {error}); copy it again') from error
     absent = [name for name in names if not (folder / 'images' / name).is_file()]
     if absent:
         raise DataError(f'{source}: {len(absent)} of the {len(names)} images in {path.name} '

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with one of the two tested stacks and this package.
 # usage: tools/setup_env.sh onedl|openmmlab VENV [PYTHON]
-# Done once; an interrupted set-up continues where it stopped.
+# Done once. An interrupted set-up continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,10 +12,10 @@ pins=requirements/$stack.txt
 [ -f "$pins" ] || { echo "setup: unknown stack '$stack': expected onedl or openmmlab" >&2; exit 2; }
 
 stamp=$venv/.ready
-ready=$(cat "$pins" setup.py dn_mmdet/kernels/csrc/*.cpp "$0" | cksum)
+ready=$(cat "$pins" pyproject.toml setup.py dn_mmdet/kernels/csrc/*.cpp "$0" | cksum)
 [ "$(cat "$stamp" 2>/dev/null)" = "$ready" ] && exit 0
 
-# --- what is missing is named before anything is downloaded ---
+# --- name what is missing before anything is downloaded ---
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 if command -v "$python" >/dev/null; then
@@ -41,7 +41,7 @@ mmcv=${prefix}mmcv==$(version "${prefix}mmcv")
 jobs=$(env -u OMP_NUM_THREADS nproc)  # nproc prints OMP_NUM_THREADS, where that is set
 
 echo "Setting up $venv: torch $(version torch), $mmdet $(version $mmdet), $mmcv."
-echo "Once: about 5 GB of downloads, and compiling MMCV's operators takes about 12 minutes on 2 cores."
+echo "This is done once. It downloads about 5 GB, and compiles MMCV's operators: about 12 minutes on 2 cores."
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 step() { echo "[$(date +%H:%M:%S)] $*"; }
 
@@ -72,16 +72,16 @@ if ! mmcv_works; then
     compile_mmcv || { tail -n 30 "$venv/mmcv.log" >&2
                       echo "setup: installing $mmcv failed; the whole log is $venv/mmcv.log" >&2; exit 1; }
     if ! mmcv_works; then
-        step "    the cached wheel was compiled for another torch: compiling anew"
+        step "    the cached wheel was compiled for another torch: compiling it again"
         pip cache remove "${mmcv%%==*}" >/dev/null || true
         pip uninstall -q -y "${mmcv%%==*}"
         compile_mmcv
     fi
 fi
 
-step "3/4 MMDetection, this package and what its tests need"
-# Its CPU kernels are compiled against the installed torch, which build isolation would hide.
-pip install -q -c "$pins" --no-build-isolation -e ".[$stack,cls,export,report,tests]"
+step "3/4 MMDetection, this package and the packages for its tests"
+# The CPU kernels are compiled against the installed torch, which build isolation would hide.
+pip install -q -c "$pins" --no-build-isolation -e ".[$stack,cls,demo,experiments,export,tests]"
 
 step "4/4 checking that everything imports"
 "$venv/bin/python" -W ignore -c 'import mmcv.ops, torchvision, mmdet, dn_mmdet.kernels.cpp_ops'

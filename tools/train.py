@@ -35,8 +35,8 @@ def parse(argv):
                        help='continue a training: from the last checkpoint in the work folder, '
                        'or from the one named. An empty folder starts from the beginning')
     again.add_argument('--overwrite', action='store_true',
-                       help='train anew in a folder that holds checkpoints. They are removed '
-                       'after the first step; other files stay')
+                       help='train from the start in a folder that holds checkpoints. They are '
+                       'removed after the first step; other files stay')
     parser.add_argument('--seed', type=int, help='of all random numbers (default: that of the '
                         'config, or a random one, which the log names)')
     parser.add_argument('--deterministic', action='store_true',

@@ -2,7 +2,7 @@
 
 BatchNorm's own kernels, in eval mode on a view with one channel per sample's channel,
 are the fastest stock operators for these passes: each is one pass over all cores. A map
-that is made anew costs more than a pass over it, so that each primitive makes one at most.
+that is allocated again costs more than a pass over it, so that each primitive makes one at most.
 
 On a GPU, where those kernels round sums to the map's dtype, plain operators run: a slow path
 for where the Triton kernels cannot.
