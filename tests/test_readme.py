@@ -179,6 +179,17 @@ def test_the_speed_on_a_gpu_is_the_benchmarks():
         'python tests/speed.py writes the table again')
 
 
+def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
+    measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
+                for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'
+                and row['unit'] == 'of BN'}
+    contiguous, channels_last, inference = (measured[key] for key in (
+        ('train', 'sum of times', 'contiguous'), ('train', 'sum of times', 'channels_last'),
+        ('inference', 'sum of times', 'contiguous')))
+    assert (f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
+            f'{channels_last:.2f} in channels_last; inference {inference:.2f}') in README
+
+
 def gpu_row(line, layout, measure, median, **others):
     return dict(dict(part=line.part, task=line.task, measure=measure, unit='of BN',
                      batch=line.batch, dtype=line.dtype, memory_format=layout, norm='DNB',
