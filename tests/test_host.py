@@ -1529,5 +1529,6 @@ if not INTERPRETED:
         last = x[-1:].detach().clone().requires_grad_()
         alone = layer(last)
         torch.testing.assert_close(y[-1:], alone)
-        torch.testing.assert_close(dx[-1:], torch.autograd.grad(alone, last, alone.detach())[0],
-                                   rtol=2e-3, atol=2e-3)
+        # the same dy: where y and its twin are rounded to neighbours, their gradients are too
+        torch.testing.assert_close(
+            dx[-1:], torch.autograd.grad(alone, last, y[-1:].detach())[0], rtol=2e-3, atol=2e-3)
