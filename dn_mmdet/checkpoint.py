@@ -27,7 +27,7 @@ from torch import nn
 from .layers import _DynamicNorm
 from .registered import loaded
 
-REMEDY = ('If you trust whoever made it as you trust a program that you run, pass '
+REMEDY = ('If you trust its author as you trust a program that you run, pass '
           '--trust-checkpoint.')
 
 
@@ -69,7 +69,7 @@ def _allowed():
 
 
 def open_checkpoint(path, map_location='cpu', trust=False) -> dict:
-    """The content of a checkpoint file, of which nothing is executed unless ``trust``.
+    """The content of a checkpoint file. Nothing in it is executed unless ``trust``.
 
     ``meta.config``, a text which mmengine would run as Python code on resume, is
     left out. (mmengine 0.10 writes ``meta.cfg``, which nothing runs.)
@@ -300,7 +300,7 @@ def _variants(classes):
 
 
 def _types(text):
-    """The classes that the model in a config's text names. Nothing of it is executed."""
+    """The classes that the model in a config's text names. The text is not executed."""
     try:
         statements = ast.parse(text or '').body
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
@@ -312,7 +312,7 @@ def _types(text):
 
 
 def _type_names(node):
-    """Of every ``type`` in a statement: a text, or the dotted path of a class."""
+    """Every ``type`` in a statement: a text, or the dotted path of a class."""
     for child in ast.walk(node):
         if isinstance(child, ast.Call):
             pairs = [(keyword.arg, keyword.value) for keyword in child.keywords]

@@ -42,7 +42,7 @@ class StridedMobileNetV2(MobileNetV2):
 
 @DATASETS.register_module()
 class ListedImageFolder(CustomDataset):
-    """Images in one sub-folder per class, of which a list chooses.
+    """Images in one sub-folder per class; a list can choose some of the classes.
 
     Args:
         class_list (str | None): text file with the name of a sub-folder in each

@@ -1,7 +1,7 @@
 """Annotation files in COCO's format: what mmdet's CocoDataset and pycocotools make of them.
 
 Neither checks what it reads. Some files end a training hours later, others train wrong
-labels or give a wrong AP without a word. Each rule here is a function that raises
+labels or give a wrong AP, and say nothing. Each rule here is a function that raises
 `CocoError` with one sentence: which entry, what was expected, what to do.
 """
 import itertools
@@ -29,7 +29,7 @@ class CocoError(ValueError):
 
 
 def check_format(content, annotations=True) -> None:
-    """What every use of a file needs, whoever reads it.
+    """What every use of a file needs.
 
     Args:
         content: as `json.load` gives it.
@@ -129,7 +129,7 @@ def check_crowds(annotations) -> None:
 
 
 def check_references(content) -> None:
-    """Annotations of images that are not listed are left out; of categories, an error."""
+    """Leaves out annotations of images that are not listed; an unlisted category is an error."""
     images = {image['id'] for image in content['images']}
     categories = {category['id'] for category in content['categories']}
     annotations = content.get('annotations') or []
@@ -146,8 +146,8 @@ def check_references(content) -> None:
         if category not in categories:
             raise CocoError(f'annotations: {_entry(index, annotation)} has the category_id '
                             f'{category!r}, which none of categories has ({some(categories)}): '
-                            f'its box would be left out without a word. Write the right '
-                            f'category_id, or add the category')
+                            f'its box would be left out without any message. Write the '
+                            f'right category_id, or add the category')
     if annotations and not found:
         raise CocoError(f'annotations: none of {len(annotations)} has the image_id of one of '
                         f'images; the first has {annotations[0]["image_id"]!r}, the images have '
@@ -181,7 +181,7 @@ def _of_listed_images(content):
 
 
 def _table(rows, columns):
-    """Several times faster than `numpy.array` of lists."""
+    """An array of boxes, several times faster than by `numpy.array` of lists."""
     return np.fromiter(itertools.chain.from_iterable(rows), float).reshape(-1, columns)
 
 
@@ -235,7 +235,7 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
     """What a training by mmdet makes of each box: {its use or the reason: annotations}.
 
     Those under `TRAINED` are trained on, those under `CROWDS` are regions to ignore, and
-    the others are left out without a word.
+    the others are left out, and no message says so.
 
     Args:
         image_ids: of the images that are left after ``filter_cfg``; None for all.

@@ -75,7 +75,7 @@ def load_config(path, options=None) -> Config:
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
         raise ConfigError(f'--cfg-options: cannot be merged into {path}: {error}') from error
     if not isinstance(cfg.get('model'), dict):
-        raise ConfigError(f'{path}: expected the config of a detector, it has no model')
+        raise ConfigError(f'{path}: expected the config of a model, but it has no model')
     if cfg.get('default_scope') is None:
         cfg.default_scope = 'mmdet'
     _import_what_it_names(cfg)
@@ -168,7 +168,7 @@ class RemoveOldCheckpoints(Hook):
 
 @contextlib.contextmanager
 def one_message(parser: argparse.ArgumentParser):
-    """Turns errors that the user can mend into one message and exit code 2."""
+    """Turns errors that the user can put right into one message and exit code 2."""
     try:
         yield
     except (CheckpointError, ConfigError) as error:

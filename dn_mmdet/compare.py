@@ -329,7 +329,7 @@ def _read_json(path, default):
 
 
 def write_json(path, content) -> None:
-    """All of it or nothing."""
+    """Writes the whole file or nothing."""
     part = Path(path).with_name(f'{Path(path).name}.part')
     part.write_text(json.dumps(content, indent=1))
     os.replace(part, path)

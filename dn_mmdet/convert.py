@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -65,7 +66,9 @@ class DNCAct(DNC):
         return self.act(self.drop(super().forward(x)))
 
 
-def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
+def convert_norm(model: nn.Module, norm: str = 'DNB', *,
+                 only: str | Sequence[str] | None = None,
+                 skip: str | Sequence[str] | None = None,
                  sc_requires_grad: bool = True, **args) -> nn.Module:
     """Puts Dynamic Normalization in the place of every BatchNorm of a model.
 
@@ -85,7 +88,7 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
             to leave, as in file names: ``'backbone.*'``, ``'*.bn3'``. A pattern
             that matches a module's name stands for all inside it: ``'neck'``.
         sc_requires_grad: False leaves SC at identity until it is thawed.
-        **args: ``reduction, min_channels, inputs, bound``, see :class:`DNB`, and
+        **args: ``reduction, min_channels, inputs, bound``, see `DNB`, and
             ``bn_requires_grad`` to freeze or thaw all inner norms.
 
     Returns:
@@ -139,7 +142,7 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
     folding = _folding_methods(model, chosen)
     if folding:
         warnings.warn(f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
-                      f'call it before the conversion, or never', stacklevel=2)
+                      f'call it before the conversion, or not at all', stacklevel=2)
     return model
 
 
@@ -170,7 +173,7 @@ def swap_norm(cfg: Config, norm: str = 'DNB', **args) -> Config:
     Args:
         cfg: a whole config; left as it is.
         norm: ``'DNB'`` or ``'DNC'``.
-        **args: as in :func:`convert_norm`, for every norm.
+        **args: as in `convert_norm`, for every norm.
 
     Returns:
         a new config, complete in itself, which imports dn_mmdet when loaded.
@@ -268,7 +271,7 @@ def _swap(node, family, args):
 
 
 def _report(model, norm, found, model_cfg):
-    """Says what became of the norms of a model that a swapped config builds."""
+    """Tells which norms of a model were swapped, and which were not."""
     layers, left = dn_layers(model), list(batch_norms(model))
     owners = [_config_path(name, model_cfg) for name in left]
     hard_coded = '; '.join(
@@ -322,7 +325,7 @@ def convert_checkpoint(checkpoint: dict, model: nn.Module | None = None, reducti
             ``state_dict`` (and an average of them under ``ema_state_dict``).
         model: with DN layers; says which BatchNorms to convert and what their SC
             is like. Without one all are converted,
-        reduction, min_channels: with SCs of this kind; see :class:`SC`.
+        reduction, min_channels: with SCs of this kind; see `SC`.
 
     Returns:
         a new checkpoint; the tensors are shared.

@@ -80,7 +80,7 @@ def check_label_order(option, classes, other, expected) -> None:
         raise ConfigError(f'{option}: {some(classes)} ({len(classes)} classes) where {other} has '
                           f'{some(expected)} ({len(expected)}): the same label would mean two '
                           f'classes. Set both to the same, in the same order')
-    tell(f'{option}: {some(classes)} where {other} has {some(expected)}: taken for other '
+    tell(f'{option}: {some(classes)} where {other} has {some(expected)}: taken as other '
           f'names of the same classes')
 
 
@@ -302,7 +302,7 @@ def _loads_masks(pipeline):
 
 
 def _check_images(data):
-    """That all are there, and that the sizes in the json are those of the pictures."""
+    """Checks that all images exist, and that the sizes in the json are those of the pictures."""
     option, path = f'{data.option}.data_prefix.img', data.dataset.ann_file
     left = set(data.image_ids)
     images = [image for image in data.content['images'] if image['id'] in left]
@@ -317,7 +317,7 @@ def _check_images(data):
 
 
 def _not_listed(names):
-    """Those that their folders do not list: faster than a question for each."""
+    """The files that their folders do not list: faster than asking for each file."""
     folders = {}
     for name in names:
         folder, _, file = name.rpartition('/')
@@ -345,14 +345,14 @@ def _check_size(data, image, name):
     if tuple(size) == written:
         return
     if tuple(size) == written[::-1]:
-        tell(f'{text}: turned by its EXIF data? Boxes outside are left out')
+        tell(f'{text}: perhaps turned by its EXIF data. Boxes outside are left out')
     else:
         raise ConfigError(f'{text}: its boxes are those of another picture, or of another size. '
                           f'Write width, height and boxes of these pictures')
 
 
 def _check_boxes(checked):
-    """That there is something to train on, over all data sets of a split."""
+    """Checks that there is something to train on, over all data sets of a split."""
     uses = [(data, coco.sort_boxes(data.content, data.dataset.metainfo['classes'],
                                    data.image_ids)) for data in checked]
     counts = Counter()
@@ -448,9 +448,9 @@ def _check_truth(option, metric, checked, content):
     if found:
         others = ', '.join(dict.fromkeys(f'{data.option}.ann_file ({data.dataset.ann_file})'
                                          for data in checked))
-        raise ConfigError(f'{path}: the evaluator reads it, and the data are others: {found}; AP '
-                          f'would be wrong. Set {option} and {others} to the same file, and '
-                          f'evaluate all of its images')
+        raise ConfigError(f'{path}: the evaluator reads this file, and the data differ from it: '
+                          f'{found}; AP would be wrong. Set {option} and {others} to the same '
+                          f'file, and evaluate all of its images')
 
 
 def _read_json(option, path):

@@ -95,7 +95,7 @@ def _is_made(root):
         version = 'nothing of this kind'
     if version != str(VERSION):
         raise ValueError(f'{root}: expected digits of version {VERSION}, found {version}; '
-                         f'remove the folder to have them made again, or set another data_root')
+                         f'remove the folder, and they are made again, or set another data_root')
     return True
 
 

@@ -1,4 +1,4 @@
-"""What has to be installed around this package, and what to run where it is not.
+"""What has to be installed around this package, and the command if it is not.
 
 requirements/ has the tested versions; docs/install.md tells the two stacks apart.
 """

@@ -108,7 +108,7 @@ def _against(runs, axis, group_by):
 
 
 def _per_class(runs, baseline):
-    """Of the first setting in which the baseline and another config have classes."""
+    """AP by class, in the first setting in which the baseline and another config have it."""
     for group in grouped(runs, lambda run: key_of(run.row, SETTING)).values():
         by_config = {name: {run.row['seed']: _class_ap(run) for run in members if _class_ap(run)}
                      for name, members in grouped(group, lambda r: r.row['config']).items()}
@@ -207,7 +207,7 @@ def _label(axis, locator):
 
 
 def interactive(drawn) -> list[str] | None:
-    """The figures as pieces of HTML, of which the first holds plotly itself; None without it."""
+    """The figures as pieces of HTML, the first with plotly itself; None without plotly."""
     try:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots

@@ -25,7 +25,7 @@ FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
 
 
 class _DynamicNorm(nn.Module):
-    """What DN-B and DN-C share, of which :class:`DNB` has the documentation.
+    """What DN-B and DN-C share, of which `DNB` has the documentation.
 
     The layer contains a BatchNorm instead of being one, because frameworks fold,
     convert and bypass subclasses of ``_BatchNorm`` without regard to what a
@@ -123,7 +123,7 @@ class _DynamicNorm(nn.Module):
 
     @property
     def running_var(self):
-        """The inner norm's; refused to code that would fold it, and lose SC, unasked."""
+        """The inner norm's. Code that would fold it, and so lose SC, gets an error instead."""
         if not torch.compiler.is_compiling():
             self._refuse_to_be_folded(sys._getframe(1))
         return self.bn.running_var
@@ -189,7 +189,7 @@ class DNB(_DNB):
     """DN-B over (N, C, H, W): a BatchNorm whose scale and shift follow each sample.
 
     Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. The paper's
-    public text leaves the layers of the SC module open; see :class:`SC`.
+    public text leaves the layers of the SC module open; see `SC`.
 
         y = (1 + g) z + h,    z = w (x - mu) / sqrt(var + eps) + b
 
@@ -217,10 +217,10 @@ class DNB(_DNB):
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
             bound, which diverges at high learning rates.
         variant (dict | None): for ablations: arguments of
-            :class:`~dn_mmdet.ablation.VariantSC`, which takes SC's place.
+            `dn_mmdet.ablation.VariantSC`, which takes SC's place.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
-        backend (str): which implementation runs; see :func:`dynamic_norm`. All
+        backend (str): which implementation runs; see `dynamic_norm`. All
             compute the same.
         device: of all parameters and buffers.
         dtype: of all parameters and buffers.
@@ -239,19 +239,19 @@ class DNB(_DNB):
 
 @_register
 class DNB1d(_DNB):
-    """DN-B over (N, C) or (N, C, L); the arguments are those of :class:`DNB`."""
+    """DN-B over (N, C) or (N, C, L); the arguments are those of `DNB`."""
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNB3d(_DNB):
-    """DN-B over (N, C, D, H, W); the arguments are those of :class:`DNB`."""
+    """DN-B over (N, C, D, H, W); the arguments are those of `DNB`."""
     bn_type, ndims = nn.BatchNorm3d, (5, )
 
 
 @_register
 class SyncDNB(_DNB):
-    """DN-B over (N, C, ...), with batch statistics over all processes; else as :class:`DNB`."""
+    """DN-B over (N, C, ...), with batch statistics over all processes; else as `DNB`."""
     bn_type, ndims = nn.SyncBatchNorm, ()
 
 
@@ -259,7 +259,7 @@ class SyncDNB(_DNB):
 class DNC(_DNC):
     """DN-C over (N, C, H, W): a BatchNorm whose scale and shift follow the batch.
 
-    As :class:`DNB`, with its arguments, but there is one ``g`` and one ``h`` for each
+    As `DNB`, with its arguments, but there is one ``g`` and one ``h`` for each
     channel, made from ``mu`` and ``sqrt(var + eps)``. In eval mode these are the running
     averages, so that ``g`` and ``h`` are constants. ``inputs`` has to be ``'raw'``.
 
@@ -273,17 +273,17 @@ class DNC(_DNC):
 
 @_register
 class DNC1d(_DNC):
-    """DN-C over (N, C) or (N, C, L); the arguments are those of :class:`DNB`."""
+    """DN-C over (N, C) or (N, C, L); the arguments are those of `DNB`."""
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNC3d(_DNC):
-    """DN-C over (N, C, D, H, W); the arguments are those of :class:`DNB`."""
+    """DN-C over (N, C, D, H, W); the arguments are those of `DNB`."""
     bn_type, ndims = nn.BatchNorm3d, (5, )
 
 
 @_register
 class SyncDNC(_DNC):
-    """DN-C over (N, C, ...), with batch statistics over all processes; else as :class:`DNC`."""
+    """DN-C over (N, C, ...), with batch statistics over all processes; else as `DNC`."""
     bn_type, ndims = nn.SyncBatchNorm, ()

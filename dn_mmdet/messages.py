@@ -1,4 +1,4 @@
-"""How the tools speak: one class of errors, what was meant, lists cut short."""
+"""What messages of the tools are made of: an error class, suggestions, short lists."""
 import difflib
 import logging
 import re
@@ -33,5 +33,5 @@ def reason(error) -> str:
 
 
 def tell(text) -> None:
-    """What the user should know and nothing fails by."""
+    """Logs a warning: something that the user should know, and that stops nothing."""
     print_log(text, logger='current', level=logging.WARNING)

@@ -117,7 +117,7 @@ def causes(bn, seeds, lr_factors, batches, epochs):
 
 
 def backends(bn, seeds, lr_factors, batches, epochs):
-    """DN-B in each backend that runs here: curves that part say that one of them is wrong."""
+    """DN-B in each backend that runs here: if their curves differ early, one of them is wrong."""
     fused = fused_backends('cuda' if torch.cuda.is_available() else 'cpu')
     variants = [_swapped(bn, f'dnb-{backend}', 'DNB', backend=backend)
                 for backend in ('reference', *fused)]

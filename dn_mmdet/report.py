@@ -52,7 +52,7 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     (out / 'table.csv').write_text(csv_text(table, list(table[0])))
     head, text = notes(runs), markdown(table, baseline)
     if len(found) > len(runs):
-        head.append(f'{len(found) - len(runs)} runs were found twice, of which the last counts')
+        head.append(f'{len(found) - len(runs)} runs were found twice; the last one counts')
     drawn = figures(runs, baseline)
     draw(drawn, out)
     images = ''.join(f'\n![{title}]({name}.png)\n' for name, (title, _) in drawn.items())

@@ -48,7 +48,7 @@ class Interval(NamedTuple):
 
 
 def interval(values) -> Interval:
-    """Of independent values, one per seed.
+    """The interval of independent values, one per seed.
 
     Example:
         >>> interval([1., 2., 3.])  # doctest: +ELLIPSIS

@@ -45,11 +45,9 @@ def _positive_integer(name, value):
 
 
 class SC(nn.Module):
-    r"""Makes the relative scale ``g`` and the shift ``h`` of Dynamic Normalization.
+    """Makes the relative scale ``g`` and the shift ``h`` of Dynamic Normalization.
 
-    .. math::
-        (g, h) = \text{bound} \cdot \tanh(W_{out}\,
-                 \text{relu}(W_{in} [m', s'] + b_{in}) + b_{out})
+        (g, h) = bound tanh(W_out relu(W_in [m', s'] + b_in) + b_out)
 
     The paper (Liu, Gao, Lv, arXiv 2101.06073) names this module and its two
     inputs; its layers and its initialisation are this project's own design.
@@ -86,8 +84,10 @@ class SC(nn.Module):
 
     OUTPUT_PARAMETERS = ('w_out', 'b_out')  # g = h = 0 where these are zero
 
-    def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw',
-                 bound=0.25, device=None, dtype=None):
+    def __init__(self, num_features: int, reduction: int = 32, min_channels: int = 8,
+                 inputs: str = 'raw', bound: float | None = 0.25,
+                 device: torch.device | str | int | None = None,
+                 dtype: torch.dtype | None = None):
         super().__init__()
         num_features = _positive_integer('num_features', num_features)
         reduction = _positive_integer('reduction', reduction)

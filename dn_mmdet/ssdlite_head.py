@@ -1,4 +1,4 @@
-"""The mend for evaluating mmdet's SSD head."""
+"""mmdet's SSD head, repaired so that it can be evaluated."""
 from .environment import check_mmdet
 
 check_mmdet()

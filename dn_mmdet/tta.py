@@ -30,7 +30,7 @@ def augmented(cfg: Config) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     if cfg.get('tta_model') is None:
-        tell('the config has no tta_model: taking DetTTAModel with an NMS at IoU 0.5')
+        tell('the config has no tta_model: DetTTAModel with an NMS at IoU 0.5 is used')
         cfg.tta_model = copy.deepcopy(MODEL)
     cfg.model = dict(cfg.tta_model, module=cfg.model)
     datasets = list(_innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'))
@@ -58,7 +58,7 @@ def _flipped(pipeline, option):
         raise ConfigError(f'--tta: the config has no tta_pipeline, and {option}.pipeline ends in '
                           f'{name_of(last.get("type"))}, where PackDetInputs was expected. Add a '
                           f'tta_pipeline to the config')
-    tell('the config has no tta_pipeline: taking each image and its mirror image')
+    tell('the config has no tta_pipeline: each image and its mirror image are used')
     views = [dict(type='RandomFlip', prob=prob) for prob in (1., 0.)]
     pack = dict(last, meta_keys=tuple(dict.fromkeys((*last.get('meta_keys', ()), *META_KEYS))))
     return [*before, dict(type='TestTimeAug', transforms=[views, [pack]])]

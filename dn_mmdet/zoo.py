@@ -77,7 +77,7 @@ def _fingerprint(cfg):
 
 
 def _forget_weights(node):
-    """Nothing is loaded, let alone downloaded: the model starts from random weights."""
+    """Removes what would be loaded or downloaded: the model starts from random weights."""
     if isinstance(node, dict):
         if isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']:
             node['init_cfg'] = None
@@ -115,7 +115,7 @@ def _mend(node):
 
 
 def _detector_of(model):
-    """Of a tracker its detector, which trains alone."""
+    """The detector of a tracker, which trains alone."""
     if 'tracker' not in model or 'detector' not in model:
         return model
     detector = model['detector']
@@ -294,7 +294,7 @@ def train_step(model, data) -> dict:
 
 
 def predict(model, data):
-    """Of the first image: not every detector takes more at once."""
+    """Predictions for the first image: not every detector takes more at once."""
     torch.manual_seed(1)
     model.eval()
     with torch.no_grad():

@@ -35,7 +35,10 @@ def test_leaves_figures_and_results_of_both(configs, tmp_path):
     assert (bn['norm'], dnb['norm']) == ('BN', 'DNB')
     assert dnb['params'] > bn['params'] and bn['status'] == dnb['status'] == 'finished'
     assert bn['config'] in console.export_text(clear=False)
-    assert 'paired difference' in console.export_text()
+    text = console.export_text()
+    assert 'paired difference' in text
+    assert 'differs by up to 0.1 between two machines' in text
+    assert 'tools/compare.py' in text and '--norm DNB' in text  # what to try next
     for name in ('report/learning_curves.png', 'detections.png'):
         assert plt.imread(out / name)[..., :3].std() > 0.01  # something is drawn
 

@@ -96,3 +96,21 @@ def test_an_installed_stack_passes():
 def test_the_layers_alone_need_no_mmdet():
     code = hide('mmdet', hide('mmcv', 'import dn_mmdet; sys.exit(dn_mmdet.DNB(8).eps == 1e-5)'))
     run(code)  # sys.exit(True)
+
+
+@pytest.mark.parametrize('tool', ['train', *(
+    pytest.param(name, marks=pytest.mark.slow) for name in (
+        'test', 'predict', 'compare', 'demo', 'convert_checkpoint', 'export_onnx', 'check_zoo'))])
+def test_a_tool_says_nothing_of_parts_that_no_config_needs(tool):
+    done = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and done.stdout.startswith('usage: '), done.stdout
+
+
+def test_what_else_is_printed_on_import_is_shown(capsys):
+    with pytest.raises(ImportError), environment._without_notes_on_optional_parts():
+        print('Could not import OneDL. Skipping OneDL datasets.')
+        print('this machine has no disk')
+        raise ImportError
+    assert capsys.readouterr().out == 'this machine has no disk\n'

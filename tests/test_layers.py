@@ -1,6 +1,7 @@
 """DN-B and DN-C: the formula, its gradients, BatchNorm's state, and what is refused."""
 import copy
 import gc
+import inspect
 import io
 import os
 import pickle
@@ -526,3 +527,10 @@ def test_fresh_ssdlite_equals_its_batch_norm_twin(ssdlite, norm):
             outputs.append([*scores, *boxes])
         for got, expected in zip(*reversed(outputs), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_help_documents_the_layer_itself():
+    for argument in inspect.signature(DNB).parameters:
+        assert re.search(rf'^    {argument}\b.*: ', inspect.getdoc(DNB), re.M), argument
+    for cls in (DNB, DNB1d, DNB3d, DNC, DNC1d, DNC3d, SyncDNB, SyncDNC):
+        assert '_DynamicNorm' not in cls.__doc__

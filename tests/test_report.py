@@ -274,7 +274,7 @@ def test_a_run_that_is_found_twice_counts_once_and_that_is_said(tmp_path):
     store(tmp_path / 'there', value=0.4)
     written = report.write([tmp_path / 'here', tmp_path / 'there'], tmp_path / 'report')
     assert [row['value'] for row in written.rows] == [0.4]
-    assert '1 runs were found twice, of which the last counts' in written.text
+    assert '1 runs were found twice; the last one counts' in written.text
 
 
 def test_rows_are_merged_into_a_file_without_losing_those_of_other_runs(tmp_path):

@@ -370,7 +370,7 @@ def test_test_time_augmentation_changes_the_detections_and_draws_them(user, root
     succeed(*run, '--work-dir', 'plain', '--out', 'plain.pkl', cwd=user)
     output = succeed(*run, '--work-dir', 'tta', '--out', 'tta.pkl', '--tta', '--show-dir', 'drawn',
                      cwd=user)
-    assert 'no tta_pipeline: taking each image and its mirror image' in output
+    assert 'no tta_pipeline: each image and its mirror image are used' in output
     assert 'coco/bbox_mAP' in metrics(user / 'tta')
     assert len(list((user / 'tta').glob('*/drawn/*.png'))) == 4
     plain, both = (pickle.loads((user / f'{name}.pkl').read_bytes()) for name in ('plain', 'tta'))

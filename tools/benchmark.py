@@ -23,35 +23,37 @@ PARTS = 'layers', 'step', 'host', 'detector'
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--parts', nargs='+', choices=PARTS, help='layers one by one; all layers '
-                        'in one training step; the host time of one call; SSDLite '
-                        '(default: layers detector; on a GPU all)')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure: layers one '
+                        'by one; all layers in one training step; the host time of one call; '
+                        'SSDLite (default: layers detector; on a GPU all)')
     parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
                         help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
                         '(default: BN, GN, and both DN layers with every backend)')
-    parser.add_argument('--batch', type=int, default=8, help='of layers and training')
+    parser.add_argument('--batch', type=int, default=8, help='batch size of layers and training')
     parser.add_argument('--inference-batch', type=int, nargs='+', default=None,
-                        help='of the detector at inference (default: --batch and 1)')
+                        help='batch sizes of the detector at inference (default: --batch and 1)')
     parser.add_argument('--amp', nargs='?', const='float16', choices=['float16', 'bfloat16'],
-                        help='feature maps in this dtype, under autocast')
+                        help='dtype of the feature maps, under autocast')
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--pairs', type=int, default=15, help='rounds, each a pair with BatchNorm')
-    parser.add_argument('--size', type=int, default=320, help='of the images')
+    parser.add_argument('--pairs', type=int, default=15,
+                        help='measurements, each beside one of BatchNorm')
+    parser.add_argument('--size', type=int, default=320,
+                        help='height and width of the images in pixels')
     parser.add_argument('--compiled', type=int, metavar='N',
                         help='time the torch.compiled reference on the N largest shapes; each '
                         'compiles for some seconds (default: 3, and 0 with --norms)')
     parser.add_argument('--seconds', type=float, metavar='S',
-                        help='begin nothing new after this time; says what was cut (default: no '
-                        'limit)')
+                        help='start no measurement after this time, and list what is left out '
+                        '(default: no limit)')
     parser.add_argument('--compile-only', metavar='I/N',
-                        help='time nothing: run each layer once in float16 and float32, '
-                        'contiguous and channels_last, so that its kernels are compiled and '
-                        'cached; of N shares of the shapes the I-th (from 1)')
-    parser.add_argument('--commit', help='of this code, where it is no git checkout')
+                        help='measure nothing, but compile and cache the kernels: run each layer '
+                        'once in float16 and float32, contiguous and channels_last. The shapes '
+                        'are split into N shares; this run takes share I, counted from 1')
+    parser.add_argument('--commit', help='commit of this code, if this is not a git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
-    parser.add_argument('--bars', metavar='FILE', help='time nothing: show the rows of this CSV '
-                        'file against what is asked for on a GPU')
+    parser.add_argument('--bars', metavar='FILE', help='measure nothing, but compare the rows of '
+                        'this CSV file with the targets for a GPU')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')

@@ -36,13 +36,13 @@ def parse(argv):
                         help='configs to check, as in "yolox/*"')
     parser.add_argument('--again', action='store_true', help='check configs again that have a row')
     parser.add_argument('--time-limit', type=int, default=180, metavar='SECONDS',
-                        help='of processor time for each config (default: %(default)s)')
+                        help='limit of processor time for each config (default: %(default)s)')
     parser.add_argument('--memory', type=float, default=16, metavar='GIB',
-                        help='for each config (default: %(default)s)')
+                        help='limit of memory for each config (default: %(default)s)')
     parser.add_argument('--docs', metavar='FOLDER', help='write zoo.md, results/zoo.csv and the '
                         'table in models.md there')
-    parser.add_argument('--no-checks', action='store_true', help='only write --docs, of the rows '
-                        'that there are')
+    parser.add_argument('--no-checks', action='store_true',
+                        help='check nothing, only write --docs from the rows that exist')
     return parser, parser.parse_args(argv)
 
 

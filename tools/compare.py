@@ -20,14 +20,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='*', metavar='CONFIG',
-                        help='config files; the first is what the others are compared with')
+                        help='config files; the others are compared with the first')
     parser.add_argument('--preset', choices=sorted(presets.PRESETS),
-                        help='variants and grid of a kind, made from one BatchNorm config')
+                        help='a ready set of variants and runs, made from one BatchNorm config')
     parser.add_argument('--variants', nargs='+', metavar='NAME',
-                        help='of the preset, only these (and the config itself)')
+                        help='run only these variants of the preset, and the config itself')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='SEED')
     parser.add_argument('--lr', nargs='+', type=_factor, metavar='xFACTOR',
-                        help="factors on the config's learning rate, as in x1 x4")
+                        help="multiply the config's learning rate by these, as in x1 x4")
     parser.add_argument('--batch', nargs='+', type=_positive, metavar='SIZE',
                         help='training batch sizes; the learning rate follows in proportion')
     parser.add_argument('--epochs', type=_positive,
@@ -35,18 +35,20 @@ def parse(argv):
     parser.add_argument('--out', type=Path, default=Path('work_dirs/compare'),
                         help='folder for the runs and the report (default: %(default)s)')
     parser.add_argument('--jobs', type=_positive,
-                        help='runs at once (default: one per CPU core, or one per GPU)')
-    parser.add_argument('--question', default='', help='what is asked, for the table')
+                        help='how many runs train at once (default: one per CPU core or GPU)')
+    parser.add_argument('--question', default='',
+                        help='name of the question that these runs answer, for the table')
     parser.add_argument('--metric', help='metric to report, as the log names it (default: '
                         f'{" or ".join(results.METRICS)})')
-    parser.add_argument('--csv', type=Path, help='also put the rows into this file, in which '
-                        'rows of other runs stay')
-    parser.add_argument('--commit', help='of the code, for the table, where git cannot tell')
+    parser.add_argument('--csv', type=Path, help='also write the rows into this file; rows of '
+                        'other runs in it are kept')
+    parser.add_argument('--commit', help='commit of the code, for the table, if this is not a git '
+                        'checkout')
     parser.add_argument('--allow-different', action='store_true',
-                        help='go on where configs differ in more than the norm')
+                        help='go on even if configs differ in more than the norm')
     parser.add_argument('--report-only', nargs='+', type=Path, metavar='FOLDER',
-                        help='train nothing; report on the runs in these folders (or in CSV '
-                        'files as --csv writes them), also from other machines')
+                        help='train nothing; write the report from runs in these folders, or from '
+                        'CSV files written by --csv. They may come from other machines')
     parser.add_argument('--baseline', help='name of the config to compare with (default: the '
                         'first)')
     command_line.add_common_arguments(parser)

@@ -14,9 +14,9 @@ from dn_mmdet.convert import convert_checkpoint, dn_layers
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='of a detector, or of a backbone from torchvision or '
-                        'mmpretrain')
-    parser.add_argument('out', help='file to write; must not exist')
+    parser.add_argument('checkpoint', help='checkpoint file of a detector, or of a backbone from '
+                        'torchvision or mmpretrain')
+    parser.add_argument('out', help='file to write; it must not exist')
     parser.add_argument('--config', help='a config with DN layers: only its layers are '
                         'converted, the result is checked to fit it, and it is stored beside '
                         'the weights')

@@ -25,13 +25,14 @@ def parse(argv):
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='file to write (default: the checkpoint, as .onnx)')
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-                        help='of the images (default: the scale of the Resize in '
+                        help='height and width of the images (default: the scale of Resize in '
                         'test_dataloader)')
     parser.add_argument('--images', default=None, help='an image or a folder: compare '
                         'onnxruntime with mmdet on its first 8 images before the file is '
                         'written (default: on random pixels)')
-    parser.add_argument('--latency', action='store_true', help='measure it in onnxruntime on '
-                        'one thread, also that of the same detector with BatchNorm, folded')
+    parser.add_argument('--latency', action='store_true', help='measure the latency in '
+                        'onnxruntime on one thread, and that of the same detector with folded '
+                        'BatchNorm')
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
 

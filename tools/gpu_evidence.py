@@ -40,14 +40,17 @@ def parse(argv):
     parser.add_argument('--images', type=Path, metavar='TAR',
                         help='archive with train/<class>/* and val/<class>/*')
     parser.add_argument('--epochs', type=int, help='(default: as in the config)')
-    parser.add_argument('--question', default='GPU', help='what is asked, for the table')
-    parser.add_argument('--commit', help='of the code, for the table, where git cannot tell')
+    parser.add_argument('--question', default='GPU',
+                        help='name of the question that these runs answer, for the table')
+    parser.add_argument('--commit', help='commit of the code, for the table, if this is not a git '
+                        'checkout')
     parser.add_argument('--csv', type=Path, help='file for the rows')
     parser.add_argument('--seconds', type=float, default=math.inf,
                         help='start and continue nothing after this time')
     parser.add_argument('--parallel', type=int, default=8, metavar='N', help='trainings at once')
     parser.add_argument('--backends', nargs='+', default=gpu_training.BACKENDS,
-                        help='of DN layers; the first that is right here is taken (default: '
+                        help='backends of DN layers; the first that computes right here is taken '
+                        '(default: '
                         f'{" ".join(gpu_training.BACKENDS)})')
     args = parser.parse_args(argv)
     if bool(args.prepare) == bool(args.csv):

@@ -14,10 +14,12 @@ def parse(argv):
         'pictures to OUT_DIR/vis and all detections to OUT_DIR/predictions.json, in COCO format.')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('images', metavar='image_or_folder', help='image file, or folder of them')
-    parser.add_argument('--out-dir', default='predictions', help='default: %(default)s')
+    parser.add_argument('images', metavar='image_or_folder',
+                        help='an image, or a folder of images')
+    parser.add_argument('--out-dir', default='predictions',
+                        help='folder to write to (default: %(default)s)')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
-                        help='leave out detections under this score (default: %(default)s)')
+                        help='leave out detections with a lower score (default: %(default)s)')
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Unpacks PASCAL VOC 2007 or a small COCO subset to where the configs look for it.
+"""Unpacks PASCAL VOC 2007 or a part of COCO into the folder that the configs name.
 
 The source is a folder of tar files that hold images/, instances_train.json and
 instances_val.json (COCO json).
@@ -34,7 +34,7 @@ def prepare(name, source, out):
     half-made ``out``.
 
     Args:
-        name (str): one of :data:`DATA_SETS`.
+        name (str): one of `DATA_SETS`.
         source (str | Path): a folder of tar files.
         out (str | Path): a folder that does not exist, or is empty.
 
@@ -83,12 +83,12 @@ def _read(folder, split, source):
         names = [image['file_name'] for image in coco['images']]
         [(a['image_id'], a['iscrowd']) for a in coco['annotations']]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{source}: {path.name} is damaged or is not COCO json '
+        raise DataError(f'{source}: {path.name} is damaged or not COCO json '
                         f'({type(error).__name__}: {error}); copy it again') from error
     absent = [name for name in names if not (folder / 'images' / name).is_file()]
     if absent:
         raise DataError(f'{source}: {len(absent)} of the {len(names)} images in {path.name} '
-                        f'are not in the tar files, {absent[0]} for one; is a file missing?')
+                        f'are not in the tar files, such as {absent[0]}. Is a tar file missing?')
     return coco
 
 
@@ -129,14 +129,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('name', choices=DATA_SETS)
-    parser.add_argument('--source', help='folder with the tar files (default: '
-                        '../shared/data/NAME_320)')
+    parser.add_argument('--source', required=True, help='folder with the tar files')
     parser.add_argument('--out', help='folder to make (default: data/NAME)')
     args = parser.parse_args(argv)
-    source = args.source or f'../shared/data/{args.name}_320'
     out = args.out or f'data/{args.name}'
     try:
-        prepare(args.name, source, out)
+        prepare(args.name, args.source, out)
     except (DataError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     print(f'ready: {out}')

@@ -22,8 +22,8 @@ def parse(argv):
     parser.add_argument('config', help='config file, or one that mmdet ships: '
                         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
     parser.add_argument('--norm', choices=list(FAMILIES),
-                        help='put Dynamic Normalization in the place of every BatchNorm that '
-                        'the config reaches')
+                        help='replace every BatchNorm that the config can change by Dynamic '
+                        'Normalization')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: that of '
                         'the config, or work_dirs/<name of the config>[_<norm>])')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
@@ -37,10 +37,10 @@ def parse(argv):
     again.add_argument('--overwrite', action='store_true',
                        help='train from the start in a folder that holds checkpoints. They are '
                        'removed after the first step; other files stay')
-    parser.add_argument('--seed', type=int, help='of all random numbers (default: that of the '
-                        'config, or a random one, which the log names)')
+    parser.add_argument('--seed', type=int, help='random seed (default: that of the config, or a '
+                        'random one, which the log shows)')
     parser.add_argument('--deterministic', action='store_true',
-                        help='the same result for the same seed, where torch can')
+                        help='same seed, same result, as far as torch can do that')
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
     return parser, parser.parse_args(argv)
@@ -65,8 +65,8 @@ def configure(args):
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise preflight.ConfigError(
-                f'--auto-scale-lr: {args.config} does not say for which batch size its '
-                f'learning rate is. Set auto_scale_lr.base_batch_size')
+                f'--auto-scale-lr: {args.config} does not say which batch size its '
+                f'learning rate is for. Set auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
     randomness = dict(cfg.get('randomness', {}))
     if args.seed is not None:

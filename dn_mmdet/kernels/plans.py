@@ -1,6 +1,6 @@
 """From the shape of a map to the launches of `triton_kernels`: tiles, grids, memory.
 
-A :class:`Plan` holds no tensor. It says for each launch which kernel runs on which grid and
+A `Plan` holds no tensor. It says for each launch which kernel runs on which grid and
 where each of its arguments comes from: a named tensor, a named number of the layer (eps,
 momentum, bound) or an integer that the shape decides. `triton_ops` launches plans from
 Python, `host` hands them to the compiled host.

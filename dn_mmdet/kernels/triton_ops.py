@@ -1,6 +1,6 @@
 """The Triton backend: the kernels of `triton_kernels`, launched from Python.
 
-The primitives and :class:`Coefficients` of the package's docstring. A launch from Python
+The primitives and `Coefficients` of the package's docstring. A launch from Python
 costs 20 to 40 us of the host's time, more than most maps take a GPU, so that `host` launches
 the same kernels from C++ where it was built; this module serves layers whose SC or statistics
 are not the plain ones, machines without the compiled host, and Triton's interpreter.
