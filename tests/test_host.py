@@ -501,7 +501,7 @@ def test_second_gradients(training, cls, kwargs, layout, device):
     found = []
     dy, ddx = (torch.randn(2, *x.shape, dtype=torch.float64, device=device))
     for each in (layer, twin):
-        leaf = x.clone().requires_grad_() if layout == 'plain' else x.detach().requires_grad_()
+        leaf = x.detach().requires_grad_()
         y = each(leaf)
         with torch.no_grad():
             if not training and each is layer:
@@ -927,7 +927,7 @@ def test_another_norm_or_sc(device):
     expected = layer(x)
     layer.bn = frozen
     assert not taken(layer, x)
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     layer, _ = pair(device, dtype=torch.float32, variant=dict(squash='sigmoid'))
     assert not taken(layer, x)
     twin = copy.deepcopy(layer)
@@ -1185,15 +1185,15 @@ def test_a_plan_that_is_cut_off(blob):
 
 
 @DEVICES
-@pytest.mark.parametrize('layout', ['plain', 'sliced'])
-def test_a_step_leaves_nothing_behind(layout, device):
+@pytest.mark.parametrize('dense', [True, False])
+def test_a_step_leaves_nothing_behind(dense, device):
     gc.collect()
     gc.disable()  # nothing waits for it
     try:
         layer, _ = pair(device)
-        x = MAPS[layout](device).detach().requires_grad_()
+        x = values(device, 2, 3, 4, 2).requires_grad_()
         map_ = x * 1
-        y = layer(map_)
+        y = layer(map_ if dense else map_[:, :, ::2])
         node, saved = y.grad_fn, weakref.ref(map_)
         y.backward(torch.ones_like(y))
         del map_
