@@ -502,8 +502,8 @@ def evaluator(request, cfg, root, tmp_path):
 ], ids=['box', 'image', 'crowd'])
 def test_an_evaluator_of_other_data_is_told(cfg, model, evaluator, split, change, expected):
     path = evaluator(change)
-    with pytest.raises(ConfigError, match=f'^{path}: the evaluator reads it, .*{expected}.*Set '
-                                          rf'{split}_evaluator[.a-z0-9]*\.ann_file and '
+    with pytest.raises(ConfigError, match=f'^{path}: the evaluator reads this file, .*{expected}.*'
+                                          rf'Set {split}_evaluator[.a-z0-9]*\.ann_file and '
                                           f'{split}_dataloader.dataset.ann_file'):
         preflight.check_data(cfg, split, model)
 
@@ -565,7 +565,7 @@ def test_an_evaluator_for_each_of_several_data_sets(cfg, model, root, tmp_path):
     preflight.check_data(cfg, 'val', model)
     metrics.reverse()
     cfg.val_evaluator.metrics = metrics
-    with pytest.raises(ConfigError, match='evaluator reads it'):
+    with pytest.raises(ConfigError, match='evaluator reads this file'):
         preflight.check_data(cfg, 'val', model)
     cfg.val_evaluator = metrics[1]
     with pytest.raises(ConfigError, match='image id 0 is in several data sets'):

@@ -73,6 +73,72 @@ def test_difficult_objects_are_dropped_in_training_and_ignored_in_evaluation(tmp
         (0, 0), (1, 1), (2, 0), (0, 0), (2, 0)]
 
 
+def voc(folder, hard_one='tvmonitor'):
+    """VOC 2007's own layout: one image in trainval and one in test, with two objects each."""
+    for name in ('Annotations', 'ImageSets/Main', 'JPEGImages'):
+        (folder / name).mkdir(parents=True)
+    for number, part in ((5, 'trainval'), (7, 'test')):
+        name = f'00000{number}'
+        (folder / f'ImageSets/Main/{part}.txt').write_text(f'{name}\n')
+        (folder / f'JPEGImages/{name}.jpg').write_text('jpg')
+        things = ''.join(
+            f'<object><name>{kind}</name><difficult>{hard}</difficult><bndbox><xmin>3</xmin>'
+            f'<ymin>1</ymin><xmax>10</xmax><ymax>4</ymax></bndbox></object>'
+            for kind, hard in (('dog', 0), (hard_one, 1)))
+        (folder / f'Annotations/{name}.xml').write_text(
+            f'<annotation><size><width>20</width><height>9</height></size>{things}</annotation>')
+    return folder
+
+
+def test_vocs_own_files_become_coco_json(tmp_path):
+    assert run('voc07', '--source', voc(tmp_path / 'VOC2007'), '--out', tmp_path / 'out') == 0
+    train, val = (COCO(tmp_path / f'out/instances_{split}.json') for split in ('train', 'val'))
+    dog, = train.anns.values()  # the difficult one is dropped
+    assert train.cats[dog['category_id']]['name'] == 'dog'
+    assert dog['bbox'] == [2, 0, 8, 4] and dog['area'] == 32  # VOC counts pixels from 1
+    image = train.imgs[dog['image_id']]
+    assert (image['width'], image['height']) == (20, 9)
+    assert (tmp_path / 'out/images' / image['file_name']).is_file()
+    assert [(val.cats[a['category_id']]['name'], a['iscrowd']) for a in val.anns.values()] == [
+        ('dog', 0), ('tvmonitor', 1)]
+    assert list(val.imgs) == [7]
+
+
+def test_a_voc_without_its_test_part_is_refused(tmp_path, capsys):
+    source = voc(tmp_path / 'VOC2007')
+    (source / 'ImageSets/Main/test.txt').unlink()
+    assert run('voc07', '--source', source, '--out', tmp_path / 'out') == 2
+    assert 'expected the list ImageSets/Main/test.txt' in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_a_class_that_voc_does_not_have_is_refused(tmp_path, capsys):
+    source = voc(tmp_path / 'VOC2007', hard_one='unicorn')
+    assert run('voc07', '--source', source, '--out', tmp_path / 'out') == 2
+    assert "000005.xml: expected one of VOC's 20 classes, got 'unicorn'" in capsys.readouterr().err
+
+
+def test_tiny_imagenet_becomes_folders_of_every_second_class(tmp_path, capsys):
+    source = tmp_path / 'tiny-imagenet-200'
+    wnids = ['n04', 'n01', 'n03', 'n02']
+    (source / 'val/images').mkdir(parents=True)
+    (source / 'wnids.txt').write_text('\n'.join(wnids))
+    lines = []
+    for wnid in wnids:
+        (source / f'train/{wnid}/images').mkdir(parents=True)
+        (source / f'train/{wnid}/images/{wnid}_0.JPEG').write_text(wnid)
+        (source / f'val/images/val_{wnid}.JPEG').write_text(wnid)
+        lines.append(f'val_{wnid}.JPEG\t{wnid}\t0\t0\t9\t9')
+    (source / 'val/val_annotations.txt').write_text('\n'.join(lines))
+    assert run('tinyin100', '--source', source, '--out', tmp_path / 'out') == 0
+    files = [path.relative_to(tmp_path / 'out').as_posix()
+             for path in sorted((tmp_path / 'out').rglob('*.JPEG'))]
+    assert files == ['train/n01/n01_0.JPEG', 'train/n03/n03_0.JPEG',
+                     'val/n01/val_n01.JPEG', 'val/n03/val_n03.JPEG']
+    assert run('tinyin100', '--source', tmp_path / 'out', '--out', tmp_path / 'other') == 2
+    assert 'expected the folder tiny-imagenet-200' in capsys.readouterr().err
+
+
 def test_the_overfit_subset_has_32_images_with_their_boxes(tmp_path):
     source = pack(tmp_path / 'source', source_files(num_images=40, difficult=False))
     assert run('coco_mini', '--source', source, '--out', tmp_path / 'out') == 0

@@ -7,10 +7,18 @@ from mmdet.datasets.transforms import Resize
 from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
 from mmengine.dataset import BaseDataset
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from dn_mmdet import DNB, DNC
 from dn_mmdet.registered import is_of, loaded, name_of, resolve
+
+
+@pytest.fixture(autouse=True)
+def scope_of_mmdet():
+    """Names without a scope are looked up in the current one, which a test before may have set."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
 
 
 @pytest.mark.parametrize('registry, kind, expected', [

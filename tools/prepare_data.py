@@ -1,14 +1,19 @@
 #!/usr/bin/env python
-"""Unpacks PASCAL VOC 2007 or a part of COCO into the folder that the configs name.
+"""Lays out PASCAL VOC 2007, Tiny-ImageNet or a part of COCO where the configs look for it.
 
-The source is a folder of tar files that hold images/, instances_train.json and
-instances_val.json (COCO json).
+voc07: the source is the folder VOC2007 of VOCdevkit, with Annotations, ImageSets and
+JPEGImages of trainval and test unpacked into it, from
+http://host.robots.ox.ac.uk/pascal/VOC/voc2007/. VOC's rule for objects marked
+"difficult" is applied: dropped in training, ignored (iscrowd) in evaluation.
 
-voc07: VOC's rule for objects marked "difficult" is applied: dropped in training,
-ignored (iscrowd) in evaluation.
+tinyin100: the source is the folder tiny-imagenet-200, from
+http://cs231n.stanford.edu/tiny-imagenet-200.zip. Every second of its 200 classes is
+taken, in the order of their names.
 
-coco_mini: instances_train32.json is written too, with the first 32 training images
-that have a box, for configs/ssdlite_mbv2_dnb_coco_overfit32.py.
+coco_mini: the source is a folder of tar files that hold images/, instances_train.json
+and instances_val.json (COCO json). instances_train32.json is written too, with the
+first 32 training images that have a box, for configs/ssdlite_mbv2_dnb_coco_overfit32.py.
+voc07 takes such a folder as well, if every annotation has a field "difficult".
 """
 import argparse
 import json
@@ -18,9 +23,14 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 SPLITS = ('train', 'val')
 NUM_OVERFIT = 32
+VOC_SETS = dict(train='trainval', val='test')
+VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair',
+               'cow', 'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant',
+               'sheep', 'sofa', 'train', 'tvmonitor')
 
 
 class DataError(Exception):
@@ -28,42 +38,112 @@ class DataError(Exception):
 
 
 def prepare(name, source, out):
-    """Writes ``out/images`` and the annotation files into ``out``.
+    """Writes the images and, for detection, the annotation files into ``out``.
 
     All of it is written beside ``out`` and then renamed: a killed run leaves no
     half-made ``out``.
 
     Args:
-        name (str): one of `DATA_SETS`.
-        source (str | Path): a folder of tar files.
+        name (str): one of `LAYOUTS`.
+        source (str | Path): a folder, see the head of this file.
         out (str | Path): a folder that does not exist, or is empty.
 
     Raises:
         DataError: see the class.
     """
     source, out = Path(source), Path(out)
-    tars = sorted(source.glob('*.tar'))
-    if not tars:
-        raise DataError(f'{source}: expected a folder with the tar files of {name}, found none; '
-                        f'name it with --source')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f'{out}: exists already; remove it to prepare it again, or choose '
                         f'another folder with --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
     try:
-        for tar in tars:
-            print(f'unpacking {tar}', flush=True)
-            _unpack(tar, temporary)
-        content = {split: _read(temporary, split, source) for split in SPLITS}
-        for split, coco in DATA_SETS[name](content, source).items():
-            print(f'{split}: {len(coco["images"])} images, {len(coco["annotations"])} boxes, '
-                  f'{sum(a["iscrowd"] for a in coco["annotations"])} of them ignored')
-            (temporary / f'instances_{split}.json').write_text(json.dumps(coco))
+        LAYOUTS[name](source, temporary)
         temporary.chmod(0o755)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lay_out_voc(source, folder):
+    if (source / 'Annotations').is_dir():
+        content = {split: _read_voc(source, part, folder) for split, part in VOC_SETS.items()}
+    else:
+        content = _unpack_all('voc07', source, folder)
+    _write(apply_difficult_rule(content, source), folder)
+
+
+def lay_out_coco_mini(source, folder):
+    _write(add_overfit_subset(_unpack_all('coco_mini', source, folder), source), folder)
+
+
+def lay_out_tinyin100(source, folder):
+    """Folders train/<class>/ and val/<class>/ of half of Tiny-ImageNet's classes."""
+    listed = source / 'wnids.txt'
+    if not listed.is_file():
+        raise DataError(f'{source}: expected the folder tiny-imagenet-200 with a file wnids.txt, '
+                        f'found none; name it with --source')
+    classes = sorted(listed.read_text().split())[::2]
+    lines = (source / 'val' / 'val_annotations.txt').read_text().splitlines()
+    wanted = [line.split('\t')[:2] for line in lines]
+    for wnid in classes:
+        shutil.copytree(source / 'train' / wnid / 'images', folder / 'train' / wnid)
+        (folder / 'val' / wnid).mkdir(parents=True)
+    for name, wnid in wanted:
+        if (folder / 'val' / wnid).is_dir():
+            shutil.copy(source / 'val' / 'images' / name, folder / 'val' / wnid)
+    for split in SPLITS:
+        print(f'{split}: {len(list((folder / split).glob("*/*")))} images of '
+              f'{len(classes)} classes')
+
+
+def _read_voc(source, part, folder):
+    """COCO json of one of VOC's lists of images, which are copied into ``folder/images``."""
+    listed = source / 'ImageSets' / 'Main' / f'{part}.txt'
+    if not listed.is_file():
+        raise DataError(f'{source}: expected the list {listed.relative_to(source)}, found none; '
+                        f'unpack both trainval and test of VOC 2007 into it')
+    (folder / 'images').mkdir(exist_ok=True)
+    images, annotations = [], []
+    for name in listed.read_text().split():
+        root = ElementTree.parse(source / 'Annotations' / f'{name}.xml').getroot()
+        shutil.copy(source / 'JPEGImages' / f'{name}.jpg', folder / 'images')
+        images.append(dict(id=int(name), file_name=f'{name}.jpg',
+                           width=int(root.findtext('size/width')),
+                           height=int(root.findtext('size/height'))))
+        for thing in root.iter('object'):
+            left, top, right, bottom = (float(thing.findtext(f'bndbox/{side}')) for side in (
+                'xmin', 'ymin', 'xmax', 'ymax'))
+            if thing.findtext('name') not in VOC_CLASSES:
+                raise DataError(f'{source}: {name}.xml: expected one of VOC\'s 20 classes, got '
+                                f'{thing.findtext("name")!r}; is this VOC 2007?')
+            width, height = right - left + 1, bottom - top + 1  # VOC counts pixels from 1
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=int(name), iscrowd=0,
+                category_id=VOC_CLASSES.index(thing.findtext('name')) + 1,
+                bbox=[left - 1, top - 1, width, height], area=width * height,
+                difficult=int(thing.findtext('difficult', '0'))))
+    categories = [dict(id=number, name=name) for number, name in enumerate(VOC_CLASSES, 1)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def _unpack_all(name, source, folder):
+    """{split: COCO json} of a folder of tar files, their images unpacked into ``folder``."""
+    tars = sorted(source.glob('*.tar'))
+    if not tars:
+        raise DataError(f'{source}: expected a folder with the tar files of {name}, found none; '
+                        f'name it with --source')
+    for tar in tars:
+        print(f'unpacking {tar}', flush=True)
+        _unpack(tar, folder)
+    return {split: _read(folder, split, source) for split in SPLITS}
+
+
+def _write(content, folder):
+    for split, coco in content.items():
+        print(f'{split}: {len(coco["images"])} images, {len(coco["annotations"])} boxes, '
+              f'{sum(a["iscrowd"] for a in coco["annotations"])} of them ignored')
+        (folder / f'instances_{split}.json').write_text(json.dumps(coco))
 
 
 def _unpack(tar, folder):
@@ -122,20 +202,20 @@ def add_overfit_subset(content, source):
     return {**content, f'train{NUM_OVERFIT}': subset}
 
 
-DATA_SETS = dict(voc07=apply_difficult_rule, coco_mini=add_overfit_subset)
+LAYOUTS = dict(voc07=lay_out_voc, tinyin100=lay_out_tinyin100, coco_mini=lay_out_coco_mini)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('name', choices=DATA_SETS)
-    parser.add_argument('--source', required=True, help='folder with the tar files')
+    parser.add_argument('name', choices=LAYOUTS)
+    parser.add_argument('--source', required=True, help='folder with the data, see above')
     parser.add_argument('--out', help='folder to make (default: data/NAME)')
     args = parser.parse_args(argv)
     out = args.out or f'data/{args.name}'
     try:
         prepare(args.name, args.source, out)
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ElementTree.ParseError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     print(f'ready: {out}')
 
