@@ -139,7 +139,8 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *, only=None, skip=None,
     folding = _folding_methods(model, chosen)
     if folding:
         warnings.warn(f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
-                      f'call it before the conversion, or never', stacklevel=2)
+                      f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
+                      stacklevel=2)
     return model
 
 
@@ -290,8 +291,8 @@ def _report(model, norm, found, model_cfg):
                   f'frozen, SC trains', logger='current')
     folding = _folding_methods(model, layers)
     if folding:
-        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: do not call '
-                  f'it', logger='current')
+        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: call it only '
+                  f'after dn_mmdet.fold.fold_norm', logger='current')
     if left:
         print_log(f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}',
                   logger='current')
@@ -349,9 +350,9 @@ def _convert_state(state, sc, args, everywhere):
                          f'{", ".join(map(str, list(state)[:8])) or "nothing"}')
     if any(f'.{key}'.endswith('.sc.w_in') for key in state):
         raise ValueError(
-            'this checkpoint holds Dynamic Normalization already. There is no way back to '
-            'BatchNorm either: the scale and shift that a trained SC makes differ from image to '
-            "image, and BatchNorm's are constants")
+            'this checkpoint holds Dynamic Normalization already. From the weights alone there is '
+            'no way back to BatchNorm: the scale and shift that a trained SC makes differ from '
+            'image to image. tools/fold.py freezes them at their mean over images')
     new, metadata = OrderedDict(), dict(getattr(state, '_metadata', {}))
     started = set()
     for key, value in state.items():

@@ -21,7 +21,6 @@ from .controls import _RewrittenBN
 from .convert import (
     DNBAct,
     DNCAct,
-    dn_layers,
     is_frozen_batch_norm,
     matches,
     misfolded,
@@ -129,20 +128,17 @@ def fold_norm(model: nn.Module, batches=None, *, keep=None,
     layers = foldable(model)
     if max_change is not None and not max_change >= 0:
         raise ValueError(f'max_change: expected a share of at least 0, got {max_change!r}')
-    kept = {} if keep is None or isinstance(keep, int) else _kept_by_name(layers, keep)
-    varying = [layer for layer in layers if layer not in kept and constant(layer) is None]
+    by_name = [] if keep is None or isinstance(keep, int) else matching(layers, keep)
+    varying = [name for layer, (name, *_) in layers.items() if constant(layer) is None]
     outputs = {}
-    if batches is not None and any(constant(layer) is None for layer in layers):
+    if batches is not None and varying:
         outputs = calibrate(model, batches)
-    elif varying:
-        raise ValueError(f'batches: {len(varying)} layers (as {layers[varying[0]][0]}) make their '
-                         f'scale and shift from each image: give some hundred images like those '
-                         f'that the model will see')
+    elif set(varying) - set(by_name):
+        raise ValueError(f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
+                         f'shift from each image: give some hundred images like those that the '
+                         f'model will see')
     report = measure(model, outputs)
-    if isinstance(keep, int):
-        kept = set(most_varying(report, keep))
-    else:
-        kept = {layers[layer][0] for layer in kept}
+    kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
     if max_change is not None:
         kept |= {row.name for row in report if row.share > max_change}
     return replace_layers(model, outputs, report, kept)
@@ -207,8 +203,10 @@ def constant(layer: nn.Module) -> Outputs | None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches, forward=None) -> dict[nn.Module, Outputs]:
+def calibrate(model: nn.Module, batches, forward=None) -> dict[str, Outputs]:
     """What the SCs make of the images in some batches, by layer; the model in eval mode.
+
+    A layer that has several names goes by the first.
 
     Args:
         batches: see :func:`fold_norm`.
@@ -217,24 +215,25 @@ def calibrate(model: nn.Module, batches, forward=None) -> dict[nn.Module, Output
     Raises:
         ValueError: no batches, or one that the model cannot take or that holds NaN.
     """
-    names = {layer: name for name, layer in dn_layers(model).items()}
+    layers = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, _DynamicNorm)}
     found, at = {}, 0
 
-    def keep(layer):
+    def keep(name):
         def hook(sc, statistics, outputs):
             if not all(t.isfinite().all() for t in outputs):
-                raise ValueError(f'batch {at}: the statistics in {names[layer]} are not finite: '
-                                 f'it holds NaN or infinity, or the model makes them of it')
+                raise ValueError(f'batch {at}: the statistics in {name} are not finite: it holds '
+                                 f'NaN or infinity, or the model makes them of it')
             if len(outputs[0]):
                 more = Outputs.of(*outputs)
-                found[layer] = found[layer] + more if layer in found else more
+                found[name] = found[name] + more if name in found else more
         return hook
 
-    handles = [layer.sc.register_forward_hook(keep(layer)) for layer in names]
-    backends = {layer: layer.backend for layer in names}
+    handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    backends = {layer: layer.backend for layer in layers.values()}
     with _modes_kept(model):
         model.eval()
-        for layer in names:
+        for layer in backends:
             layer.backend = 'reference'  # which calls SC, and so the hook
         try:
             for at, batch in enumerate(batches):  # noqa: B007
@@ -302,11 +301,11 @@ def recalibrate(model: nn.Module, batches, forward=None) -> None:
                 bn.momentum = momentum
 
 
-def measure(model: nn.Module, outputs: dict[nn.Module, Outputs]) -> list[LayerReport]:
+def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
     """The report of all layers, none of them folded yet."""
     report = []
     for layer, (name, *_) in foldable(model).items():
-        exact, seen = constant(layer), outputs.get(layer)
+        exact, seen = constant(layer), outputs.get(name)
         if exact is not None:
             row = (0, 0., 0., 0.)
         elif seen is not None:
@@ -324,21 +323,22 @@ def most_varying(report: list[LayerReport], number: int) -> list[str]:
     return [row.name for row in sorted(report, key=lambda row: -row.share)[:number]]
 
 
-def _kept_by_name(layers, keep):
-    kept = {}
+def matching(layers: dict[nn.Module, list[str]], keep) -> list[str]:
+    """The first names of the layers that patterns mean, each pattern at least one."""
+    kept = []
     for pattern in (keep, ) if isinstance(keep, str) else keep:
-        found = [layer for layer, names in layers.items()
+        found = [names[0] for names in layers.values()
                  if any(matches(name, pattern) for name in names)]
         if not found:
             raise ValueError(f'keep: {pattern!r} matches none of {len(layers)} layers '
                              f'({some(name for name, *_ in layers.values())})')
-        kept.update(dict.fromkeys(found))
+        kept += found
     return kept
 
 
 @torch.no_grad()
-def replace_layers(model: nn.Module, outputs: dict[nn.Module, Outputs],
-                   report: list[LayerReport], kept) -> list[LayerReport]:
+def replace_layers(model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport],
+                   kept) -> list[LayerReport]:
     """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
 
     Returns:
@@ -347,7 +347,7 @@ def replace_layers(model: nn.Module, outputs: dict[nn.Module, Outputs],
     layers, done = foldable(model), []
     new = {}
     for (layer, names), row in zip(layers.items(), report, strict=True):
-        seen = constant(layer) or outputs.get(layer)
+        seen = constant(layer) or outputs.get(names[0])
         if names[0] not in kept and seen is not None:
             new[layer] = batch_norm_of(layer, *seen.mean)
         done.append(row._replace(folded=layer in new))

@@ -505,10 +505,10 @@ class Training:
         found = dict(value=value, folded=value, folded_most=value, folded_recalibrated=value)
         if dn_layers(self.model):
             outputs = self.generated()
-            varying = sorted(outputs, key=lambda layer: sum(outputs[layer].std()))
+            varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
             most = varying[:round(MOST * len(varying))]
-            for key, chosen in (('folded_most', most), ('folded', varying)):
-                with folded(self.model, {layer: outputs[layer] for layer in chosen}):
+            for key, names in (('folded_most', most), ('folded', varying)):
+                with folded(self.model, {name: outputs[name] for name in names}):
                     found[key] = self.top1()
                     if key == 'folded':
                         self.recalibrate()
@@ -526,7 +526,7 @@ class Training:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[chosen[:CALIBRATION].to(self.device)].split(CALIBRATION_BATCH)
 
-    def generated(self) -> dict[nn.Module, Outputs]:
+    def generated(self) -> dict[str, Outputs]:
         """What the DN layers make of the calibration images."""
         self.model.eval()
         with self.in_stream():
@@ -552,16 +552,16 @@ def _laid_out_as(parameter, gradient):
 
 
 @contextlib.contextmanager
-def folded(model: nn.Module, outputs: dict[nn.Module, Outputs]):
+def folded(model: nn.Module, outputs: dict[str, Outputs]):
     """The model with BatchNorms in the place of some layers, afterwards as it was."""
-    names = {layer: name for name, layer in dn_layers(model).items()}
-    for layer, made in outputs.items():
-        put(model, names[layer], batch_norm_of(layer, *made.mean))
+    layers = {name: model.get_submodule(name) for name in outputs}
+    for name, layer in layers.items():
+        put(model, name, batch_norm_of(layer, *outputs[name].mean))
     try:
         yield
     finally:
-        for layer in outputs:
-            put(model, names[layer], layer)
+        for name, layer in layers.items():
+            put(model, name, layer)
 
 
 # Parity.

@@ -380,13 +380,12 @@ def test_a_folded_model_is_dynamic_again_afterwards(config, images):
     x = trained.prepared(images['val'][0])
     outputs = trained.generated()
     trained.model.eval()
-    layers = dn_layers(trained.model)
-    assert set(outputs) == set(layers.values()) and len(outputs) == 52
+    assert set(outputs) == set(dn_layers(trained.model)) and len(outputs) == 52
     assert all(made.count == 63 for made in outputs.values())
     with torch.no_grad():
         dynamic = trained.model(x)
-        layer = layers['backbone.layer3.1.depthwise_conv.bn']
-        with gpu_training.folded(trained.model, {layer: outputs[layer]}):
+        name = 'backbone.layer3.1.depthwise_conv.bn'
+        with gpu_training.folded(trained.model, {name: outputs[name]}):
             assert len(dn_layers(trained.model)) == 51
             assert not torch.equal(trained.model(x), dynamic)
         assert torch.equal(trained.model(x), dynamic)
