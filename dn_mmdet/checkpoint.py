@@ -281,7 +281,12 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'builds {type(modules[plain[0]]).__name__} in {len(plain)} of them, as {plain[0]}. '
             f"Set their norm_cfg to type='DNB' (or what it was trained with), or use its own "
             f'config{_experiment(checkpoint)}')
-    if ours and not theirs and whole:
+    folded = (checkpoint.get('meta') or {}).get('folded')
+    if ours - theirs and folded and whole:
+        print_log(f'{path} was written by tools/fold.py: {len(ours - theirs)} layers in which it '
+                  f'has a BatchNorm compute that and nothing dynamic. The config beside it builds '
+                  f'them as BatchNorms', logger='current', level=30)
+    elif ours and not theirs and whole:
         print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
                   f'compute what BatchNorm does', logger='current', level=30)
     trained = _variants(_types((checkpoint.get('meta') or {}).get('cfg')))

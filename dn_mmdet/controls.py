@@ -14,7 +14,7 @@ class _RewrittenBN(nn.Module):
     """A BatchNorm whose scale and shift are made from other parameters, not from the input.
 
     ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
-    are those of ``bn``. It costs what BatchNorm does, and folds into one exactly.
+    are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
     """
 
     _abbr_ = 'bn'
@@ -26,15 +26,6 @@ class _RewrittenBN(nn.Module):
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Both (C,)."""
         raise NotImplementedError
-
-    @torch.no_grad()
-    def folded(self) -> nn.BatchNorm2d:
-        """The BatchNorm that computes the same."""
-        bn = nn.BatchNorm2d(self.bn.num_features, self.bn.eps, self.bn.momentum, True,
-                            self.bn.track_running_stats)
-        scale, shift = (t.detach().clone() for t in self.scale_and_shift())
-        bn.load_state_dict(dict(self.bn.state_dict(), weight=scale, bias=shift))
-        return bn.to(scale.device).train(self.bn.training)
 
 
 @MODELS.register_module()

@@ -135,14 +135,15 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *,
     for name, bn in chosen.items():
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new[bn])
-    for name in _folded_wrongly(model):
+    for name in misfolded(model):
         warnings.warn(f'{name}: this BatchNorm follows a converted norm inside one module, and '
                       f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
                       f'it as well, or do not fuse this model', stacklevel=2)
     folding = _folding_methods(model, chosen)
     if folding:
         warnings.warn(f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
-                      f'call it before the conversion, or not at all', stacklevel=2)
+                      f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
+                      stacklevel=2)
     return model
 
 
@@ -293,8 +294,8 @@ def _report(model, norm, found, model_cfg):
                   f'frozen, SC trains', logger='current')
     folding = _folding_methods(model, layers)
     if folding:
-        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: do not call '
-                  f'it', logger='current')
+        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: call it only '
+                  f'after dn_mmdet.fold.fold_norm', logger='current')
     if left:
         print_log(f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}',
                   logger='current')
@@ -352,9 +353,9 @@ def _convert_state(state, sc, args, everywhere):
                          f'{", ".join(map(str, list(state)[:8])) or "nothing"}')
     if any(f'.{key}'.endswith('.sc.w_in') for key in state):
         raise ValueError(
-            'this checkpoint holds Dynamic Normalization already. There is no way back to '
-            'BatchNorm either: the scale and shift that a trained SC makes differ from image to '
-            "image, and BatchNorm's are constants")
+            'this checkpoint holds Dynamic Normalization already. From the weights alone there is '
+            'no way back to BatchNorm: the scale and shift that a trained SC makes differ from '
+            'image to image. tools/fold.py freezes them at their mean over images')
     new, metadata = OrderedDict(), dict(getattr(state, '_metadata', {}))
     started = set()
     for key, value in state.items():
@@ -381,11 +382,11 @@ def _convert_state(state, sc, args, everywhere):
 
 
 def _is_batch_norm(module):
-    return isinstance(module, _BatchNorm) or _is_frozen(module) or (
+    return isinstance(module, _BatchNorm) or is_frozen_batch_norm(module) or (
         type(module).__name__ == 'SyncBatchNorm')
 
 
-def _is_frozen(module):
+def is_frozen_batch_norm(module: nn.Module) -> bool:
     """torchvision's, mmdet's and detectron2's classes share the name alone."""
     return type(module).__name__ == 'FrozenBatchNorm2d'
 
@@ -417,7 +418,7 @@ def _choose(found, layers, only, skip):
             continue
         matched = set()
         for pattern in (patterns, ) if isinstance(patterns, str) else patterns:
-            names = {name for name in itertools.chain(found, layers) if _matches(name, pattern)}
+            names = {name for name in itertools.chain(found, layers) if matches(name, pattern)}
             if not names:
                 some = ', '.join(itertools.islice(itertools.chain(found, layers), 5))
                 raise ValueError(f'{"only" if keep else "skip"}: {pattern!r} matches none of '
@@ -427,7 +428,8 @@ def _choose(found, layers, only, skip):
     return chosen
 
 
-def _matches(name, pattern):
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of `convert_norm` means the norm of this name."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f'{pattern}.*')
 
 
@@ -445,7 +447,8 @@ def _check_convertible(name, bn):
     if isinstance(bn, LazyModuleMixin):
         raise ValueError(f'{what} does not know its channels yet: run the model once on an '
                          f'input before converting it, or {instead}')
-    own_forward = not (is_torch_batch_norm(bn) or _is_frozen(bn) or _is_timm_norm_act(bn))
+    own_forward = not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)
+                       or _is_timm_norm_act(bn))
     if own_forward or 'forward' in vars(bn):
         raise ValueError(f'{what} has a forward of its own, which conversion would lose: '
                          f'use a plain BatchNorm there, or {instead}')
@@ -461,13 +464,13 @@ def _layer_around(bn, family, model, args):
     """A DN layer for bn's channels, inputs, device and dtype."""
     if _is_timm_norm_act(bn):
         cls = DNBAct if family is FAMILIES['DNB'] else DNCAct
-    elif _is_frozen(bn):
+    elif is_frozen_batch_norm(bn):
         cls = family[1]
     else:
         cls = family[_CHECKS.get(type(bn)._check_input_dim, 3)]
     tensor = next(itertools.chain(bn.parameters(), bn.buffers(), model.parameters()), None)
     factory = {} if tensor is None else dict(device=tensor.device, dtype=tensor.dtype)
-    num_features = len(bn.weight) if _is_frozen(bn) else bn.num_features
+    num_features = len(bn.weight) if is_frozen_batch_norm(bn) else bn.num_features
     return cls(num_features, **args, **factory)
 
 
@@ -512,7 +515,7 @@ def _folding_methods_of(cls):
             and not hasattr(nn.Module, name) and callable(getattr(cls, name))]
 
 
-def _folded_wrongly(model):
+def misfolded(model: nn.Module):
     """Names of BatchNorms that mmcv's fuse_conv_bn folds into a convolution before a DN layer.
 
     It remembers a module's last convolution until a BatchNorm comes, and knows

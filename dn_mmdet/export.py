@@ -3,6 +3,7 @@
 For single-stage detectors whose head gives class scores and box deltas for anchors
 (SSD, SSDLite, RetinaNet).
 """
+import copy
 import importlib.util
 import os
 import platform
@@ -27,9 +28,8 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from .convert import dn_layers
-from .layers import _DynamicNorm
+from .deploy import with_batch_norm
 from .preflight import ConfigError
-from .registered import is_of
 
 OUTPUTS = ('boxes', 'scores', 'labels')
 RAW_OUTPUTS = ('class_scores', 'box_deltas')
@@ -289,9 +289,7 @@ def folded_twin(cfg: Config, model: nn.Module) -> nn.Module:
 
     What MMDetection would run for a BatchNorm detector; for comparing latencies.
     """
-    twin_cfg = cfg.model.to_dict()
-    _swap_back(twin_cfg)
-    twin = MODELS.build(Config(dict(model=twin_cfg)).model)  # heads read test_cfg.nms
+    twin = MODELS.build(with_batch_norm(copy.deepcopy(cfg.model)))
     state = model.state_dict()
     for name in dn_layers(model):
         for key in [key for key in state if key.startswith(f'{name}.')]:
@@ -300,19 +298,6 @@ def folded_twin(cfg: Config, model: nn.Module) -> nn.Module:
                 state[f'{name}.{leaf.removeprefix("bn.")}'] = value
     twin.load_state_dict(state)
     return fuse_conv_bn(twin.eval())
-
-
-def _swap_back(node):
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            _swap_back(child)
-    elif isinstance(node, dict):
-        if is_of(MODELS, node, _DynamicNorm):
-            kept = {key: node[key] for key in ('eps', 'momentum') if key in node}
-            node.clear()
-            node.update(kept, type='BN')
-        for child in node.values():
-            _swap_back(child)
 
 
 def versions() -> str:

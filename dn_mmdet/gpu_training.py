@@ -27,7 +27,8 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
 from . import controls  # noqa: F401  registers the controls' norms
-from .convert import batch_norms, convert_norm, dn_layers
+from .convert import convert_norm, dn_layers
+from .fold import Outputs, batch_norm_of, calibrate, put, recalibrate
 from .recording import hardware, norm_counts
 from .reference import widen
 from .sc import no_autocast
@@ -501,15 +502,13 @@ class Training:
 
     def _results(self):
         value = self.top1()
-        layers = dn_layers(self.model)
         found = dict(value=value, folded=value, folded_most=value, folded_recalibrated=value)
-        if layers:
-            constants = self.generated()
-            varying = sorted(layers, key=lambda name: sum(
-                t.std(0, correction=0).mean().item() for t in constants[name]))
+        if dn_layers(self.model):
+            outputs = self.generated()
+            varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
             most = varying[:round(MOST * len(varying))]
             for key, names in (('folded_most', most), ('folded', varying)):
-                with folded(self.model, {name: constants[name] for name in names}):
+                with folded(self.model, {name: outputs[name] for name in names}):
                     found[key] = self.top1()
                     if key == 'folded':
                         self.recalibrate()
@@ -527,44 +526,18 @@ class Training:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[chosen[:CALIBRATION].to(self.device)].split(CALIBRATION_BATCH)
 
-    @torch.no_grad()
-    def generated(self) -> dict[str, tuple]:
-        """g, h (images, C) of each DN layer, or (batches, C) in DN-C."""
-        layers, found = dn_layers(self.model), defaultdict(list)
-        handles = [layer.sc.register_forward_hook(
-            lambda _, given, made, name=name: found[name].append(made))
-            for name, layer in layers.items()]
+    def generated(self) -> dict[str, Outputs]:
+        """What the DN layers make of the calibration images."""
         self.model.eval()
-        for layer in layers.values():
-            layer.backend = 'reference'  # which calls SC, and so its hooks
-        try:
-            with self.in_stream():
-                for x in self.calibration_images():
-                    self._infer(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in layers.values():
-                layer.backend = self.backend
+        with self.in_stream():
+            found = calibrate(self.model, self.calibration_images(), self._infer)
         self.model.train()
-        self.synchronize()
-        return {name: tuple(torch.cat(t) for t in zip(*pairs, strict=True))
-                for name, pairs in found.items()}
+        return found
 
-    @torch.no_grad()
     def recalibrate(self) -> None:
         """Makes running statistics the mean over the calibration images; they stay so."""
-        norms = list(batch_norms(self.model).values())
-        momenta = [bn.momentum for bn in norms]
-        for bn in norms:
-            bn.reset_running_stats()
-            bn.momentum = None
-        self.model.train()
         with self.in_stream():
-            for x in self.calibration_images():
-                self._infer(x)
-        for bn, momentum in zip(norms, momenta, strict=True):
-            bn.momentum = momentum
+            recalibrate(self.model, self.calibration_images(), self._infer)
 
 
 def _laid_out_as(parameter, gradient):
@@ -579,31 +552,16 @@ def _laid_out_as(parameter, gradient):
 
 
 @contextlib.contextmanager
-def folded(model: nn.Module, constants: dict[str, tuple]):
-    """DN layers as BatchNorms, their g and h frozen at the mean of those given by name.
-
-    With ``(g, h)`` constant, ``(1 + g) z + h`` is a BatchNorm of weight ``w (1 + g)`` and bias
-    ``b (1 + g) + h``.
-    """
-    layers = {name: model.get_submodule(name) for name in constants}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            g, h = (t.mean(0) for t in constants[name])
-            inner = layer.bn
-            bn = nn.BatchNorm2d(inner.num_features, inner.eps, inner.momentum).to(g.device)
-            bn.load_state_dict(dict(inner.state_dict(), weight=inner.weight * (1 + g),
-                                    bias=inner.bias * (1 + g) + h))
-            _replace(model, name, bn.train(layer.training))
+def folded(model: nn.Module, outputs: dict[str, Outputs]):
+    """The model with BatchNorms in the place of some layers, afterwards as it was."""
+    layers = {name: model.get_submodule(name) for name in outputs}
+    for name, layer in layers.items():
+        put(model, name, batch_norm_of(layer, *outputs[name].mean))
     try:
         yield
     finally:
         for name, layer in layers.items():
-            _replace(model, name, layer)
-
-
-def _replace(model, name, module):
-    parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)
+            put(model, name, layer)
 
 
 # Parity.

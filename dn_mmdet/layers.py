@@ -134,9 +134,9 @@ class _DynamicNorm(nn.Module):
         name = frame.f_code.co_name
         if FOLDING.search(name) and not self.sc.is_identity():
             raise TypeError(f'{name}: expected a BatchNorm to fold, got {type(self).__name__}, '
-                            f'whose scale and shift follow the input and would be lost: fold '
-                            f'(fuse, reparameterize, switch to deploy) before the model is '
-                            f'converted, or leave this layer as it is')
+                            f'whose scale and shift follow the input and would be lost: make '
+                            f'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or '
+                            f'leave this one as it is')
 
     @property
     def eps(self):

@@ -98,18 +98,6 @@ def test_every_parameter_of_a_static_layer_learns():
         assert all(p.grad.any() for p in layer.parameters()), args
 
 
-@pytest.mark.parametrize('layer', [StaticDN(6), StaticDN(6, rank='low'),
-                                   StaticDN(6, affine=False), ScaledBN(6, rate=3)],
-                         ids=['full', 'low', 'no affine', 'scaled'])
-def test_a_control_folds_into_a_batch_norm_exactly(layer, close):
-    moved(layer)
-    x = torch.randn(4, 6, 5, 3)
-    for training in (True, False):
-        folded = layer.train(training).folded()
-        assert type(folded) is nn.BatchNorm2d and folded.training == training
-        close(folded(x), layer(x))
-
-
 def exact(layer):
     """In float64, where the start is not rounded to float32."""
     layer.double().u.data.fill_(1 / layer.k)

@@ -373,42 +373,22 @@ def test_the_layers_of_a_recipe_are_right_here(name, config):
     assert 0 < gpu_training.check_layers(recipe_of(config, name), 'auto', 'cpu', SIZE, 8) <= 1
 
 
-def test_folding_freezes_scale_and_shift_at_their_mean(config, images, close):
+def test_a_folded_model_is_dynamic_again_afterwards(config, images):
     trained = training(config, images, 'dnb')
     trained.start(0)
     awake(trained.model, std=0.1).eval()
     x = trained.prepared(images['val'][0])
-    constants = trained.generated()
+    outputs = trained.generated()
     trained.model.eval()
-    assert set(constants) == set(dn_layers(trained.model)) and len(constants) == 52
-    assert all(g.shape == h.shape == (63, g.shape[1]) for g, h in constants.values())
+    assert set(outputs) == set(dn_layers(trained.model)) and len(outputs) == 52
+    assert all(made.count == 63 for made in outputs.values())
     with torch.no_grad():
         dynamic = trained.model(x)
         name = 'backbone.layer3.1.depthwise_conv.bn'
-        layer = trained.model.get_submodule(name)
-        inputs = torch.randn(4, layer.num_features, 3, 3)
-        g, h = (t.mean(0).view(1, -1, 1, 1) for t in constants[name])
-        wanted = (1 + g) * layer.bn(inputs) + h
-        with gpu_training.folded(trained.model, {name: constants[name]}):
-            close(trained.model.get_submodule(name)(inputs), wanted)
+        with gpu_training.folded(trained.model, {name: outputs[name]}):
             assert len(dn_layers(trained.model)) == 51
             assert not torch.equal(trained.model(x), dynamic)
-        assert torch.equal(trained.model(x), dynamic)  # as it was
-
-
-def test_dnc_folds_exactly(config, images, close):
-    trained = training(config, images, 'dnc')
-    trained.start(0)
-    awake(trained.model, std=0.1)
-    trained.advance(5)
-    x = trained.prepared(images['val'][0])
-    constants = trained.generated()
-    trained.model.eval()
-    with torch.no_grad():
-        dynamic = trained.model(x)
-        with gpu_training.folded(trained.model, constants):
-            assert not dn_layers(trained.model)
-            close(trained.model(x), dynamic)
+        assert torch.equal(trained.model(x), dynamic)
 
 
 def test_recalibration_leaves_the_dynamic_layers_alone(config, images):

@@ -1,8 +1,8 @@
-"""Trains SSDLite on handwritten digits with BN and with DN-B, and compares them.
+"""Trains SSDLite on handwritten digits with BN and with DN-B, folds DN-B, and compares all three.
 
 A grid of tools/compare.py with two runs, one thread each. Afterwards the folder holds
-report/ (tables, learning curves, an interactive page), detections.png and, under runs/,
-logs, checkpoints and single pictures.
+report/ (tables, learning curves, an interactive page), detections.png, folded.pth (DN-B as
+BatchNorms) and, under runs/, logs, checkpoints and single pictures.
 """
 import argparse
 import contextlib
@@ -16,7 +16,8 @@ from pathlib import Path
 from mmengine.config import Config
 from rich.console import Console
 
-from dn_mmdet import command_line, compare, report
+from dn_mmdet import command_line, compare, deploy, report
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ROOT / 'tools' / 'predict.py'
@@ -115,6 +116,27 @@ def pick_images(dataset, folder):
     (folder / 'annotations.json').write_text(json.dumps(coco))
 
 
+def fold(runs, out):
+    """Folds the last run into BatchNorms, as tools/fold.py does; a table of all three models."""
+    configs = [command_line.load_config(run.folder / 'config.py') for run in runs]
+    models, checkpoints = [], []
+    for run, cfg in zip(runs, configs, strict=True):
+        path, = run.folder.glob('epoch_*.pth')
+        models.append(deploy.built(cfg).eval())
+        checkpoints.append(open_checkpoint(path))
+        check_fits(models[-1], checkpoints[-1], path)
+    result = deploy.fold(configs[-1], models[-1], curve=False, say=lambda text: None)
+    deploy.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
+    evaluation = deploy.Evaluation(configs[0], result.metric)
+    values = [evaluation(models[0]), result.rows[0].value, result.chosen.value]
+    deployed = [deploy.fused(model) for model in (*models, result.model)]
+    times = deploy.milliseconds(deployed, evaluation.one_image(models[0]))
+    rows = [[name, f'{value:.3f}', f'{took:.2f}'] for name, value, took in zip(
+        ('BN', 'DN-B', f'DN-B, {deploy.row_name(result.chosen, result)}'), values, times,
+        strict=True)]
+    return report.markdown_table(['model', result.metric, 'ms per image'], rows)
+
+
 def run(configs, out, seed, console):
     """The whole demo into a folder; see the head of this file."""
     from mmdet.registry import DATASETS
@@ -131,8 +153,11 @@ def run(configs, out, seed, console):
     detect(runs, out / 'images')
     draw_detections(runs, out / 'images', out / 'detections.png')
     console.print(written.text, markup=False, soft_wrap=True)
+    console.print(fold(runs, out), markup=False, soft_wrap=True)
     console.print(f'Learning curves: {out}/report/learning_curves.png\n'
                   f'Detections:      {out}/detections.png\n'
+                  f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint; times are of the '
+                  f'network alone, BatchNorms folded into convolutions, {deploy.timed_on()}\n'
                   f'\nThis is one run of each norm (seed {seed}): its AP differs by up to 0.1 '
                   f'between two machines.\n\n'
                   f'What to try next:\n{NEXT}', markup=False, soft_wrap=True)

@@ -1,0 +1,448 @@
+"""Dynamic Normalization -> BatchNorm, after training: layers whose g and h hardly vary.
+
+With ``g, h`` constant, ``y = (1 + g) z + h`` is a BatchNorm of weight ``w (1 + g)`` and bias
+``b (1 + g) + h``. In a trained model most layers make nearly the same g and h of every image.
+"""
+import contextlib
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .controls import _RewrittenBN
+from .convert import (
+    DNBAct,
+    DNCAct,
+    is_frozen_batch_norm,
+    matches,
+    misfolded,
+    norms_in_words,
+)
+from .functional import generate, is_torch_batch_norm
+from .layers import BATCH_NORM_KEYS, _DynamicNorm
+from .messages import some
+
+
+class LayerReport(NamedTuple):
+    """What became of a layer; g_std, h_std and share are means over its channels."""
+    name: str
+    kind: str  # as DNB
+    images: int  # samples behind g and h; 0 where they are constants, or never seen
+    g_std: float  # standard deviation of g over images
+    h_std: float
+    share: float  # of the output's variance that folding takes away; 0 where it is exact
+    folded: bool
+
+
+@dataclass
+class Outputs:
+    """What the SC of a layer made of many images.
+
+    Args:
+        count: images.
+        mean: (2, C), of g and h.
+        sums: (3, C), over images, of the squares of g and of h and of their product, each
+            without its mean.
+    """
+    count: int
+    mean: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, g: Tensor, h: Tensor):
+        """Of g, h (N, C)."""
+        values = torch.stack((g, h)).detach().cpu().double()
+        first = values[:, :1]  # subtracted, so that constants have a spread of exactly 0
+        mean = (values - first).mean(1, keepdim=True)
+        dg, dh = values - first - mean
+        return cls(len(g), (first + mean)[:, 0],
+                   torch.stack((dg.square().sum(0), dh.square().sum(0), (dg * dh).sum(0))))
+
+    def __add__(self, other):
+        count = self.count + other.count
+        dg, dh = moved = other.mean - self.mean
+        between = torch.stack((dg.square(), dh.square(), dg * dh))
+        return Outputs(count, self.mean + moved * (other.count / count), self.sums + other.sums
+                       + between * (self.count * other.count / count))
+
+    def std(self) -> list[float]:
+        """Of g and of h over images, averaged over channels."""
+        return (self.sums[:2] / self.count).sqrt().mean(1).tolist()
+
+    def share(self, bn: nn.Module) -> float:
+        """The part of the layer's variance that comes from g and h not being their means.
+
+        Of z, which they act on, it is taken that it has mean b and std w in every image.
+        """
+        w, b = _affine_of(bn, self.mean[0])
+        var_g, var_h, both = self.sums / self.count
+        lost = (var_g * (w.square() + b.square()) + 2 * b * both + var_h).sum().item()
+        kept = ((1 + self.mean[0]) * w).square().sum().item()
+        return lost / (lost + kept) if lost > 0 else 0.
+
+
+@torch.no_grad()
+def fold_norm(model: nn.Module, batches=None, *, keep=None,
+              max_change: float | None = None) -> list[LayerReport]:
+    """Turns DN layers into BatchNorms, g and h frozen at their mean over some images.
+
+    A BatchNorm takes the layer's name and is of the kind of its inner norm (1d, 2d, 3d,
+    synchronised, frozen), with the same eps, momentum, running statistics, dtype, device,
+    mode and ``requires_grad``. Exact where g and h are constants, and then no images are
+    needed: in DN-C, in layers whose SC is not trained, and in the controls `StaticDN` and
+    `ScaledBN`. The more they vary, the more folding changes; ask a test set by how much.
+    The images have to be like those that the model will see. Optimizers and DDP that hold
+    the old parameters have to be made anew.
+
+    Args:
+        model: is changed in place.
+        batches: inputs of the model's forward (a tensor; a tuple or dict of arguments), or
+            for a model of mmengine what its data loader gives.
+        keep: what stays dynamic: patterns of names as in :func:`convert_norm`, or the
+            number of layers, which are then those that vary most.
+        max_change: layers whose `LayerReport.share` is above it stay dynamic.
+
+    Returns:
+        a report of each layer, in the model's order. Layers that no batch reached stay
+        dynamic, with ``images=0``.
+
+    Raises:
+        ValueError: no DN layer; no batches where they are needed; a batch that the model
+            cannot take or that holds NaN; a pattern that matches nothing; or a layer that
+            is more than a DN layer. Nothing was changed then.
+
+    Example:
+        >>> from dn_mmdet.convert import convert_norm
+        >>> model = convert_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 'DNC')
+        >>> fold_norm(model)[0].folded, model[1]
+        (True, BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True))
+    """
+    layers = foldable(model)
+    if max_change is not None and not max_change >= 0:
+        raise ValueError(f'max_change: expected a share of at least 0, got {max_change!r}')
+    by_name = [] if keep is None or isinstance(keep, int) else matching(layers, keep)
+    varying = [name for layer, (name, *_) in layers.items() if constant(layer) is None]
+    outputs = {}
+    if batches is not None and varying:
+        outputs = calibrate(model, batches)
+    elif set(varying) - set(by_name):
+        raise ValueError(f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
+                         f'shift from each image: give some hundred images like those that the '
+                         f'model will see')
+    report = measure(model, outputs)
+    kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
+    if max_change is not None:
+        kept |= {row.name for row in report if row.share > max_change}
+    return replace_layers(model, outputs, report, kept)
+
+
+def foldable(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The layers that can become BatchNorms, each with all names that it has in the model.
+
+    Raises:
+        ValueError: there is none, the model is one itself, or one is more than a DN layer.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError('expected a plain model, got one inside DistributedDataParallel: fold '
+                         'its .module')
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (_DynamicNorm, _RewrittenBN)):
+            found.setdefault(module, []).append(name)
+    if not found:
+        raise ValueError(f'found no DN layer to fold in {type(model).__name__}'
+                         f'{norms_in_words(model)}')
+    if model in found:
+        raise ValueError(f'expected a model that holds DN layers, got one {type(model).__name__}, '
+                         f'which cannot replace itself: put it into nn.Sequential')
+    for layer, (name, *_) in found.items():
+        _check_foldable(name, layer)
+    return found
+
+
+def _check_foldable(name, layer):
+    bn = layer.bn
+    if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
+        raise ValueError(f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
+                         f'{type(bn).__qualname__}: leave this layer in a model of its own')
+    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, _RewrittenBN.forward)
+    if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
+        raise ValueError(f'{name}: {type(layer).__name__} has a forward of its own, which folding '
+                         f'would lose')
+    if bn._modules or any(getattr(module, f'_{kind}_hooks') for module in (layer, bn)
+                          for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
+        raise ValueError(f'{name}: has hooks or parametrizations on the layer or on its .bn, '
+                         f'which folding would lose: remove them first')
+
+
+def constant(layer: nn.Module) -> Outputs | None:
+    """The g, h of a layer in eval mode where they are the same for every input."""
+    if isinstance(layer, _RewrittenBN):  # its scale and shift are all of weight and bias
+        nothing = torch.zeros(1, layer.bn.num_features)
+        return Outputs.of(nothing, nothing)
+    bn, sc = layer.bn, layer.sc
+    like = next(chain(sc.parameters(), bn.buffers()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if layer.batch_shared and getattr(bn, 'running_mean', None) is not None:
+        mu, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+        eps = getattr(bn, 'eps', 1e-5)
+        return Outputs.of(*generate(sc, None, None, mu, torch.sqrt(var + eps), eps, True))
+    w_out = getattr(sc, 'w_out', None)
+    if w_out is None or w_out.any():
+        return None
+    statistics = torch.ones(1, layer.num_features, dtype=dtype, device=like.device)
+    return Outputs.of(*sc(statistics, statistics))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches, forward=None) -> dict[str, Outputs]:
+    """What the SCs make of the images in some batches, by layer; the model in eval mode.
+
+    A layer that has several names goes by the first.
+
+    Args:
+        batches: see :func:`fold_norm`.
+        forward: called with each batch in place of the model.
+
+    Raises:
+        ValueError: no batches, or one that the model cannot take or that holds NaN.
+    """
+    layers = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, _DynamicNorm)}
+    found, at = {}, 0
+
+    def keep(name):
+        def hook(sc, statistics, outputs):
+            if not all(t.isfinite().all() for t in outputs):
+                raise ValueError(f'batch {at}: the statistics in {name} are not finite: it holds '
+                                 f'NaN or infinity, or the model makes them of it')
+            if len(outputs[0]):
+                more = Outputs.of(*outputs)
+                found[name] = found[name] + more if name in found else more
+        return hook
+
+    handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    backends = {layer: layer.backend for layer in layers.values()}
+    with _modes_kept(model):
+        model.eval()
+        for layer in backends:
+            layer.backend = 'reference'  # which calls SC, and so the hook
+        try:
+            for at, batch in enumerate(batches):  # noqa: B007
+                _run(model, batch, at, forward)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer, backend in backends.items():
+                layer.backend = backend
+    if not found:
+        raise ValueError('batches: expected images that reach the DN layers, got none')
+    return found
+
+
+def _run(model, batch, at, forward):
+    try:
+        if forward is not None:
+            forward(batch)
+        elif isinstance(batch, Mapping):
+            model.test_step(batch) if isinstance(model, BaseModel) else model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            model(*batch)
+        else:
+            model(batch)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        if str(error).startswith(f'batch {at}: '):
+            raise
+        raise ValueError(f'batch {at}: the model cannot take it: {error}. Expected what its '
+                         f'forward takes, or its own data loader gives') from error
+
+
+@contextlib.contextmanager
+def _modes_kept(model):
+    """Afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches, forward=None) -> None:
+    """Running statistics anew, as their mean over some batches.
+
+    Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
+    ``momentum=0`` keep theirs.
+    """
+    norms = [module for module in model.modules()
+             if isinstance(module, _BatchNorm) and module.running_mean is not None
+             and module.momentum != 0]
+    momenta = [bn.momentum for bn in norms]
+    with _modes_kept(model):
+        model.eval()
+        for bn in norms:
+            bn.reset_running_stats()
+            bn.momentum = None
+            bn.training = True
+        try:
+            for at, batch in enumerate(batches):
+                _run(model, batch, at, forward)
+        finally:
+            for bn, momentum in zip(norms, momenta, strict=True):
+                bn.momentum = momentum
+
+
+def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
+    """The report of all layers, none of them folded yet."""
+    report = []
+    for layer, (name, *_) in foldable(model).items():
+        exact, seen = constant(layer), outputs.get(name)
+        if exact is not None:
+            row = (0, 0., 0., 0.)
+        elif seen is not None:
+            row = (seen.count, *seen.std(), seen.share(layer.bn))
+        else:
+            row = (0, *[float('nan')] * 3)
+        report.append(LayerReport(name, type(layer).__name__, *row, folded=False))
+    return report
+
+
+def most_varying(report: list[LayerReport], number: int) -> list[str]:
+    """The names of the layers that folding would change most, in descending order."""
+    if not 0 <= number <= len(report):
+        raise ValueError(f'keep: expected 0 to {len(report)} layers, got {number}')
+    return [row.name for row in sorted(report, key=lambda row: -row.share)[:number]]
+
+
+def matching(layers: dict[nn.Module, list[str]], keep) -> list[str]:
+    """The first names of the layers that patterns mean, each pattern at least one."""
+    kept = []
+    for pattern in (keep, ) if isinstance(keep, str) else keep:
+        found = [names[0] for names in layers.values()
+                 if any(matches(name, pattern) for name in names)]
+        if not found:
+            raise ValueError(f'keep: {pattern!r} matches none of {len(layers)} layers '
+                             f'({some(name for name, *_ in layers.values())})')
+        kept += found
+    return kept
+
+
+@torch.no_grad()
+def replace_layers(model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport],
+                   kept) -> list[LayerReport]:
+    """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
+
+    Returns:
+        the report, with what was folded.
+    """
+    layers, done = foldable(model), []
+    new = {}
+    for (layer, names), row in zip(layers.items(), report, strict=True):
+        seen = constant(layer) or outputs.get(names[0])
+        if names[0] not in kept and seen is not None:
+            new[layer] = batch_norm_of(layer, *seen.mean)
+        done.append(row._replace(folded=layer in new))
+    for layer, bn in new.items():
+        for name in layers[layer]:
+            put(model, name, bn)
+    if len(new) < len(layers):
+        for name in misfolded(model):
+            warnings.warn(f'{name}: this BatchNorm follows a dynamic layer inside one module, '
+                          f"and mmcv's fuse_conv_bn would fold it into the wrong convolution; "
+                          f'do not fuse this model', stacklevel=3)
+    return done
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
+    """The BatchNorm that computes what a layer does where its SC gives g, h (C,)."""
+    if isinstance(layer, _RewrittenBN):
+        weight, bias = layer.scale_and_shift()
+    else:
+        w, b = _affine_of(layer.bn, g.double())
+        weight, bias = w * (1 + g), b * (1 + g) + h
+    bn = _with_affine(layer, weight, bias)
+    if isinstance(layer, (DNBAct, DNCAct)):
+        return _with_activation(layer, bn)
+    return bn
+
+
+def _affine_of(bn, like):
+    """Weight and bias (C,) of a BatchNorm, ones and zeros where it has none."""
+    return [torch.full_like(like, fill) if t is None else t.detach().to(like)
+            for t, fill in ((bn.weight, 1), (bn.bias, 0))]
+
+
+def _with_affine(layer, weight, bias):
+    """A copy of a layer's inner norm with other weight and bias."""
+    bn = layer.bn
+    group = getattr(bn, 'process_group', None)  # cannot be copied
+    new = copy.deepcopy(bn, {id(group): group})
+    given = next(chain(bn.parameters(), bn.buffers(), layer.parameters()))
+    for name, value in (('weight', weight), ('bias', bias)):
+        if getattr(new, name) is None:
+            trained = any(p.requires_grad for p in layer.parameters())
+            setattr(new, name, nn.Parameter(value.to(given), trained))
+        else:
+            getattr(new, name).copy_(value)
+    if hasattr(new, 'affine'):
+        new.affine = True
+    return new
+
+
+def _with_activation(layer, bn):
+    """timm's BatchNormAct2d, whose place the layer has taken."""
+    from timm.layers import BatchNormAct2d
+    norm_act = BatchNormAct2d(bn.num_features, bn.eps, bn.momentum, bn.affine,
+                              bn.track_running_stats)
+    for name in BATCH_NORM_KEYS:
+        setattr(norm_act, name, getattr(bn, name))
+    norm_act.drop, norm_act.act = layer.drop, layer.act
+    norm_act.training = bn.training
+    return norm_act
+
+
+@MODELS.register_module()
+def PartlyFolded(part, dynamic, **more):
+    """A part of a model (backbone, neck, head) whose DN layers are BatchNorms, but for some.
+
+    For a checkpoint of `tools/fold.py`, which has the weights.
+
+    Args:
+        part (dict): the config of that part, with Dynamic Normalization.
+        dynamic (list[str]): the names of the layers, in the part, that stay dynamic.
+        **more: options that the model around it hands to the part.
+
+    Returns:
+        nn.Module: the part itself, so that its parameters keep their names.
+
+    Raises:
+        ValueError: it has no DN layer of such a name.
+    """
+    model = MODELS.build(dict(part, **more))
+    layers = foldable(model)
+    unknown = set(dynamic) - set(chain.from_iterable(layers.values()))
+    if unknown:
+        raise ValueError(f'dynamic: there are no DN layers {some(sorted(unknown))} in '
+                         f'{type(model).__name__}')
+    for layer, names in layers.items():
+        if not set(names) & set(dynamic):
+            nothing = torch.zeros(layer.bn.num_features)
+            bn = batch_norm_of(layer, nothing, nothing)
+            for name in names:
+                put(model, name, bn)
+    return model

@@ -1,0 +1,249 @@
+"""tools/fold.py writes a BatchNorm checkpoint that computes what its table says, or nothing."""
+import json
+import re
+import runpy
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import awake
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from test_convert import used
+from tiny_detector import make_coco, write_config
+from tool_process import succeed
+from torch import nn
+
+from dn_mmdet import DNB, command_line, deploy
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.convert import dn_layers
+from dn_mmdet.fold import fold_norm
+from dn_mmdet.preflight import ConfigError
+
+ROOT = Path(__file__).parents[1]
+main = runpy.run_path(str(ROOT / 'tools/fold.py'))['main']
+DATA = ('ssdlite_mbv2_{}_digits', 'ssdlite_mbv2_{}_coco', 'ssdlite_mbv2_{}_voc07_128px')
+
+
+def config(name):
+    return command_line.load_config(ROOT / 'configs' / f'{name}.py')
+
+
+@pytest.mark.parametrize('norm', ['dnb', 'dnc'])
+@pytest.mark.parametrize('name', DATA)
+def test_all_folded_the_config_is_the_twin(name, norm):
+    init_default_scope('mmdet')
+    twin = deploy.folded_config(config(name.format(norm)), (), ())
+    bn = config(name.format('bn'))
+    assert twin.model == bn.model and twin.norm_cfg.type == 'BN'
+    assert 'dn_mmdet' not in twin.custom_imports.imports
+
+
+def test_kinds_and_frozen_norms_have_their_twins():
+    init_default_scope('mmdet')
+    parts = [dict(type='SyncDNB', eps=0.1), dict(type='DNB1d', reduction=4),
+             dict(type='DNC3d', bn_requires_grad=False), dict(type='StaticDN', rank='low'),
+             dict(type='DNB', requires_grad=False, momentum=0.3, bound=None), dict(type='GN')]
+    assert deploy.with_batch_norm(parts) == [
+        dict(type='SyncBN', eps=0.1), dict(type='BN1d'), dict(type='BN3d', requires_grad=False),
+        dict(type='BN'), dict(type='BN', requires_grad=False, momentum=0.3), dict(type='GN')]
+    partly = dict(type='PartlyConverted', part=dict(type='SSD', norm_cfg=dict(type='BN')),
+                  norm='DNB', only='a')
+    assert deploy.with_batch_norm(dict(backbone=partly)) == dict(
+        backbone=dict(type='SSD', norm_cfg=dict(type='BN')))
+
+
+@pytest.mark.parametrize('name', ['faster_rcnn_r50_dnb_coco', 'rtmdet_tiny_dnb_coco',
+                                  'yolox_tiny_dnb_coco', 'detr_r50_dnb_coco'])
+def test_other_detectors_fold_and_load_into_their_twin(name):
+    """Two stages, shared convolutions, training-only heads, transformers."""
+    cfg = config(name)
+    model = awake(deploy.built(cfg))
+    deploy.check_twin(cfg, model)
+    names = list(dn_layers(model))
+    for kept in ([], names[3:5]):
+        for layer in dn_layers(model).values():
+            nn.init.zeros_(layer.sc.w_out)  # needs no images
+        folded = deploy.built(cfg)
+        folded.load_state_dict(model.state_dict())
+        fold_norm(folded, keep=kept)
+        twin = deploy.built(deploy.folded_config(cfg, names, kept))
+        twin.load_state_dict(folded.state_dict())
+        assert list(dn_layers(twin)) == kept
+
+
+def test_training_data_are_read_as_evaluation_reads_them():
+    cfg = config('ssdlite_mbv2_dnb_coco')
+    dataset = deploy.calibration_dataset(cfg)
+    assert cfg.train_dataloader.dataset.type == 'RepeatDataset'
+    assert dataset['type'] == 'CocoDataset' and 'train2017' in dataset['ann_file']
+    assert dataset['pipeline'] == cfg.val_dataloader.dataset.pipeline
+    assert cfg.train_dataloader.dataset.dataset.pipeline != dataset['pipeline']
+    mixed = deploy.calibration_dataset(config('yolox_tiny_dnb_coco'))
+    assert mixed['type'] == 'CocoDataset'  # and not a mosaic of them
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A tiny detector as after training: its config and checkpoint."""
+    make_coco(tmp_path, num_images=8)
+    path = write_config(tmp_path, 'DNB')
+    cfg = command_line.load_config(path)
+    model = used(awake(deploy.built(cfg), std=0.1))
+    torch.save(dict(state_dict=model.state_dict(), ema_state_dict=dict(steps=torch.ones(1)),
+                    meta=dict(epoch=3, cfg=cfg.pretty_text), optimizer=dict(state={})),
+               tmp_path / 'dnb.pth')
+    return path, tmp_path / 'dnb.pth'
+
+
+def tensors(model, x):
+    """The head's outputs, in float64: a network of forty layers rounds."""
+    outputs = model.double().eval()(x.double(), mode='tensor')
+    return torch.cat([level.flatten() for levels in outputs for level in levels])
+
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.shows('folding into BatchNorm after training')
+def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(trained, tmp_path, capsys,
+                                                                   monkeypatch, close):
+    main([*map(str, trained), '--images', '6'])
+    out = tmp_path / 'dnb_folded.pth'
+    text = out.with_suffix('.md').read_text()
+    assert text in capsys.readouterr().out
+    checkpoint = open_checkpoint(out)
+    assert set(checkpoint) == {'meta', 'state_dict'} and checkpoint['meta']['epoch'] == 3
+    twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
+    twin.load_state_dict(checkpoint['state_dict'])
+    own = Config.fromfile(out.with_suffix('.py'))
+    assert 'DNB' not in own.pretty_text and own.model == command_line.load_config(
+        tmp_path / 'tiny_bn.py').model
+    cfg = command_line.load_config(trained[0])
+    model = deploy.built(cfg)
+    model.load_state_dict(open_checkpoint(trained[1])['state_dict'])
+    assert not torch.allclose(tensors(model, X), tensors(twin, X), atol=1e-3)
+    layers = len(dn_layers(model))
+    assert 'all dynamic | ' in text and f'all {layers} folded | ' in text
+    assert text.count('| DNB | ') == text.count('| BatchNorm |') == layers
+    assert 'Calibrated with 6 training images' in text
+    assert plt.imread(out.with_suffix('.png'))[..., :3].std() > 0.01
+    told = []
+    monkeypatch.setattr('dn_mmdet.checkpoint.print_log', lambda text, **_: told.append(text))
+    check_fits(model, checkpoint, out)  # into the config that it came from
+    close(tensors(model, X), tensors(twin, X))
+    assert len(told) == 1 and f'written by tools/fold.py: {layers} layers' in told[0]
+
+
+@pytest.mark.parametrize('keep,count', [(['3'], 3), (['neck', '*conv1.bn'], None)])
+def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
+    out = tmp_path / 'deeper' / 'partly.pth'
+    main([*map(str, trained), '--images', '4', '--keep', *keep, '--out', str(out)])
+    cfg = Config.fromfile(out.with_suffix('.py'))
+    model = MODELS.build(cfg.model)
+    checkpoint = open_checkpoint(out)
+    model.load_state_dict(checkpoint['state_dict'])
+    kept = list(dn_layers(model))
+    assert kept == checkpoint['meta']['folded']['dynamic']
+    if count:
+        assert len(kept) == count
+    else:
+        assert 'backbone.conv1.bn' in kept and all(
+            name.startswith('neck') or name == 'backbone.conv1.bn' for name in kept)
+    whole = deploy.built(command_line.load_config(trained[0]))
+    check_fits(whole, checkpoint, out)
+    close(tensors(whole, X), tensors(model, X))
+
+
+def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
+    path = write_config(tmp_path, 'DNC')
+    cfg = command_line.load_config(path)
+    state = open_checkpoint(trained[1])['state_dict']
+    torch.save(dict(state_dict=state), tmp_path / 'dnc.pth')
+    main([str(path), str(tmp_path / 'dnc.pth')])
+    assert 'folding is exact' in capsys.readouterr().out
+    model, twin = (deploy.built(each).double()
+                   for each in (cfg, deploy.folded_config(cfg, (), ())))
+    model.load_state_dict(state)
+    twin.load_state_dict(open_checkpoint(tmp_path / 'dnc_folded.pth')['state_dict'])
+    got, expected = tensors(twin, X), tensors(model, X)
+    assert (got - expected).norm() < 1e-6 * expected.norm()  # the weights are float32
+
+
+@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
+def test_the_search_keeps_what_the_metric_needs(needed, monkeypatch):
+    model = nn.Sequential(*(awake(DNB(3), std) for std in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)))
+    folding = deploy.Folding.__new__(deploy.Folding)
+    folding.model, folding.values, folding.say = model.eval(), {}, lambda text: None
+    folding.outputs = deploy.calibrate(model, [X])
+    folding.report = deploy.measure(model, folding.outputs)
+    folding.evaluation = lambda model: 0.5 - 0.1 * len(set(needed) - set(dn_layers(model)))
+    folding.halves = [folding.outputs]
+    monkeypatch.setattr(folding, '_anew', lambda kept: 0.)
+    monkeypatch.setattr(folding, 'values_per_image', lambda: dict.fromkeys('012345', 1))
+    assert set(folding.search(0.05)) == set(needed)
+    assert set(folding.search(0.5)) == set()
+
+
+def refused(tmp_path, capsys, *argv):
+    """The message with which the tool ends, having written nothing."""
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in argv])
+    assert ended.value.code == 2 and sorted(tmp_path.rglob('*')) == before
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options,message', [
+    (['--images', '1'], '--images: expected at least 2'),
+    (['--max-drop', '-1'], '--max-drop: expected a number of at least 0'),
+    (['--keep', 'layer9'], "keep: 'layer9' matches none of"),
+    (['--keep', '999'], 'keep: expected 0 to'),
+    (['--metric', 'mAP'], "--metric: the evaluator gives no 'mAP', but coco/bbox_mAP"),
+    (['--out', 'folded.onnx'], '--out: expected a file name in .pth')], ids=str)
+def test_bad_options_write_nothing(trained, tmp_path, capsys, options, message):
+    assert message in refused(tmp_path, capsys, *trained, *options)
+
+
+def test_a_config_or_checkpoint_that_cannot_be_folded_is_refused(trained, tmp_path, capsys):
+    bn = write_config(tmp_path, 'BN')
+    assert 'found no DN layer to fold' in refused(tmp_path, capsys, bn, trained[1])
+    state = open_checkpoint(trained[1])['state_dict']
+    state['backbone.conv1.bn.bn.weight'] = torch.ones(3)
+    torch.save(dict(state_dict=state), tmp_path / 'other.pth')
+    assert '1 of another size' in refused(tmp_path, capsys, trained[0], tmp_path / 'other.pth')
+    (tmp_path / 'dnb_folded.md').write_text('of an earlier run')
+    assert 'exists already' in refused(tmp_path, capsys, *trained)
+
+
+def test_broken_weights_are_told_and_nothing_is_written(trained, tmp_path, capsys):
+    checkpoint = open_checkpoint(trained[1])
+    checkpoint['state_dict']['backbone.conv1.conv.weight'][0] = float('nan')
+    torch.save(checkpoint, trained[1])
+    message = refused(tmp_path, capsys, *trained, '--images', '2')
+    assert 'batch 0: the statistics in backbone.conv1.bn are not finite' in message
+
+
+def test_a_twin_that_differs_in_more_than_the_norm_is_refused(trained):
+    cfg = command_line.load_config(trained[0])
+    model = deploy.built(cfg)
+    model.backbone.extra = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match='in more than the norm, in 2 weights .backbone.extra.b'):
+        deploy.check_twin(cfg, model)
+
+
+@pytest.mark.slow
+def test_the_metric_is_that_of_the_test_tool(tmp_path):
+    make_coco(tmp_path, num_images=8)
+    path = write_config(tmp_path, 'DNB')
+    succeed('train', path, '--work-dir', tmp_path / 'run', '--cfg-options',
+            'train_cfg.max_epochs=30', 'train_cfg.val_interval=30', cwd=tmp_path)
+    output = succeed('fold', path, tmp_path / 'run/epoch_30.pth', '--images', '8', '--keep', '4',
+                     '--out', tmp_path / 'folded.pth', cwd=tmp_path)
+    value = float(re.search(r'\| 4 of \d+ dynamic \| ([\d.]+) \|', output)[1])
+    assert value > 0
+    succeed('test', tmp_path / 'folded.py', tmp_path / 'folded.pth', '--work-dir',
+            tmp_path / 'test', cwd=tmp_path)
+    log, = (tmp_path / 'test').glob('*/*.json')
+    assert json.loads(log.read_text())['coco/bbox_mAP'] == pytest.approx(value, abs=1e-3)

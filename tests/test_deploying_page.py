@@ -1,0 +1,29 @@
+"""docs/deploying.md: its code runs, and its commands have the tool's options."""
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / 'docs' / 'deploying.md').read_text()
+
+
+def test_the_code_runs_and_gives_batch_norm():
+    pytest.importorskip('timm', reason="needs the extra 'test'")
+    blocks = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+    assert len(blocks) == 2
+    exec(blocks[0], names := {})
+    kinds = {type(module).__name__ for module in names['model'].modules()}
+    assert type(names['model'].bn1).__name__ == 'DNB' and 'BatchNorm2d' in kinds
+    assert sum(row.folded for row in names['report']) == 19
+    with pytest.warns(UserWarning, match='or after dn_mmdet.fold.fold_norm'):
+        exec(blocks[1], names)
+    assert not any('Norm' in type(module).__name__ for module in names['model'].modules())
+
+
+def test_the_commands_are_the_tools():
+    parse = runpy.run_path(str(TESTS.parent / 'tools' / 'fold.py'))['parse']
+    commands = re.findall(r'^    python tools/fold.py (.*?)(?: *#.*)?$', PAGE, re.MULTILINE)
+    kept = [parse(command.replace("'", '').split())[1].keep for command in commands]
+    assert kept == [None, None, 12, ['backbone.conv1', '*.linear_conv.bn']]

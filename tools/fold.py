@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Turns a trained model with DN layers into one with BatchNorm, and shows what that costs.
+
+Each layer's scale and shift are frozen at their mean over training images, which makes it
+a BatchNorm. Writes the checkpoint, its config, tables and a figure of accuracy over latency.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from dn_mmdet import command_line, deploy, preflight
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.fold import foldable
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file the model was trained with')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--images', type=int, default=512, help='training images to take the mean '
+                        'over; they have to be like those that the model will see (default: '
+                        '%(default)s)')
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument('--keep', nargs='+', metavar='K', help='what stays dynamic: the number of '
+                        'layers, which are then those that vary most, or patterns of their names '
+                        '(default: nothing)')
+    chosen.add_argument('--max-drop', type=float, metavar='DROP', help='search the fewest layers '
+                        'to keep for a metric at most this far below, as in 0.002')
+    parser.add_argument('--metric', help='by which to judge, as the log names it; larger is '
+                        'better (default: coco/bbox_mAP or accuracy/top1)')
+    parser.add_argument('--out', type=Path, metavar='FILE.pth', help='checkpoint to write; '
+                        'config, tables and figure come beside it (default: '
+                        '<checkpoint>_folded.pth)')
+    command_line.add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.images < 2:
+        parser.error(f'--images: expected at least 2, got {args.images}')
+    if args.max_drop is not None and not args.max_drop >= 0:
+        parser.error(f'--max-drop: expected a number of at least 0, got {args.max_drop}')
+    if args.keep and len(args.keep) == 1 and args.keep[0].isdigit():
+        args.keep = int(args.keep[0])
+    return parser, args
+
+
+def run(args):
+    cfg = command_line.load_config(args.config, args.cfg_options)
+    preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
+    out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
+    model = deploy.built(cfg)
+    foldable(model)
+    preflight.check_evaluation(model)
+    for split in ('train', 'val'):
+        preflight.check_data(cfg, split, model)
+    checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    check_fits(model, checkpoint, args.checkpoint)
+    deploy.check_twin(cfg, model)
+    deploy.check_out(out)
+    result = deploy.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric)
+    print(deploy.write(result, cfg, checkpoint, out))
+    print(f'{out}, and its config {out.with_suffix(".py")}')
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with command_line.one_message(parser):
+        run(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
