@@ -243,6 +243,10 @@ def test_what_is_not_reached_stays_dynamic():
     report = fold_norm(model, [IMAGES])
     left, = (row for row in report if not row.folded)
     assert left.name == 'unused' and left.images == 0 and list(dn_layers(model)) == ['unused']
+    model = net()
+    model.unused = awake(DNB(3))
+    fold_norm(model, [IMAGES], keep=2)  # of those that vary
+    assert len(dn_layers(model)) == 3
 
 
 def test_modes_backends_and_precision_are_kept():
