@@ -30,6 +30,7 @@ from .convert import misfolded
 from .cost import mult_adds
 from .fold import (
     LayerReport,
+    PartlyFolded,
     calibrate,
     foldable,
     measure,
@@ -70,7 +71,7 @@ def with_batch_norm(node):
         return type(node)(with_batch_norm(child) for child in node)
     if not isinstance(node, dict):
         return node
-    if resolve(MODELS, node.get('type')) is PartlyConverted:
+    if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
         return with_batch_norm(node['part'])
     if is_of(MODELS, node, (_DynamicNorm, _RewrittenBN)):
         cls = resolve(MODELS, node['type'])
@@ -270,10 +271,9 @@ class Folding:
             return
         self.halves = [calibrate(model, calibration.batches(half, calibration.evaluated))
                        for half in calibration.halves()]
-        first, second = self.halves
-        self.outputs = {name: made + second[name] if name in second else made
-                        for name, made in first.items()} | {
-                            name: made for name, made in second.items() if name not in first}
+        self.outputs, second = dict(self.halves[0]), self.halves[1]
+        for name, made in second.items():
+            self.outputs[name] = self.outputs[name] + made if name in self.outputs else made
         self.report = measure(model, self.outputs)
 
     def names(self):

@@ -162,6 +162,9 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
     whole = deploy.built(command_line.load_config(trained[0]))
     check_fits(whole, checkpoint, out)
     close(tensors(whole, X), tensors(model, X))
+    main([str(out.with_suffix('.py')), str(out), '--images', '4'])  # and the others too
+    twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
+    twin.load_state_dict(open_checkpoint(out.with_stem('partly_folded'))['state_dict'])
 
 
 def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
@@ -179,19 +182,48 @@ def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
     assert (got - expected).norm() < 1e-6 * expected.norm()  # the weights are float32
 
 
-@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
-def test_the_search_keeps_what_the_metric_needs(needed, monkeypatch):
+class Images:
+    """Stands for `Calibration`."""
+    chosen, trained = range(2), 2
+
+    def batches(self, chosen, batch_size):
+        return [X]
+
+
+@pytest.fixture
+def folding():
+    """Six layers, of which the first varies most; each one's map costs the same."""
     model = nn.Sequential(*(awake(DNB(3), std) for std in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)))
     folding = deploy.Folding.__new__(deploy.Folding)
     folding.model, folding.values, folding.say = model.eval(), {}, lambda text: None
-    folding.outputs = deploy.calibrate(model, [X])
-    folding.report = deploy.measure(model, folding.outputs)
+    folding.calibration, folding.outputs = Images(), deploy.calibrate(model, [X])
+    folding.report, folding.halves = deploy.measure(model, folding.outputs), [folding.outputs]
+    folding.values_per_image = lambda: dict.fromkeys('012345', 1)
+    return folding
+
+
+@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
+def test_the_search_keeps_what_the_metric_needs(folding, needed):
     folding.evaluation = lambda model: 0.5 - 0.1 * len(set(needed) - set(dn_layers(model)))
-    folding.halves = [folding.outputs]
-    monkeypatch.setattr(folding, '_anew', lambda kept: 0.)
-    monkeypatch.setattr(folding, 'values_per_image', lambda: dict.fromkeys('012345', 1))
     assert set(folding.search(0.05)) == set(needed)
     assert set(folding.search(0.5)) == set()
+
+
+@pytest.mark.parametrize('better', [0, 1])
+def test_running_statistics_anew_are_taken_where_they_help(folding, better):
+    mean = X.mean((0, 2, 3))
+
+    def evaluation(model):
+        anew = not isinstance(model[0], DNB) and torch.allclose(model[0].running_mean, mean)
+        return 0.5 + better * anew
+
+    folding.evaluation = evaluation
+    assert folding.best(['1']) == (0.5 + better, bool(better))
+    assert folding.best(['1'], enough=0.5) == (0.5, False)
+    assert folding.best('012345') == (0.5, False)  # nothing was folded
+    assert evaluation(folding.final(['1'], True)) == 0.5 + better
+    folding.halves = None  # folding is exact
+    assert folding.best(['1']) == (0.5, False)
 
 
 def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
