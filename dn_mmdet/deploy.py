@@ -540,7 +540,8 @@ def row_name(row: Row, result: Result) -> str:
 def timed_on() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'CPU, {threads} thread{"s" if threads > 1 else ""}'
 
 
 def draw(result: Result, out) -> None:
