@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import os
 import statistics
 import time
@@ -29,11 +30,12 @@ from .convert import misfolded
 from .cost import mult_adds
 from .fold import (
     LayerReport,
+    PartlyFolded,
     calibrate,
     foldable,
-    matching,
     measure,
     most_varying,
+    named,
     recalibrate,
     replace_layers,
 )
@@ -69,7 +71,7 @@ def with_batch_norm(node):
         return type(node)(with_batch_norm(child) for child in node)
     if not isinstance(node, dict):
         return node
-    if resolve(MODELS, node.get('type')) is PartlyConverted:
+    if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
         return with_batch_norm(node['part'])
     if is_of(MODELS, node, (_DynamicNorm, _RewrittenBN)):
         cls = resolve(MODELS, node['type'])
@@ -269,17 +271,16 @@ class Folding:
             return
         self.halves = [calibrate(model, calibration.batches(half, calibration.evaluated))
                        for half in calibration.halves()]
-        first, second = self.halves
-        self.outputs = {name: made + second[name] if name in second else made
-                        for name, made in first.items()} | {
-                            name: made for name, made in second.items() if name not in first}
+        self.outputs, second = dict(self.halves[0]), self.halves[1]
+        for name, made in second.items():
+            self.outputs[name] = self.outputs[name] + made if name in self.outputs else made
         self.report = measure(model, self.outputs)
 
     def names(self):
         return [row.name for row in self.report]
 
     def unreached(self):
-        return [row.name for row in self.report if row.share != row.share]
+        return [row.name for row in self.report if math.isnan(row.share)]
 
     def folded(self, kept, outputs=None) -> nn.Module:
         model = copy.deepcopy(self.model)
@@ -433,6 +434,7 @@ def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, me
         ConfigError: see `Calibration` and `Evaluation`.
         ValueError: see `fold_norm`.
     """
+    by_name = named(foldable(model), keep)
     model = model.to(get_device())
     with quiet():
         evaluation = Evaluation(cfg, metric)
@@ -444,7 +446,7 @@ def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, me
     elif isinstance(keep, int):
         kept = most_varying(folding.report, keep)
     else:
-        kept = matching(foldable(model), keep or [])
+        kept = by_name
     kept = sorted({*kept, *folding.unreached()}, key=names.index)
     sets = [names, kept, folding.unreached()]
     if folding.halves and curve:
@@ -478,6 +480,7 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
     """
     dynamic = result.chosen.kept
     cfg = folded_config(cfg, [row.name for row in result.report], dynamic)
+    cfg = Config(cfg.to_dict())  # names in place of classes
     state = result.model.state_dict()
     try:
         built(Config.fromstring(cfg.pretty_text, '.py')).load_state_dict(state)
@@ -521,7 +524,8 @@ def in_words(result: Result) -> str:
         text += 'All layers have constant scale and shift: folding is exact.\n'
     header = ['layer', 'was', 'std of g', 'std of h', 'share of variance', 'now']
     lines = [[row.name, row.kind, f'{row.g_std:.4f}', f'{row.h_std:.4f}', f'{row.share:.2e}',
-              'BatchNorm' if row.folded else 'dynamic'] for row in result.report]
+              'BatchNorm' if row.folded else 'dynamic, reached by no image'
+              if math.isnan(row.share) else 'dynamic'] for row in result.report]
     return f'{text}\n{markdown_table(header, lines)}'
 
 
@@ -536,7 +540,8 @@ def row_name(row: Row, result: Result) -> str:
 def timed_on() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'CPU, {threads} thread{"s" if threads > 1 else ""}'
 
 
 def draw(result: Result, out) -> None:

@@ -5,6 +5,7 @@ With ``g, h`` constant, ``y = (1 + g) z + h`` is a BatchNorm of weight ``w (1 + 
 """
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def fold_norm(model: nn.Module, batches=None, *, keep=None,
     layers = foldable(model)
     if max_change is not None and not max_change >= 0:
         raise ValueError(f'max_change: expected a share of at least 0, got {max_change!r}')
-    by_name = [] if keep is None or isinstance(keep, int) else matching(layers, keep)
+    by_name = named(layers, keep)
     varying = [name for layer, (name, *_) in layers.items() if constant(layer) is None]
     outputs = {}
     if batches is not None and varying:
@@ -318,13 +319,20 @@ def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
 
 def most_varying(report: list[LayerReport], number: int) -> list[str]:
     """The names of the layers that folding would change most, in descending order."""
-    if not 0 <= number <= len(report):
-        raise ValueError(f'keep: expected 0 to {len(report)} layers, got {number}')
-    return [row.name for row in sorted(report, key=lambda row: -row.share)[:number]]
+    seen = [row for row in report if not math.isnan(row.share)]
+    return [row.name for row in sorted(seen, key=lambda row: -row.share)[:number]]
 
 
-def matching(layers: dict[nn.Module, list[str]], keep) -> list[str]:
-    """The first names of the layers that patterns mean, each pattern at least one."""
+def named(layers: dict[nn.Module, list[str]], keep) -> list[str]:
+    """The first names of the layers that `fold_norm` is to keep, as far as ``keep`` has names.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a number is larger than that of the layers.
+    """
+    if isinstance(keep, int) and not 0 <= keep <= len(layers):
+        raise ValueError(f'keep: expected 0 to {len(layers)} layers, got {keep}')
+    if keep is None or isinstance(keep, int):
+        return []
     kept = []
     for pattern in (keep, ) if isinstance(keep, str) else keep:
         found = [names[0] for names in layers.values()

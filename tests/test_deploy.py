@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import awake
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
@@ -17,12 +18,13 @@ from torch import nn
 
 from dn_mmdet import DNB, command_line, deploy
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
-from dn_mmdet.convert import dn_layers
+from dn_mmdet.convert import batch_norms, dn_layers
 from dn_mmdet.fold import fold_norm
 from dn_mmdet.preflight import ConfigError
 
 ROOT = Path(__file__).parents[1]
 main = runpy.run_path(str(ROOT / 'tools/fold.py'))['main']
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 DATA = ('ssdlite_mbv2_{}_digits', 'ssdlite_mbv2_{}_coco', 'ssdlite_mbv2_{}_voc07_128px')
 
 
@@ -54,23 +56,32 @@ def test_kinds_and_frozen_norms_have_their_twins():
         backbone=dict(type='SSD', norm_cfg=dict(type='BN')))
 
 
+def samples():
+    """Two images as a data loader gives them to a detector."""
+    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.), img_id=0)
+    return dict(inputs=list(X), data_samples=[DetDataSample(metainfo=meta) for _ in X])
+
+
 @pytest.mark.parametrize('name', ['faster_rcnn_r50_dnb_coco', 'rtmdet_tiny_dnb_coco',
                                   'yolox_tiny_dnb_coco', 'detr_r50_dnb_coco'])
 def test_other_detectors_fold_and_load_into_their_twin(name):
-    """Two stages, shared convolutions, training-only heads, transformers."""
+    """Two stages, shared convolutions, frozen norms, transformers."""
     cfg = config(name)
     model = awake(deploy.built(cfg))
     deploy.check_twin(cfg, model)
-    names = list(dn_layers(model))
+    names, state = list(dn_layers(model)), model.state_dict()
     for kept in ([], names[3:5]):
-        for layer in dn_layers(model).values():
-            nn.init.zeros_(layer.sc.w_out)  # needs no images
         folded = deploy.built(cfg)
-        folded.load_state_dict(model.state_dict())
-        fold_norm(folded, keep=kept)
+        folded.load_state_dict(state)
+        report = fold_norm(folded, [samples()], keep=kept)
+        assert all(row.images >= 2 for row in report)
         twin = deploy.built(deploy.folded_config(cfg, names, kept))
         twin.load_state_dict(folded.state_dict())
         assert list(dn_layers(twin)) == kept
+        for bn, built in zip(batch_norms(folded).values(), batch_norms(twin).values(),
+                             strict=True):
+            assert (type(bn).__name__, bn.eps) == (type(built).__name__, built.eps)
+            assert bn.weight.requires_grad == built.weight.requires_grad
 
 
 def test_training_data_are_read_as_evaluation_reads_them():
@@ -101,9 +112,6 @@ def tensors(model, x):
     """The head's outputs, in float64: a network of forty layers rounds."""
     outputs = model.double().eval()(x.double(), mode='tensor')
     return torch.cat([level.flatten() for levels in outputs for level in levels])
-
-
-X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.shows('folding into BatchNorm after training')
@@ -154,6 +162,9 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
     whole = deploy.built(command_line.load_config(trained[0]))
     check_fits(whole, checkpoint, out)
     close(tensors(whole, X), tensors(model, X))
+    main([str(out.with_suffix('.py')), str(out), '--images', '4'])  # and the others too
+    twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
+    twin.load_state_dict(open_checkpoint(out.with_stem('partly_folded'))['state_dict'])
 
 
 def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
@@ -171,19 +182,75 @@ def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
     assert (got - expected).norm() < 1e-6 * expected.norm()  # the weights are float32
 
 
-@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
-def test_the_search_keeps_what_the_metric_needs(needed, monkeypatch):
+class Images:
+    """Stands for `Calibration`."""
+    chosen, trained = range(2), 2
+
+    def batches(self, chosen, batch_size):
+        return [X]
+
+
+@pytest.fixture
+def folding():
+    """Six layers, of which the first varies most; each one's map costs the same."""
     model = nn.Sequential(*(awake(DNB(3), std) for std in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)))
     folding = deploy.Folding.__new__(deploy.Folding)
     folding.model, folding.values, folding.say = model.eval(), {}, lambda text: None
-    folding.outputs = deploy.calibrate(model, [X])
-    folding.report = deploy.measure(model, folding.outputs)
+    folding.calibration, folding.outputs = Images(), deploy.calibrate(model, [X])
+    folding.report, folding.halves = deploy.measure(model, folding.outputs), [folding.outputs]
+    folding.values_per_image = lambda: dict.fromkeys('012345', 1)
+    return folding
+
+
+@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
+def test_the_search_keeps_what_the_metric_needs(folding, needed):
     folding.evaluation = lambda model: 0.5 - 0.1 * len(set(needed) - set(dn_layers(model)))
-    folding.halves = [folding.outputs]
-    monkeypatch.setattr(folding, '_anew', lambda kept: 0.)
-    monkeypatch.setattr(folding, 'values_per_image', lambda: dict.fromkeys('012345', 1))
     assert set(folding.search(0.05)) == set(needed)
     assert set(folding.search(0.5)) == set()
+
+
+@pytest.mark.parametrize('better', [0, 1])
+def test_running_statistics_anew_are_taken_where_they_help(folding, better):
+    mean = X.mean((0, 2, 3))
+
+    def evaluation(model):
+        anew = not isinstance(model[0], DNB) and torch.allclose(model[0].running_mean, mean)
+        return 0.5 + better * anew
+
+    folding.evaluation = evaluation
+    assert folding.best(['1']) == (0.5 + better, bool(better))
+    assert folding.best(['1'], enough=0.5) == (0.5, False)
+    assert folding.best('012345') == (0.5, False)  # nothing was folded
+    assert evaluation(folding.final(['1'], True)) == 0.5 + better
+    folding.halves = None  # folding is exact
+    assert folding.best(['1']) == (0.5, False)
+
+
+def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
+    pytest.importorskip('mmpretrain', reason="needs the extra 'cls'", exc_type=ImportError)
+    import mmcv
+    for split in ('train', 'val'):
+        for label in range(6):
+            for i in range(2):
+                pixels = torch.randint(0, 100, (32, 32, 3)) + 20 * label
+                mmcv.imwrite(pixels.numpy().astype('uint8'),
+                             str(tmp_path / f'data/tinyin100/{split}/n{label}/{i}.JPEG'))
+    monkeypatch.chdir(tmp_path)
+    options = ['model.head.num_classes=6', 'val_dataloader.num_workers=0',
+               'val_dataloader.persistent_workers=False']
+    path = ROOT / 'configs/mobilenetv2_dnb_tinyin100_32px.py'
+    cfg = command_line.load_config(path)
+    cfg.model.head.num_classes = 6
+    model = used(awake(deploy.built(cfg)))
+    assert model.data_preprocessor.mean.any()
+    torch.save(dict(state_dict=model.state_dict()), 'dnb.pth')
+    main([str(path), 'dnb.pth', '--keep', '5', '--images', '4', '--cfg-options', *options])
+    text = capsys.readouterr().out
+    assert '| layers | accuracy/top1 |' in text and '| 5 of 52 dynamic |' in text
+    own = deploy.built(Config.fromfile('dnb_folded.py'))
+    own.load_state_dict(open_checkpoint('dnb_folded.pth')['state_dict'])
+    assert len(dn_layers(own)) == 5 and torch.equal(own.data_preprocessor.mean,
+                                                    model.data_preprocessor.mean)
 
 
 def refused(tmp_path, capsys, *argv):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from rich.console import Console
 
 from dn_mmdet import command_line, compare, deploy, report
@@ -127,10 +128,12 @@ def fold(runs, out):
         check_fits(models[-1], checkpoints[-1], path)
     result = deploy.fold(configs[-1], models[-1], curve=False, say=lambda text: None)
     deploy.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
-    evaluation = deploy.Evaluation(configs[0], result.metric)
-    values = [evaluation(models[0]), result.rows[0].value, result.chosen.value]
-    deployed = [deploy.fused(model) for model in (*models, result.model)]
-    times = deploy.milliseconds(deployed, evaluation.one_image(models[0]))
+    with deploy.quiet():
+        evaluation = deploy.Evaluation(configs[0], result.metric)
+    bn, dnb, folded = (model.to(get_device()) for model in (*models, result.model))
+    values = [evaluation(bn), result.rows[0].value, result.chosen.value]
+    deployed = [deploy.fused(model) for model in (bn, dnb, folded)]
+    times = deploy.milliseconds(deployed, evaluation.one_image(bn))
     rows = [[name, f'{value:.3f}', f'{took:.2f}'] for name, value, took in zip(
         ('BN', 'DN-B', f'DN-B, {deploy.row_name(result.chosen, result)}'), values, times,
         strict=True)]
