@@ -56,6 +56,17 @@ def test_kinds_and_frozen_norms_have_their_twins():
         backbone=dict(type='SSD', norm_cfg=dict(type='BN')))
 
 
+@pytest.mark.parametrize('kind, plain', [
+    ('DNB', 'BN'), ('DNC3d', 'BN3d'), ('mmengine.SyncDNC', 'SyncBN'), ('dn_mmdet.DNC', 'BN'),
+    (DNB, 'BN')])
+def test_every_way_to_name_a_dn_layer_has_its_batch_norm(kind, plain):
+    model = dict(necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
+                 norm_cfg=dict(type='GN', num_groups=2))
+    assert deploy.with_batch_norm(model) == dict(
+        necks=[dict(norm_cfg=dict(type=plain, eps=1e-3, momentum=0.03))],
+        norm_cfg=dict(type='GN', num_groups=2))
+
+
 def samples():
     """Two images as a data loader gives them to a detector."""
     meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.), img_id=0)

@@ -1097,7 +1097,7 @@ if INTERPRETED:
     def test_kernels_that_cannot_be_loaded(error, by_python, refusing, monkeypatch):
         """One warning, and right values by the slower path."""
 
-        def compiled(plan, launch, capability):
+        def compiled(signature, capability):
             if error == 'abi':
                 raise host.UnknownTriton('another version')
             assert capability == 90
@@ -1108,7 +1108,7 @@ if INTERPRETED:
         monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
         monkeypatch.setattr(host, '_unusable', {})
         monkeypatch.setattr(host, '_loaded', {})
-        monkeypatch.setattr(host, 'compile_launch', compiled)
+        monkeypatch.setattr(host, 'compile_kernel', compiled)
         monkeypatch.setattr(host, 'print_log', lambda text, **kwargs: logged.append(text))
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
         assert functional._on_gpu(0) is not None  # nothing is known against it yet
@@ -1127,7 +1127,8 @@ if INTERPRETED:
         binary = SimpleNamespace(hash='some', asm=dict(cubin=b'\0'),
                                  metadata=SimpleNamespace(name='kernel', shared=1 << 16))
         monkeypatch.setattr(host, '_loaded', {})
-        monkeypatch.setattr(host, 'compile_launch', lambda *args: binary)
+        monkeypatch.setattr(host, 'compile_kernel', lambda *args: binary)
+        monkeypatch.setattr(host.Signature, 'of', lambda plan, launch: 'one kernel')
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
         first, second = (emulated_gpu.load_by_driver(None, None, 0) for _ in range(2))
         assert first == second and first[1] == 1 << 16
