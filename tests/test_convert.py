@@ -533,7 +533,7 @@ def test_only_the_layers_of_a_given_model_are_converted():
 @pytest.mark.parametrize('checkpoint, message', [
     (dict(state_dict=nn.GroupNorm(1, 2).state_dict()), 'no BatchNorm to convert among 2 weights'),
     (dict(meta=1, model=2), 'expected weights.*found meta, model'),
-    (DNB(4).state_dict(), 'already. There is no way back to BatchNorm')])
+    (DNB(4).state_dict(), 'already. From the weights alone there is no way back to BatchNorm')])
 def test_checkpoints_that_cannot_be_converted_say_why(checkpoint, message):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(checkpoint)

@@ -56,6 +56,15 @@ def test_kinds_and_frozen_norms_have_their_twins():
         backbone=dict(type='SSD', norm_cfg=dict(type='BN')))
 
 
+@pytest.mark.parametrize('kind,name', [('DNB', 'BN'), ('DNC3d', 'BN3d'), (DNB, 'BN'),
+                                       ('mmengine.SyncDNC', 'SyncBN'), ('dn_mmdet.DNC', 'BN')])
+def test_every_way_to_name_a_dn_layer_has_a_twin(kind, name):
+    norm = dict(type=kind, eps=1e-3, momentum=0.03, reduction=8)
+    other = dict(type='GN', num_groups=2)
+    assert deploy.with_batch_norm(dict(necks=[dict(norm_cfg=norm)], norm_cfg=other)) == dict(
+        necks=[dict(norm_cfg=dict(type=name, eps=1e-3, momentum=0.03))], norm_cfg=other)
+
+
 def samples():
     """Two images as a data loader gives them to a detector."""
     meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.), img_id=0)
@@ -226,7 +235,14 @@ def test_running_statistics_anew_are_taken_where_they_help(folding, better):
     assert folding.best(['1']) == (0.5, False)
 
 
-def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def scope():
+    """The default scope is mmdet's again afterwards: a config of another sets its own."""
+    yield
+    init_default_scope('mmdet')
+
+
+def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch, scope):
     pytest.importorskip('mmpretrain', reason="needs the extra 'cls'", exc_type=ImportError)
     import mmcv
     for split in ('train', 'val'):

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
 from tiny_detector import write_config
 
-from dn_mmdet import DNB, command_line, export, preflight
+from dn_mmdet import command_line, export, preflight
 from dn_mmdet.convert import swap_norm
 
 ROOT = Path(__file__).parents[1]
@@ -216,15 +216,6 @@ def test_the_size_is_that_of_the_test_pipeline():
     assert image_size(cfg, None) == (320, 320)
     with pytest.raises(preflight.ConfigError, match='name the size'):
         image_size({}, None)
-
-
-@pytest.mark.parametrize('kind', ['DNB', 'DNC3d', 'mmengine.SyncDNC', 'dn_mmdet.DNC', DNB])
-def test_every_way_to_name_a_dn_layer_is_swapped_back(kind):
-    model = dict(necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
-                 norm_cfg=dict(type='GN', num_groups=2))
-    export._swap_back(model)
-    assert model == dict(necks=[dict(norm_cfg=dict(type='BN', eps=1e-3, momentum=0.03))],
-                         norm_cfg=dict(type='GN', num_groups=2))
 
 
 def test_latency_is_of_each_run_after_the_warm_up():
