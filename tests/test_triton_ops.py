@@ -42,6 +42,8 @@ if INTERPRETED and HOST:
     emulated_gpu.install()
 BACKENDS = pytest.mark.parametrize('backend', ['triton', pytest.param('cpp', marks=[
     pytest.mark.skipif(not HOST, reason='the compiled host was not built')])])
+# Of the long lists of cases, the interpreter, which is slow, runs the way that GPUs take.
+NUMERICS = BACKENDS if not (INTERPRETED and HOST) else pytest.mark.parametrize('backend', ['cpp'])
 ROUNDED = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
                                   ids=['fp32', 'fp16', 'bf16'])
 slow = pytest.mark.slow
@@ -63,7 +65,7 @@ if not INTERPRETED:
         assert_interpreted_tests_pass(__file__, marker)
 
 
-@BACKENDS
+@NUMERICS
 @slow
 @DEVICES
 @pytest.mark.parametrize('shape, layout', CASES, ids=str)
@@ -76,7 +78,7 @@ def test_errors_are_within_twice_plain_pytorchs(backend, kind, training, dtype, 
                                         draws=2 if INTERPRETED else 5)
 
 
-@BACKENDS
+@NUMERICS
 @slow
 @DEVICES
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
@@ -210,7 +212,7 @@ def test_nothing_reads_uninitialised_memory(backend, kind, layout, training, dev
         assert torch.equal(actual[name], wanted), name
 
 
-@BACKENDS
+@NUMERICS
 @DEVICES
 @slow
 @given(n=st.integers(1, 40), c=st.integers(1, 70), height=st.integers(1, 9),
