@@ -54,7 +54,8 @@ def no_error_of_a_kernel_is_lost():
 if not INTERPRETED:
 
     @pytest.mark.parametrize('marker', [
-        'not slow and not gpu', pytest.param('slow and not gpu', marks=slow)])
+        'not slow and not gpu',
+        pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)])])
     def test_in_the_interpreter(marker):
         assert_interpreted_tests_pass(__file__, marker)
 

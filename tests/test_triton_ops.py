@@ -60,7 +60,8 @@ CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
 if not INTERPRETED:
 
     @pytest.mark.parametrize('marker', [
-        'not slow and not gpu', pytest.param('slow and not gpu', marks=slow)])
+        'not slow and not gpu',
+        pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)])])
     def test_in_the_interpreter(marker):
         assert_interpreted_tests_pass(__file__, marker)
 
