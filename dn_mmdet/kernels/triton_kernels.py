@@ -964,5 +964,5 @@ def sample_affine_kernel(x_ptr, y_ptr, m_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out
         x_ptr += step
         y_ptr += step
         mask = m_tile & (b_column < width - i)
-        b_x = tl.load(x_ptr + offsets, mask, 0.).to(ACC)
-        tl.store(y_ptr + offsets, b_a * (b_x - b_m) + b_c, mask)
+        b_next = tl.load(x_ptr + offsets, mask, 0.).to(ACC)
+        tl.store(y_ptr + offsets, b_a * (b_next - b_m) + b_c, mask)
