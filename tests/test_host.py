@@ -1228,6 +1228,25 @@ if INTERPRETED:
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
 
+    def test_a_full_memory_is_no_fault_of_the_gpu(refusing, monkeypatch):
+        """It is told as torch tells it, and the next call runs."""
+        binary = SimpleNamespace(hash='hash', asm=dict(cubin=b''),
+                                 metadata=SimpleNamespace(name='kernel', shared=1 << 10))
+        monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
+        monkeypatch.setattr(host, '_unusable', {})
+        monkeypatch.setattr(host, '_loaded', {})
+        monkeypatch.setattr(host, 'compile_kernel', lambda *args: binary)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+        layer, twin = pair('cpu')
+        x = values('cpu', 2, 3, 1, 17)  # nobody else's
+        refusing(2)
+        with pytest.raises(torch.OutOfMemoryError, match='no memory left for the kernels'):
+            layer(x)
+        assert host.kernels_run_on(0)
+        refusing(0)
+        monkeypatch.setattr(host, '_load', emulated_gpu.load)
+        check(layer, twin, x)
+
     def test_kernels_are_loaded_once(monkeypatch):
         binary = SimpleNamespace(hash='some', asm=dict(cubin=b'\0'),
                                  metadata=SimpleNamespace(name='kernel', shared=1 << 16))

@@ -174,8 +174,9 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
                 memory[channels, height] = {v: _layer_memory(setting, layer, x, dy)
                                             for v, layer in layers.items() if v != COMPILED}
             calls = {v: _layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
-            found = {'time': alternate(calls, setting),
-                     'GPU time': _gpu_alone(calls, graphed, setting, failures, x.numel())}
+            with _entered_once(setting, task):
+                found = {'time': alternate(calls, setting),
+                         'GPU time': _gpu_alone(calls, graphed, setting, failures, x.numel())}
             for measure, seconds in found.items():
                 for variant, values in seconds.items():
                     times.setdefault((measure, task, variant), {})[channels, height] = values
@@ -259,12 +260,19 @@ def _bandwidth_rows(common, times, shapes, setting, bandwidth):
     return rows
 
 
+@contextlib.contextmanager
+def _entered_once(setting, task):
+    """What a model's inference enters once is no part of a layer's: it takes as long as one."""
+    if task == 'inference':
+        with torch.no_grad(), setting.autocast():
+            yield
+    else:
+        yield
+
+
 def _layer_call(setting, layer, x, dy, task):
     if task == 'inference':
-        def infer():
-            with torch.no_grad(), setting.autocast():
-                layer(x)
-        return infer
+        return lambda: layer(x)  # within `_entered_once`
     leaf = x.detach().requires_grad_()
     wanted = (leaf, *dict(layer.named_parameters()).values())
 

@@ -77,6 +77,8 @@ def _add_plan(key) -> bool:
     try:
         plan = plan_of(key)
         blob = encode(plan, lambda launch: _load(plan, launch, device))
+    except (torch.OutOfMemoryError, MemoryError):  # of this moment, not of this GPU
+        raise
     except Exception as error:  # of Triton's compiler or of the driver, any
         _unusable[device] = error
         print_log(f'dn_mmdet: on GPU {device} DN layers run on slower operators: the kernels '

@@ -97,6 +97,9 @@ void check(CUresult code, const char* what) {
   if (code == 0) return;
   const char* text = nullptr;
   driver().error_string(code, &text);
+  constexpr CUresult OUT_OF_MEMORY = 2;
+  TORCH_CHECK_WITH(OutOfMemoryError, code != OUT_OF_MEMORY, what,
+                   ": the GPU has no memory left for the kernels of a DN layer (", text, ")");
   TORCH_CHECK(false, what, ": CUDA error ", code, " (", text ? text : "unknown", ")");
 }
 
