@@ -10,6 +10,7 @@ Triton passes a kernel's arguments in order, without constants, then two pointer
 memory; `compile_kernel` checks that in the compiled code, and another version of Triton is
 refused.
 """
+import contextlib
 import functools
 import logging
 import re
@@ -108,7 +109,23 @@ def plan_of(key) -> plans.Plan:
         number = dtypes >> 6 * (len(OWN) - 1 - i) & 63
         if number:
             given[name] = DTYPES[number - 1]
-    return plans.Plan(shape, options, given)
+    return plans.Plan(shape, options, given, _tuning)
+
+
+_tuning = plans.TUNING
+
+
+@contextlib.contextmanager
+def tuned(tuning: plans.Tuning):
+    """Within, layers of this process run by other tile sizes: to compare them."""
+    global _tuning
+    before, _tuning = _tuning, tuning
+    _host.forget_plans()
+    try:
+        yield
+    finally:
+        _tuning = before
+        _host.forget_plans()
 
 
 def encode(plan: plans.Plan, handle_of) -> bytes:

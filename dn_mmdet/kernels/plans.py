@@ -88,8 +88,13 @@ class Tuning(NamedTuple):
     programs: int = 528  # among which a sum over columns is split
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
-    sample_size: int = 400  # of the largest map that inference takes by the sample
-    sample_programs: int = 264  # among which its columns are split
+    # of inference by the sample: the largest map, what the affine map's columns are split
+    # among, channels and hidden units of a program, and warps (of moments of more columns: twice)
+    sample_size: int = 400
+    sample_programs: int = 264
+    sample_rows: int = 64
+    sample_hidden: int = 32
+    sample_warps: int = 4
     # channels of a program in the small part's kernels; 0: by the number of channels
     statistics_block: int = 0
     coefficients_block: int = 0
@@ -285,8 +290,8 @@ class SmallPart:
         o, t = self.options, self.tuning
         shape = self.shape._replace(by_sample=True)
         warps = 2 * t.sum_warps if shape.size > 128 else t.sum_warps
-        first = tile(shape, warps, t.moments_waves, t.sum_rows)
-        last = tile(shape, t.map_warps, t.affine_waves, t.sum_rows)
+        first = tile(shape, warps, t.moments_waves, t.sample_rows)
+        last = tile(shape, t.sample_warps, t.affine_waves, t.sample_rows)
         rows = -(-shape.channels // last.rows)
         steps = -(-shape.size // last.width)
         parts = max(1, min(steps, t.sample_programs // (rows * shape.samples)))
@@ -295,14 +300,15 @@ class SmallPart:
         blocks = -(-shape.channels // first.rows)
         numbers = dict(n=shape.samples, rows=shape.channels, columns=shape.size,
                        hidden=o.hidden, padded=self.padded)
-        constants = dict(CL=shape.channels_last, H=self.tile_hidden, ACC=shape.accumulator)
+        constants = dict(CL=shape.channels_last, H=min(self.tile_hidden, t.sample_hidden),
+                         ACC=shape.accumulator)
         absent = {name: None for name in self.none if name in ('w_ptr', 'b_ptr')}
         unused = {} if o.standardized else dict(running_mean_ptr=None, running_var_ptr=None)
         return (Launch('sample_moments_kernel', blocks * shape.samples, warps,
                        dict(constants, STANDARDIZED=o.standardized, **unused,
                             **first.constants),
                        dict(numbers, row_blocks=blocks)),
-                Launch('sample_affine_kernel', rows * parts * shape.samples, t.map_warps,
+                Launch('sample_affine_kernel', rows * parts * shape.samples, t.sample_warps,
                        dict(constants, BOUNDED=o.bounded, **absent, **last.constants),
                        dict(numbers, row_blocks=rows, parts=parts, split_size=size,
                             blocks=blocks)))

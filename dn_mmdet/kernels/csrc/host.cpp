@@ -878,10 +878,17 @@ PyObject* use_driver(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// forget_plans(): graphs that are alive keep theirs.
+PyObject* forget_plans(PyObject*, PyObject*) {
+  plans.clear();
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
      nullptr},
     {"add_plan", add_plan, METH_VARARGS, nullptr},
+    {"forget_plans", forget_plans, METH_NOARGS, nullptr},
     {"load", load, METH_VARARGS, nullptr},
     {"configure", configure, METH_VARARGS, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},
