@@ -18,7 +18,6 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .controls import _RewrittenBN
 from .convert import (
     DNBAct,
     DNCAct,
@@ -27,6 +26,7 @@ from .convert import (
     misfolded,
     norms_in_words,
 )
+from .experiments.controls import _RewrittenBN
 from .functional import generate, is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some

@@ -8,7 +8,7 @@ import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ablation import VariantSC
+from .experiments.ablation import VariantSC
 from .functional import check_backend, check_eps, dynamic_norm
 from .sc import SC
 
@@ -217,7 +217,7 @@ class DNB(_DNB):
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
             bound, which diverges at high learning rates.
         variant (dict | None): for ablations: arguments of
-            `dn_mmdet.ablation.VariantSC`, which takes SC's place.
+            `dn_mmdet.experiments.ablation.VariantSC`, which takes SC's place.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see `dynamic_norm`. All

@@ -4,7 +4,7 @@ import torch
 from conftest import awake
 
 from dn_mmdet import DNB, DNC, SC
-from dn_mmdet.ablation import CHOICES, VariantSC
+from dn_mmdet.experiments.ablation import CHOICES, VariantSC
 
 CHANGES = [{name: value} for name, values in CHOICES.items() for value in values[1:]]
 

@@ -9,10 +9,10 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from dn_mmdet import DNB
-from dn_mmdet.ablation import VariantSC
-from dn_mmdet.controls import ScaledBN, StaticDN
 from dn_mmdet.convert import batch_norms, dn_layers
-from dn_mmdet.recording import norm_counts
+from dn_mmdet.experiments.ablation import VariantSC
+from dn_mmdet.experiments.controls import ScaledBN, StaticDN
+from dn_mmdet.experiments.recording import norm_counts
 
 STATIC = [dict(rank='full'), dict(rank='low'), dict(rank='full', bound=None),
           dict(rank='low', affine=False)]

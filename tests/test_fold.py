@@ -12,8 +12,8 @@ from test_convert import used
 from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
-from dn_mmdet.controls import ScaledBN, StaticDN
 from dn_mmdet.convert import convert_norm, dn_layers
+from dn_mmdet.experiments.controls import ScaledBN, StaticDN
 from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate
 
 SHAPES = {DNB: (4, 6, 5, 3), DNC: (4, 6, 5, 3), DNB1d: (4, 6, 7), DNC1d: (4, 6, 7),

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .convert import convert_norm
+from ..convert import convert_norm
 
 
 class _RewrittenBN(nn.Module):

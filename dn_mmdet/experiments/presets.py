@@ -8,10 +8,10 @@ import fnmatch
 
 import torch
 
+from ..checks.preflight import ConfigError, check_model
+from ..convert import _norm_cfgs, _scope, batch_norms, swap_norm
+from ..functional import fused_backends
 from .compare import Variant, product
-from .convert import _norm_cfgs, _scope, batch_norms, swap_norm
-from .functional import fused_backends
-from .preflight import ConfigError, check_model
 
 # One factor at a time around the default SC; see `SC` and `VariantSC`.
 SC_FACTORS = {
@@ -76,7 +76,8 @@ def fair_controls(bn, seeds, lr_factors, batches, epochs):
     """DN-B against a wider BN and against BN with squeeze-and-excitation, at its size."""
     dnb = _swapped(bn, 'dnb', 'DNB')
     variants = [bn, dnb, widened(bn, _parameters(dnb.cfg)), _with_norm(
-        bn, 'bn-se', lambda node: dict(node, type='BNSE'), imports=['dn_mmdet.controls'])]
+        bn, 'bn-se', lambda node: dict(node, type='BNSE'),
+        imports=['dn_mmdet.experiments.controls'])]
     return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
 
 
@@ -107,7 +108,7 @@ def causes(bn, seeds, lr_factors, batches, epochs):
     variants = [bn, _swapped(bn, 'dnb', 'DNB')]
     for name, norm in CONTROLS.items():
         variants.append(_with_norm(bn, name, lambda node, norm=norm: dict(node, **norm),
-                                   imports=['dn_mmdet', 'dn_mmdet.controls']))
+                                   imports=['dn_mmdet', 'dn_mmdet.experiments.controls']))
     variants.append(_without_decay(bn))
     variants += [_in_places(bn, name, pattern) for name, pattern in PLACES.items()]
     for name, factor in WIDTHS.items():
@@ -171,7 +172,7 @@ def _in_places(bn, name, pattern):
     for part in parts:
         cfg.model[part] = dict(type='PartlyConverted', part=cfg.model[part], norm='DNB',
                                only=pattern.removeprefix(f'{part}.'))
-    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.controls']))
+    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.experiments.controls']))
 
 
 def _importing(cfg, names):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sc import SC, check_choices, in_dtype_of, no_autocast
+from ..sc import SC, check_choices, in_dtype_of, no_autocast
 
 CHOICES = dict(statistics=('both', 'mean', 'std'), outputs=('both', 'scale', 'shift'),
                squash=('tanh', 'sigmoid'), hidden=('plain', 'normalized', 'channelwise'),
