@@ -156,7 +156,7 @@ def test_initialisers_leave_the_controls_as_they_are():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_the_other_samples_statistics_are_used_in_training_and_in_eval(training, close):
-    layer = awake(DNB(6, variant=dict(sample='other'))).double().train(training)
+    layer = awake(DNB(6, sc=dict(type=VariantSC, sample='other'))).double().train(training)
     own = DNB(6, backend='reference').double().train(training)
     own.load_state_dict(layer.state_dict())
     x = torch.randn(5, 6, 5, 3, dtype=torch.float64)

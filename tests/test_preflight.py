@@ -85,6 +85,8 @@ def test_a_right_norm_passes(norm_cfg):
     (dict(type='DNB', reduction=0), 'reduction'),
     (dict(type='DNB', bound='x'), 'bound'),
     (dict(type='DNB', backend='cuda'), 'backend'),
+    (dict(type='DNB', sc=dict(type='MySC')), 'MySC is not in'),
+    (dict(type='DNB', sc=dict(type='SC', bounds=1)), 'bounds'),
 ])
 def test_a_value_out_of_range_is_told_with_its_option(norm_cfg, expected):
     with pytest.raises(ConfigError, match=f'^model.norm_cfg: .*{expected}'):

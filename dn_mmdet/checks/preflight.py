@@ -100,8 +100,8 @@ def check_norm(option: str, norm_cfg: dict) -> None:
     if issubclass(cls, _DynamicNorm):
         try:
             cls(8, **arguments)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f'{option}: {error}') from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f'{option}: {reason(error)}') from error
 
 
 def _norm_names(registry):

@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Subset
 from ..checks import preflight
 from ..checks.preflight import ConfigError
 from ..convert import misfolded
-from ..experiments.controls import PartlyConverted, _RewrittenBN
+from ..experiments.controls import PartlyConverted
 from ..experiments.cost import mult_adds
 from ..experiments.report import markdown_table
 from ..experiments.results import METRICS
 from ..fold import (
     LayerReport,
     PartlyFolded,
+    RewrittenBN,
     calibrate,
     foldable,
     measure,
@@ -73,7 +74,7 @@ def with_batch_norm(node):
         return node
     if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
         return with_batch_norm(node['part'])
-    if is_of(MODELS, node, (_DynamicNorm, _RewrittenBN)):
+    if is_of(MODELS, node, (_DynamicNorm, RewrittenBN)):
         cls = resolve(MODELS, node['type'])
         kept = {key: node[key] for key in ('eps', 'momentum', 'track_running_stats')
                 if key in node}

@@ -1,6 +1,8 @@
 """SC with one design choice changed: what an ablation compares the default with.
 
-A config chooses it by ``norm_cfg=dict(type='DNB', variant=dict(outputs='scale'))``.
+A config chooses it by its path, for which nothing has to be imported before:
+``norm_cfg=dict(type='DNB', sc=dict(type='dn_mmdet.experiments.ablation.VariantSC',
+outputs='scale'))``.
 """
 import torch
 import torch.nn.functional as F
