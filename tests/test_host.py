@@ -1033,7 +1033,8 @@ def test_another_norm_or_sc(device):
     layer.bn = frozen
     assert not taken(layer, x)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    layer, _ = pair(device, dtype=torch.float32, variant=dict(squash='sigmoid'))
+    layer, _ = pair(device, dtype=torch.float32, sc=dict(
+        type='dn_mmdet.experiments.ablation.VariantSC', squash='sigmoid'))
     assert not taken(layer, x)
     twin = copy.deepcopy(layer)
     twin.backend = 'reference'
