@@ -16,7 +16,7 @@ is missing or not wanted is an empty tensor.
 no use for the host's time), or 'cpp', the kernels for CPUs.
 """
 import functools
-from itertools import accumulate
+import operator
 
 import torch
 from torch import Tensor
@@ -57,16 +57,19 @@ def kept_sizes(kernels: str, n, c, hidden: int, batch_shared: bool) -> dict:
 
 
 def _places(sizes):
-    """Where each of the sizes begins in one flat tensor, by four values, and the last ends."""
-    values = [functools.reduce(lambda a, b: a * b, size) for size in sizes.values()]
-    ends = accumulate((value + 3) // 4 * 4 for value in values)
-    return list(zip((0, *ends), (*values, 0), strict=True))
+    """Where each of the sizes begins and how long it is in one flat tensor; and its length."""
+    places, at = [], 0
+    for size in sizes.values():
+        length = functools.reduce(operator.mul, size)
+        places.append((at, length))
+        at += (length + 3) // 4 * 4  # 16 bytes at least
+    return places, at
 
 
 def unpack(kept: Tensor, sizes: dict) -> dict[str, Tensor]:
     """name -> a view of its part of what was kept."""
     return {name: kept[at:at + length].view(size) for (name, size), (at, length) in
-            zip(sizes.items(), _places(sizes), strict=False)}
+            zip(sizes.items(), _places(sizes)[0], strict=True)}
 
 
 # ---------------------------------------------------------------- what runs
@@ -132,7 +135,7 @@ def _run_cpp(x, parameters, state, step, keep, options, batch):
     if not keep:
         return y, None
     sizes = kept_sizes('cpp', *x.shape[:2], len(sc[1]), options['batch_shared'])
-    kept = m.new_empty(_places(sizes)[-1][0])
+    kept = m.new_zeros(_places(sizes)[1])
     for part, t in zip(unpack(kept, sizes).values(), (m, a, *rest), strict=True):
         part.copy_(t)
     return y, kept
@@ -147,7 +150,8 @@ def _backward(dy, x, kept, *args):
         eps=eps, bound=bound, batch_shared=batch_shared, standardized=standardized), batch,
         x_needs_gradient)
     return (x.new_empty(0) if dx is None else dx, *(
-        d if t is None else d.to(t.dtype) for d, t in zip(gradients, parameters, strict=True)))
+        x.new_empty(0) if t is None else d.to(t.dtype)
+        for d, t in zip(gradients, parameters, strict=True)))
 
 
 def _run_triton_backward(dy, x, kept, parameters, options, batch, x_needs_gradient):
@@ -155,7 +159,7 @@ def _run_triton_backward(dy, x, kept, parameters, options, batch, x_needs_gradie
     state = {} if batch else dict.fromkeys(STATE[:2], kept)  # a plan's; no kernel here reads it
     plan = _plan(x, dict(given, **state), batch, None, options)
     scratch = kept.new_empty(plan.backward_scratch_size)
-    gradients = _gradients_like(parameters)
+    gradients = _gradients_like(x, parameters)
     tensors = dict(given, x=x, dy=dy, **_parts(plan, kept, plan.kept),
                    **_parts(plan, scratch, plan.backward_scratch),
                    **{f'd{name}': t for name, t in zip(PARAMETERS, gradients, strict=True)})
@@ -177,7 +181,8 @@ def _run_cpp_backward(dy, x, kept, parameters, options, batch, x_needs_gradient)
         *cpp_ops.reduce(dy, x, m), m, a, *rest, x.numel() // m.numel(), w, b, sc,
         *(options[name] for name in ('eps', 'bound', 'standardized', 'batch_shared')), batch)
     dx = cpp_ops.input_gradient(dy, x, m, a, p, q) if x_needs_gradient else None
-    return dx, [m.new_empty(0) if d is None else d for d in gradients]
+    # of w and b they are parts of one tensor: an operator's outputs have memory of their own
+    return dx, [d if d is None else d.clone() for d in gradients[:2]] + gradients[2:]
 
 
 def _wide(x):
@@ -219,8 +224,8 @@ def _launch(launches, tensors, options, momentum=0.):
         _launch(launch, tensors, scalars)
 
 
-def _gradients_like(parameters):
-    return [parameters[2].new_empty(0) if t is None
+def _gradients_like(x, parameters):
+    return [x.new_empty(0) if t is None
             else torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters]
 
 
@@ -230,13 +235,13 @@ def _gradients_like(parameters):
 def _sizes_forward(x, *args):
     batch_shared, _, keep, kernels = args[-4:]
     sizes = kept_sizes(kernels, *x.shape[:2], args[3].shape[0], batch_shared)
-    size = _places(sizes)[-1][0] if keep else 0
+    size = _places(sizes)[1] if keep else 0
     return torch.empty_like(as_dense(x)), x.new_empty(size, dtype=_wide(x))
 
 
 def _sizes_backward(dy, x, kept, *args):
     dx = torch.empty_like(as_dense(x)) if args[-1] else x.new_empty(0)
-    return dx, *_gradients_like(args[:6])
+    return dx, *_gradients_like(x, args[:6])
 
 
 # ---------------------------------------------------------------- autograd
@@ -246,9 +251,9 @@ class _Formula(torch.autograd.Function):
     """Calls a forward operator below autograd; its gradient is the backward operator."""
 
     @staticmethod
-    def forward(ctx, operator, keyset, *args):
+    def forward(ctx, op, keyset, *args):
         with _AutoDispatchBelowAutograd():
-            y, kept = operator.redispatch(keyset & _after_autograd_keyset, *args)
+            y, kept = op.redispatch(keyset & _after_autograd_keyset, *args)
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, *args[:7])
@@ -280,24 +285,24 @@ def _differentiable(dy, x, kept, parameters, needed, eps, bound, batch, batch_sh
         batch_shared=batch_shared, standardized=standardized, eps=eps, bound=bound, group='')
 
 
-def _with_formula(operator):
+def _with_formula(op):
     def forward(keyset, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return _Formula.apply(operator, keyset, *args)
+            return _Formula.apply(op, keyset, *args)
         with _AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & _after_autograd_keyset, *args)
+            return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     return forward
 
 
-def _without_formula(operator):
+def _without_formula(op):
     """Of the backward operator: `_Formula` does not call it where it would be differentiated."""
     def backward(keyset, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            raise RuntimeError(f'{operator}: expected no gradient of this operator to be needed; '
+            raise RuntimeError(f'{op}: expected no gradient of this operator to be needed; '
                                f'differentiate the layer twice without torch.compile')
         with _AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & _after_autograd_keyset, *args)
+            return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     return backward
 
