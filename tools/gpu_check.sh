@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-work_dirs/gpu_check}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 device=${DEVICE:-cuda}
-stages=${STAGES:-build tests layers detector compiled batch192 float32 backends}
+stages=${STAGES:-build tests layers detector batch192 float32 backends compiled}
 end=$(($(date +%s) + ${SECONDS_IN_ALL:-285}))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 export PYTHONDONTWRITEBYTECODE=  # compiled files save the later stages their imports
@@ -132,17 +132,6 @@ if [ $whole = 1 ] && wanted detector; then
     bench "SSDLite, float16, channels_last" 35 --batch $batch --amp --channels-last --parts detector "${fast[@]}"
     bench "SSDLite, float16, contiguous" 35 --batch $batch --amp --parts detector "${fast[@]}"
 fi
-if wanted compiled; then  # torch.compile; kernels first, by a process for each block of layers
-    compiling=()
-    for ((i = 1; i <= 3; i++)); do
-        limited "compiled, kernels $i" 60 "$python" -W ignore tools/benchmark.py --device "$device" "${sizes[@]}" \
-            --batch $batch --amp --channels-last --parts compiled "${fast[@]}" --compile-only $i/3 \
-            >> "$folder/log.txt" 2>&1 &
-        compiling+=($!)
-    done
-    for pid in "${compiling[@]}"; do wait "$pid" || true; done
-    bench "torch.compile, float16, channels_last" 60 --batch $batch --amp --channels-last --parts compiled "${fast[@]}"
-fi
 if wanted batch192; then
     bench "layers, float16, channels_last, batch $large" 25 --batch $large --amp --channels-last --parts layers "${fast[@]}"
     bench "layers, float16, contiguous, batch $large" 25 --batch $large --amp --parts layers "${fast[@]}"
@@ -157,6 +146,17 @@ fi
 if wanted backends; then
     bench "other backends, float16, contiguous" 30 --batch $batch --amp --parts layers host \
         --norms BN DNB:auto "${others[@]}"
+fi
+if wanted compiled; then  # torch.compile; kernels first, by a process for each block of layers
+    compiling=()
+    for ((i = 1; i <= 3; i++)); do
+        limited "compiled, kernels $i" 60 "$python" -W ignore tools/benchmark.py --device "$device" "${sizes[@]}" \
+            --batch $batch --amp --channels-last --parts compiled "${fast[@]}" --compile-only $i/3 \
+            >> "$folder/log.txt" 2>&1 &
+        compiling+=($!)
+    done
+    for pid in "${compiling[@]}"; do wait "$pid" || true; done
+    bench "torch.compile, float16, channels_last" 60 --batch $batch --amp --channels-last --parts compiled "${fast[@]}"
 fi
 if wanted float32; then  # what matters least
     bench "layers, float32, contiguous, batch $large" 25 --batch $large --parts layers "${fast[@]}"

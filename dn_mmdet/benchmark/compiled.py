@@ -115,7 +115,8 @@ def check_step(step: TrainingStep, exact: dict, own: dict, where: str) -> None:
 
 def sizes(image: int = 320) -> list[tuple[int, int, int]]:
     """`BLOCKS` for images of this height and width in pixels."""
-    return [(channels, inside, max(2, height * image // 320)) for channels, inside, height in BLOCKS]
+    return [(channels, inside, max(2, height * image // 320))
+            for channels, inside, height in BLOCKS]
 
 
 def run_blocks(setting: Setting, batch: int, blocks, variants) -> None:
