@@ -55,9 +55,10 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     """Normalises x by equations (1) to (6) and updates bn's running averages.
 
     Every backend computes the same. The fused ones keep only x for the backward
-    pass and read it as often as BatchNorm does. The reference runs in their place
-    wherever autograd has to see each operation (`torch.compile`, tracing, export,
-    `torch.func` transforms, double backward). The inner norm is called for
+    pass and read it as often as BatchNorm does. `torch.compile` keeps them as one
+    operator each way. The reference runs in their place wherever autograd has to
+    see each operation (tracing, export, `torch.func` transforms, double backward),
+    and is what `torch.compile` takes with backend ``'torch'``. The inner norm is called for
     equation (3) where it is not a torch BatchNorm, where something is registered
     on it (hooks, pruning, parametrizations, a forward of its own), and where
     `torch.jit.trace` or `make_fx` records what is called.
