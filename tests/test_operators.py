@@ -259,6 +259,7 @@ def test_the_running_averages_move_once_and_are_seen_to():
                          ids=['fp16', 'bf16', 'fp32'])
 def test_dtypes_and_layouts_under_autocast(dtype, layout):
     layer, twin = pair(dtype=torch.float32)
+    twin.backend = BACKEND  # eager, by the same kernels: of what the reference rounds there is more
     x = dict(contiguous=lambda x: x, transposed=lambda x: x.mT,
              channels_last=lambda x: x.contiguous(memory_format=torch.channels_last))[layout](
                  torch.randn(3, C, 5, 4, device=DEVICE)).to(dtype)
@@ -274,7 +275,7 @@ def test_any_batch_and_size_in_one_graph():
     layer, twin = pair()
     graphs = Counting()
     run = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
-    for n, h, w in ((3, 5, 3), (2, 4, 7), (6, 3, 9)):
+    for n, h, w in ((3, 6, 5), (2, 4, 7), (6, 3, 9)):  # no two of the first equal
         x = torch.randn(n, C, h, w, dtype=torch.float64, device=DEVICE).requires_grad_()
         dy = torch.randn_like(x)
         assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
