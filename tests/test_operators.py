@@ -259,7 +259,7 @@ def test_the_running_averages_move_once_and_are_seen_to():
                          ids=['fp16', 'bf16', 'fp32'])
 def test_dtypes_and_layouts_under_autocast(dtype, layout):
     layer, twin = pair(dtype=torch.float32)
-    twin.backend = BACKEND  # eager, by the same kernels: of what the reference rounds there is more
+    twin.backend = BACKEND  # eager, by the same kernels
     x = dict(contiguous=lambda x: x, transposed=lambda x: x.mT,
              channels_last=lambda x: x.contiguous(memory_format=torch.channels_last))[layout](
                  torch.randn(3, C, 5, 4, device=DEVICE)).to(dtype)
