@@ -17,7 +17,7 @@ import torch
 from dn_mmdet import benchmark
 from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
 
-PARTS = 'layers', 'step', 'host', 'compiled', 'detector', 'tuning'
+PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 
 
 def parse(argv):
@@ -25,8 +25,8 @@ def parse(argv):
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure: layers one '
                         'by one; all layers in one training step; the host time of one call; '
-                        'SSDLite; tile sizes of the GPU kernels (default: layers detector; on a '
-                        'GPU all but the last)')
+                        'SSDLite; nine layers under torch.compile; tile sizes of the GPU kernels '
+                        '(default: layers detector; on a GPU all but the last two)')
     parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
                         help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
                         '(default: BN, GN, and both DN layers with every backend)')

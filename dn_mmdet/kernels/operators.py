@@ -100,7 +100,7 @@ def _run(x, parameters, state, step, eps, bound, batch, batch_shared, standardiz
 
 def _run_triton(x, parameters, state, step, keep, options, batch):
     given = {**_given(parameters), **_present(STATE, state)}
-    plan = _plan(x, given, batch, step, options)
+    plan = _plan(x, given, batch, step, options, inference=not keep)
     y, kept = torch.empty_like(x), x.new_empty(plan.kept_size, dtype=_wide(x))
     scratch = kept.new_empty(plan.scratch_size)
     tensors = dict(given, x=x, y=y, **_parts(plan, kept, plan.kept),
@@ -197,19 +197,20 @@ def _given(parameters):
     return {name: t.contiguous() for name, t in _present(PARAMETERS, parameters).items()}
 
 
-def _plan(x, given, batch, step, options):
+def _plan(x, given, batch, step, options, inference=False):
     from . import triton_ops
     return _plan_of(triton_ops.shape_of(x), len(given['b_in']), batch, step is not None,
                     step == (None, ), options['batch_shared'], options['standardized'],
-                    options['bound'] is not None,
+                    options['bound'] is not None, inference,
                     tuple((name, t.dtype) for name, t in given.items()))
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _plan_of(shape, hidden, batch, update, cumulative, batch_shared, standardized, bounded,
-             dtypes):
+             inference, dtypes):
     from . import plans
-    options = plans.Options(hidden, batch, update, cumulative, batch_shared, standardized, bounded)
+    options = plans.Options(hidden, batch, update, cumulative, batch_shared, standardized, bounded,
+                            inference=inference)
     return plans.Plan(shape, options, dict(dtypes))
 
 
