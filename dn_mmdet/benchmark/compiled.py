@@ -127,9 +127,9 @@ def check_step(step: TrainingStep, exact: dict, own: dict, where: str) -> None:
 
 
 def sizes(image: int = 320) -> list[tuple[int, int, int]]:
-    """`BLOCKS` for images of this height and width in pixels."""
-    return [(channels, inside, max(2, height * image // 320))
-            for channels, inside, height in BLOCKS]
+    """`BLOCKS` for images of this height and width in pixels, without maps below 8 x 8."""
+    return [(channels, inside, height * image // 320) for channels, inside, height in BLOCKS
+            if height * image // 320 >= 8]
 
 
 def run_blocks(setting: Setting, batch: int, blocks, variants) -> None:
