@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-work_dirs/gpu_check}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 device=${DEVICE:-cuda}
-stages=${STAGES:-build tests layers detector batch192 float32 backends compiled}
+stages=${STAGES:-build tests layers detector batch192 float32 backends}
 end=$(($(date +%s) + ${SECONDS_IN_ALL:-285}))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 export PYTHONDONTWRITEBYTECODE=  # compiled files save the later stages their imports
@@ -147,7 +147,7 @@ if wanted backends; then
     bench "other backends, float16, contiguous" 30 --batch $batch --amp --parts layers host \
         --norms BN DNB:auto "${others[@]}"
 fi
-if wanted compiled; then  # torch.compile; kernels first, by a process for each block of layers
+if wanted compiled; then  # torch.compile, where asked for: a process for each block compiles kernels first
     compiling=()
     for ((i = 1; i <= 3; i++)); do
         limited "compiled, kernels $i" 60 "$python" -W ignore tools/benchmark.py --device "$device" "${sizes[@]}" \
