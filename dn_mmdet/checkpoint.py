@@ -25,13 +25,14 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .layers import _DynamicNorm
+from .messages import UserError
 from .registered import loaded
 
 REMEDY = ('If you trust its author as you trust a program that you run, pass '
           '--trust-checkpoint.')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, refused, or of another model."""
 
 

@@ -52,6 +52,10 @@ _FOLDING_METHOD = re.compile(
     r'|_?re_?param\w*|get_equivalent_\w*')
 
 
+class NoBatchNormInConfig(ValueError):
+    """A model has BatchNorms, all of which its classes make whatever the config says."""
+
+
 class DNBAct(DNB):
     """DN-B in place of timm's BatchNormAct2d: norm, then drop, then activation."""
 
@@ -282,9 +286,12 @@ def _report(model, norm, found, model_cfg):
         print_log(f'already converted: this config builds {len(layers)} DN layers; nothing was '
                   f'changed', logger='current')
     elif not found:
-        raise ValueError('found no BatchNorm that this config could change' + (
-            f': {len(left)} are hard-coded, {hard_coded}; use dn_mmdet.convert.convert_norm on '
-            f'the model' if left else f' in {type(model).__name__}{norms_in_words(model)}'))
+        message = 'found no BatchNorm that this config could change'
+        if left:
+            raise NoBatchNormInConfig(
+                f'{message}: {len(left)} are hard-coded, {hard_coded}; use '
+                f'dn_mmdet.convert.convert_norm on the model')
+        raise ValueError(f'{message} in {type(model).__name__}{norms_in_words(model)}')
     else:
         print_log(f'{norm} in place of BatchNorm in {len(layers)} layers, by '
                   f'{", ".join(path for path, _ in found)}', logger='current')

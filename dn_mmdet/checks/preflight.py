@@ -38,6 +38,11 @@ NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
 
 
+class FolderInUse(ConfigError):
+    """Another training runs in the work folder. It may have ended by the next try."""
+    exit_code = 75  # what sendmail calls EX_TEMPFAIL
+
+
 def check_parts(cfg: Config, *names: str) -> None:
     """Raises ConfigError where a config lacks a part that a tool needs."""
     missing = [name for name in names if cfg.get(name) is None]
@@ -160,8 +165,9 @@ def reserved(work_dir, resume=None, overwrite=False):
         overwrite (bool): allow checkpoints in the folder.
 
     Raises:
-        ConfigError: the folder holds checkpoints and neither argument allows it,
-            cannot be written to, or another training runs in it.
+        ConfigError: the folder holds checkpoints and neither argument allows it, or
+            cannot be written to.
+        FolderInUse: another training runs in it.
     """
     work_dir = Path(work_dir)
     found = sorted(path.name for path in work_dir.glob('*.pth')) if work_dir.is_dir() else []
@@ -188,7 +194,7 @@ def _acquire(lock, work_dir):
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks
         lock.seek(0)
-        raise ConfigError(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
+        raise FolderInUse(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
                           f'Wait for it, end it, or choose another --work-dir') from error
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')

@@ -16,8 +16,8 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from ..checkpoint import CheckpointError
 from ..environment import check_mmdet
+from ..messages import UserError
 
 check_mmdet()  # every tool imports this file before mmdet
 
@@ -168,11 +168,11 @@ class RemoveOldCheckpoints(Hook):
 
 @contextlib.contextmanager
 def one_message(parser: argparse.ArgumentParser):
-    """Turns errors that the user can put right into one message and exit code 2."""
+    """Turns errors that the user can put right into one message and an exit code, mostly 2."""
     try:
         yield
-    except (CheckpointError, ConfigError) as error:
-        _exit(parser, 2, error)
+    except UserError as error:
+        _exit(parser, error.exit_code, error)
     except KeyboardInterrupt:
         _exit(parser, 130, 'interrupted')
     except OSError as error:

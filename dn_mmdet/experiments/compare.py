@@ -380,7 +380,7 @@ def run_grid(runs, jobs, console) -> dict[str, str]:
                     ended += 1
                     if result is not None:
                         console.print(f'{run.name}: {result["status"]}')
-                    elif _was_taken(run.folder):
+                    elif process.returncode == preflight.FolderInUse.exit_code:
                         waiting.append(run)
                         ended -= 1
                     else:
@@ -470,11 +470,6 @@ def _keep_last_checkpoint(folder):
                          key=lambda path: int(path.stem.removeprefix('epoch_')))
     for path in checkpoints[:-1]:
         path.unlink()
-
-
-def _was_taken(folder):
-    """Whether a run ended because another process had begun to train it meanwhile."""
-    return 'a training is running in it' in _tail(folder)
 
 
 def _tail(folder):
