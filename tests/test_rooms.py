@@ -12,7 +12,7 @@ ROOMS = {
     'datasets': set(),
     'checks': set(),
     'cli': {'checks'},
-    'benchmark': set(),
+    'benchmark': {'kernels'},
     'experiments': {'checks', 'cli'},
     'deploy': {'checks', 'experiments'},
     'zoo': {'models'},
