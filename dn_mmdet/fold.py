@@ -27,9 +27,10 @@ from .convert import (
     misfolded,
     norms_in_words,
 )
-from .functional import generate, is_torch_batch_norm
+from .functional import is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
+from .reference import call_sc
 
 
 class RewrittenBN(nn.Module):
@@ -213,7 +214,7 @@ def constant(layer: nn.Module) -> Outputs | None:
     if layer.batch_shared and getattr(bn, 'running_mean', None) is not None:
         mu, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
         eps = getattr(bn, 'eps', 1e-5)
-        return Outputs.of(*generate(sc, None, None, mu, torch.sqrt(var + eps), eps, True))
+        return Outputs.of(*call_sc(sc, None, None, mu, torch.sqrt(var + eps), eps, True))
     w_out = getattr(sc, 'w_out', None)
     if w_out is None or w_out.any():
         return None

@@ -1,21 +1,14 @@
-"""The maths of Dynamic Normalization, and how it meets the state of a BatchNorm.
+"""Dynamic Normalization, fast: what to run on which input, and the state of the BatchNorm.
 
-Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. Only its
-abstract is public as text; what it leaves open is this project's own design.
+Equations (1) to (6) are `reference.dynamic_norm`. A fused pass reads x twice and writes y once.
+Between the two passes everything is (N, C) small, and makes the a and c of ::
 
-For x of shape (N, C, ...), with ``m, v`` (N, C) the mean and population variance
-of each sample's channel and ``s = sqrt(v + eps)``::
+    y  = a (x - m) + c,       a = (1 + g) w / sigma,    c = (1 + g) b + h + a (m - mu)    (7)
 
-    mu  = mean_n m                                                          (1)
-    var = mean_n v + mean_n (m - mu)^2                                      (2)
-    z   = w (x - mu) / sigma + b,  sigma = sqrt(var + eps)    BatchNorm     (3)
-    g, h = SC(m', s')                            DN-B, (N, C) each          (4)
-    g, h = SC(mu, sigma)                         DN-C, (1, C) each          (5)
-    y   = (1 + g) z + h                                                     (6)
+The backward pass reduces dy to da and dc, takes them through that small graph to dm and dv,
+and needs one more pass over dy and x, with S the values behind each m::
 
-``m', s'`` are ``m, s`` themselves (``inputs='raw'``) or ``(m - mu) / sigma`` and
-``s / sigma - 1`` (``'standardized'``). Where the inner BatchNorm would use its
-running statistics, they stand for mu and var.
+    dx = a dy + p (x - m) + q,       p = 2 dv / S,            q = (dm - a dc) / S         (8)
 """
 import functools
 import logging
@@ -30,7 +23,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_reduce
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -164,17 +156,10 @@ class _Call(NamedTuple):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """``y = a (x - m) + c``, which keeps x and what is (N, C) small.
+    """Equations (7) and (8), which keep x and what is (N, C) small.
 
-    Forward computes a and c from m, v and the parameters under autograd; backward
-    reduces dy to da and dc, lets autograd take them through that small graph, and
-    needs one more pass for
-
-        dx = a dy + p (x - m) + q,    p = 2 dv / S,    q = (dm - a dc) / S    (8)
-
-    with dm, dv the gradients of m and v through a and c, and S the values behind
-    each of them. A backward that is itself to be differentiated, or transformed
-    (batched gradients), goes through the reference.
+    A backward that is itself to be differentiated, or transformed (batched gradients), goes
+    through the reference.
     """
 
     @staticmethod
@@ -504,26 +489,29 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
     The step comes before most tensors are saved for backward: gradient checkpointing
     stops its second forward pass at the last one, and BatchNorm steps in both passes.
     """
-    m, v = reference.moments(x)
-    mu, var, count = statistics(call, m, v, x)
-    if step:
-        update_running_averages(call.bn, mu, var, count)
-    sigma = torch.sqrt(var + call.bn.eps)
-    z = reference.normalize(x, mu, sigma, *_affine_parameters(w, b, like=mu))
-    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
-    return reference.modulate(z, g, h).to(x.dtype)
+
+    def observed(m, v):
+        mu, var, count = statistics(call, m, v, x)
+        if step:
+            update_running_averages(call.bn, mu, var, count)
+        return mu, var
+
+    return reference.dynamic_norm(x, w, b, call.sc, eps=call.bn.eps,
+                                  batch_shared=call.batch_shared, statistics=observed,
+                                  sc_parameters=sc_parameters)
 
 
 def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
                  b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None):
-    """a, c (N, C) with which equation (6) reads ``y = a (x - m) + c`` (7); mu, var, count.
+    """a, c (N, C) of equation (7); mu, var, count.
 
     Of x only the shape is used.
     """
     mu, var, count = statistics(call, m, v, x)
     sigma = torch.sqrt(var + call.bn.eps)
-    w, b = _affine_parameters(w, b, like=mu)
-    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
+    w, b = reference.affine_parameters(w, b, like=mu)
+    g, h = reference.call_sc(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared,
+                             sc_parameters)
     scale = 1 + g
     a = scale * (w / sigma)
     c = torch.addcmul(h, scale, b) + a * (m - mu)
@@ -541,15 +529,7 @@ def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
     count = _values_per_channel(x)
     if call.group is not None:
         return synchronized_statistics(m, v, count, call.group)
-    return *batch_statistics(m, v), count
-
-
-def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """mu, var (C,) by equations (1) and (2); zeros, not NaN, of an empty batch."""
-    if m.numel() == 0:
-        return m.sum(0), v.sum(0)
-    mu = m.mean(0)
-    return mu, (v + (m - mu).square()).mean(0)
+    return *reference.batch_statistics(m, v), count
 
 
 def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
@@ -564,7 +544,7 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     Returns:
         mu (C,), var (C,), count (0-d tensor).
     """
-    row = torch.cat((m.new_full((1, ), count), *batch_statistics(m, v)))
+    row = torch.cat((m.new_full((1, ), count), *reference.batch_statistics(m, v)))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     table = torch.zeros(world_size, len(row), dtype=row.dtype, device=row.device)
     table = torch.cat((table[:rank], row[None], table[rank + 1:]))
@@ -574,20 +554,6 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     share = counts.detach() / total.clamp(min=1)
     mu = (share * means).sum(0)
     return mu, (share * (variances + (means - mu).square())).sum(0), total
-
-
-def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps: float,
-             batch_shared: bool, parameters: dict[str, Tensor] | None = None):
-    """g, h by equation (4), (N, C) each, or (5), (1, C) each.
-
-    ``parameters``, where given, stand in for SC's own.
-    """
-    if batch_shared:
-        inputs = mu[None], sigma[None]
-    else:
-        s = torch.sqrt(v + eps)
-        inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
-    return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
 
 
 def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:
@@ -704,12 +670,6 @@ def _values_per_channel(x):
     return x.numel() // x.shape[1]
 
 
-def _affine_parameters(w, b, like):
-    """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
-    return (torch.ones_like(like) if w is None else w.to(like.dtype),
-            torch.zeros_like(like) if b is None else b.to(like.dtype))
-
-
 def _running_statistics(bn):
     """The running mean and variance where bn normalises by them, or None."""
     never_updates = not hasattr(bn, 'momentum')  # mmdet's and torchvision's FrozenBatchNorm2d
@@ -743,7 +703,7 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
     m, v = reference.moments(x)
     mu, var, _ = statistics(call, m, v, x)
     eps = getattr(norm, 'eps', 1e-5)
-    g, h = generate(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
+    g, h = reference.call_sc(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
     return reference.modulate(reference.widen(z), g, h).to(x.dtype)
 
 
