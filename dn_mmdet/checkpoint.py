@@ -12,6 +12,7 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint as mmengine_loaders
@@ -69,7 +70,7 @@ def _allowed():
     ]
 
 
-def open_checkpoint(path, map_location='cpu', trust=False) -> dict:
+def open_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict:
     """The content of a checkpoint file. Nothing in it is executed unless ``trust``.
 
     ``meta.config``, a text which mmengine would run as Python code on resume, is
@@ -174,7 +175,7 @@ def safe_loading(trust=False):
             CheckpointLoader.register_scheme(prefixes, theirs, force=True)
 
 
-def is_remote(filename) -> bool:
+def is_remote(filename: str | Path) -> bool:
     return '://' in str(filename)
 
 
@@ -206,7 +207,7 @@ def _fetch(url, path):
                               f'name the file, or leave it out') from error
 
 
-def weights(checkpoint, path) -> dict:
+def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
     """The state dict in a checkpoint, ``module.`` stripped as mmengine does.
 
     Raises:
@@ -217,13 +218,13 @@ def weights(checkpoint, path) -> dict:
                                               for v in state.values()):
         raise CheckpointError(f'{path}: expected weights under "state_dict", found '
                               f'{", ".join(map(str, list(checkpoint)[:8])) or "nothing"}')
-    stripped = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
+    stripped: Any = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
     if hasattr(state, '_metadata'):
         stripped._metadata = state._metadata
     return stripped
 
 
-def check_resumable(checkpoint, path) -> None:
+def check_resumable(checkpoint: dict, path: str | Path) -> None:
     """Raises CheckpointError where the state of training is missing."""
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
     missing += [f'meta.{key}' for key in ('epoch', 'iter')
@@ -234,7 +235,8 @@ def check_resumable(checkpoint, path) -> None:
                               f'load_from={path}')
 
 
-def check_fits(model: nn.Module, checkpoint: dict, path, whole=True) -> None:
+def check_fits(model: nn.Module, checkpoint: dict, path: str | Path,
+               whole: bool = True) -> None:
     """Loads the weights into ``model`` and raises CheckpointError where they do not fit.
 
     A BatchNorm checkpoint fits a DN model of the same shape; that is said in the log.

@@ -11,7 +11,8 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -73,7 +74,7 @@ class DNCAct(DNC):
 def convert_norm(model: nn.Module, norm: str = 'DNB', *,
                  only: str | Sequence[str] | None = None,
                  skip: str | Sequence[str] | None = None,
-                 sc_requires_grad: bool = True, **args) -> nn.Module:
+                 sc_requires_grad: bool = True, **args: Any) -> nn.Module:
     """Puts Dynamic Normalization in the place of every BatchNorm of a model.
 
     The layer takes the BatchNorm's name and holds the BatchNorm itself: weights,
@@ -158,13 +159,13 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
             if _is_batch_norm(module) and name.rpartition('.')[0] not in inside}
 
 
-def dn_layers(model: nn.Module) -> dict[str, nn.Module]:
+def dn_layers(model: nn.Module) -> dict[str, _DynamicNorm]:
     """The DN layers of a model by name."""
     return {name: module for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, _DynamicNorm)}
 
 
-def swap_norm(cfg: Config, norm: str = 'DNB', **args) -> Config:
+def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
     """Puts Dynamic Normalization in the place of BatchNorm in a config of MMDetection.
 
     Every dict of the model whose ``type`` is a BatchNorm is changed, and where a
@@ -522,7 +523,7 @@ def _folding_methods_of(cls):
             and not hasattr(nn.Module, name) and callable(getattr(cls, name))]
 
 
-def misfolded(model: nn.Module):
+def misfolded(model: nn.Module) -> Iterator[str]:
     """Names of BatchNorms that mmcv's fuse_conv_bn folds into a convolution before a DN layer.
 
     It remembers a module's last convolution until a BatchNorm comes, and knows

@@ -13,6 +13,7 @@ and needs one more pass over dy and x, with S the values behind each m::
 import functools
 import logging
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     seen = _autograd_must_see(x)
     if not is_torch_batch_norm(bn) or has_registered(bn) or seen and _is_recorded(bn):
         return _around_the_inner_norm(x, bn, sc, batch_shared)
-    check_eps(bn.eps)
+    check_eps(bn.eps)  # type: ignore[arg-type]
     w, b, mean, var = norm_parts = _parts_of_norm(bn)
     sc_parts = _parts_of_sc(sc)
     plain = _check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
@@ -147,7 +148,7 @@ def has_registered(module: nn.Module) -> bool:
 
 class _Call(NamedTuple):
     """What a call read from the layer's modules, for a backward that comes later."""
-    bn: nn.Module
+    bn: Any  # a BatchNorm, or what a conversion put in its place
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
     sc: nn.Module
@@ -220,11 +221,12 @@ class _Coefficients:
         self.m, self.a, self.c = m, a.detach(), c.detach()
         self.size = x.numel() // m.numel()
 
-    def backward(self, da: Tensor, dc: Tensor):
+    def backward(self, da: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
         """p, q of equation (8), where x needs a gradient, and the gradients of parameters."""
         through = [(t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True)
                    if t.requires_grad]
-        dm, dv, *rest = _gradients(*zip(*through, strict=True), self.leaves)
+        outputs, gradients = zip(*through, strict=True)
+        dm, dv, *rest = _gradients(outputs, gradients, self.leaves)
         if not self.leaves[0].requires_grad:
             return None, None, *rest
         p = torch.zeros_like(dm) if dv is None else dv * (2 / self.size)
@@ -319,9 +321,10 @@ class _StatelessSC(SC):
         pass
 
 
-def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, parameters, needed, *,
+def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor,
+                      parameters: Sequence[Tensor | None], needed: Sequence[bool], *,
                       batch: bool, batch_shared: bool, standardized: bool, eps: float,
-                      bound: float | None, group: str):
+                      bound: float | None, group: str) -> tuple[Tensor | None, ...]:
     """A differentiable backward pass for the compiled GPU host, which keeps no modules.
 
     Args:
@@ -334,14 +337,15 @@ def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, paramete
         A tuple: the gradient, or None, of x and of each parameter.
     """
     w_in, b_in = parameters[2:4]
+    assert w_in is not None and b_in is not None
     channels = x.shape[1]
     sc = _StatelessSC(channels, channels, len(b_in), 'standardized' if standardized else 'raw',
                       bound, device='meta', dtype=w_in.dtype)
     names = [name for name, _ in sc.named_parameters()]
-    if group:
-        group = dist.distributed_c10d._resolve_process_group(group)
+    processes = dist.distributed_c10d._resolve_process_group(
+        group) if group else None  # type: ignore[arg-type]
     call = _Call(SimpleNamespace(eps=eps), None if batch else (mu, sigma.square() - eps),
-                 group or None, sc, None, batch_shared)
+                 processes, sc, None, batch_shared)
     return tuple(_backward_by_the_reference(call, names, needed, dy, x, *parameters))
 
 
@@ -432,7 +436,7 @@ def gpu_host():
         return None
 
 
-def _on_gpu(index: int):
+def _on_gpu(index):
     """The Triton kernels launched from Python, or None where they do not run on this GPU."""
     host = gpu_host()
     if host is not None and not host.kernels_run_on(index):  # which may turn out at any call
@@ -502,7 +506,7 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
 
 
 def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
-                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None):
+                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None) -> tuple:
     """a, c (N, C) of equation (7); mu, var, count.
 
     Of x only the shape is used.
@@ -518,7 +522,7 @@ def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
     return a.expand_as(m), c, mu, var, count
 
 
-def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
+def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor) -> tuple:
     """mu, var (C,) that the inner BatchNorm uses, and the number of values behind them.
 
     The count is None where the statistics are the running ones, and a tensor
@@ -532,7 +536,8 @@ def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
     return *reference.batch_statistics(m, v), count
 
 
-def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
+def synchronized_statistics(m: Tensor, v: Tensor, count: int,
+                            group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (1) and (2) over all processes of a group, weighted by their counts.
 
     Every process writes (count, mean, variance) into its own row of a table of
@@ -556,7 +561,8 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     return mu, (share * (variances + (means - mu).square())).sum(0), total
 
 
-def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:
+def update_running_averages(bn: Any, mu: Tensor, var: Tensor,
+                            count: Any) -> None:
     """One step of bn's running averages, by torch's rule: the unbiased variance."""
     if not (bn.training and bn.track_running_stats):
         return  # before no_grad, which in eval mode would be a region of its own to torch.export
@@ -683,7 +689,7 @@ def _is_synchronised(bn):
             and dist.is_initialized())
 
 
-def process_group(bn: nn.Module):
+def process_group(bn: Any) -> dist.ProcessGroup | None:
     """The group over which bn's batch statistics are to be reduced, or None."""
     if not _is_synchronised(bn):
         return None

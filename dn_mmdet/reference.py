@@ -81,7 +81,8 @@ def normalize(x: Tensor, mu: Tensor, sigma: Tensor, w: Tensor, b: Tensor) -> Ten
 
 
 def call_sc(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps: float,
-            batch_shared: bool, parameters: dict[str, Tensor] | None = None):
+            batch_shared: bool,
+            parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """g, h by equation (4), (N, C) each, or (5), (1, C) each.
 
     ``parameters``, where given, stand in for SC's own.
@@ -99,7 +100,7 @@ def modulate(z: Tensor, g: Tensor, h: Tensor) -> Tensor:
     return (1 + _over(z, g)) * z + _over(z, h)
 
 
-def affine_parameters(w: Tensor | None, b: Tensor | None, like: Tensor):
+def affine_parameters(w: Tensor | None, b: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
     return (torch.ones_like(like) if w is None else w.to(like.dtype),
             torch.zeros_like(like) if b is None else b.to(like.dtype))

@@ -30,7 +30,7 @@ from .data_checks import check_trained_classes as check_trained_classes
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: two runs in a folder go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = '.train.lock'
 NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)

@@ -10,7 +10,7 @@ import platform
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mmcv
 import mmcv.ops
@@ -73,7 +73,7 @@ class Detector(nn.Module):
         self.model = model
         self.eval()
         self.size = tuple(size)
-        preprocessor = model.data_preprocessor
+        preprocessor: Any = model.data_preprocessor
         divisor = preprocessor.pad_size_divisor
         if any(side % divisor for side in size):
             raise ConfigError(f'--size: expected multiples of {divisor}, to which this detector '
@@ -82,7 +82,8 @@ class Detector(nn.Module):
         self.normalize = preprocessor._enable_normalize
         with torch.no_grad():
             levels = model(torch.zeros(1, 3, *size), mode='tensor')[0]
-        priors = model.bbox_head.prior_generator.grid_priors(
+        head: Any = model.bbox_head
+        priors = head.prior_generator.grid_priors(
             [level.shape[-2:] for level in levels], device='cpu')
         self.num_priors = [len(level) for level in priors]
         self.register_buffer('priors', torch.cat(priors))
@@ -205,6 +206,7 @@ def export(detector: Detector, path) -> None:
             dynamic_shapes=dict(images={0: torch.export.Dim('batch')}), verbose=False,
             custom_translation_table={
                 torch.ops.dn_mmdet.non_max_suppression.default: _onnx_non_max_suppression})
+    assert program is not None  # without a file name it returns one
     program.save(path)
 
 

@@ -342,7 +342,7 @@ class Folding:
             middle = (low + high) // 2
             low, high = (low, middle) if good(order[:middle]) else (middle, high)
         kept = order[:high]
-        for name in sorted(kept, key=self.values_per_image().get, reverse=True)[:TRIED]:
+        for name in sorted(kept, key=self.values_per_image().__getitem__, reverse=True)[:TRIED]:
             fewer = [other for other in kept if other != name]
             if good(fewer):
                 kept = fewer

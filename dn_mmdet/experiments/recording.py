@@ -11,11 +11,13 @@ import os
 import platform
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from torch import nn
 
@@ -212,9 +214,9 @@ def describe(dataset) -> dict:
 
 def norm_counts(model: nn.Module) -> dict[str, int]:
     """How many norm layers of each type a model has, inner ones left out."""
-    layers = [*dn_layers(model).values(),
-              *(module for module in model.modules()
-                if isinstance(module, (BNSE, ScaledBN, StaticDN)))]
+    layers: list[nn.Module] = [*dn_layers(model).values()]
+    layers += [module for module in model.modules()
+               if isinstance(module, (BNSE, ScaledBN, StaticDN))]
     inside = {module for layer in layers for module in layer.modules()}
     layers += [bn for bn in batch_norms(model).values() if bn not in inside]
     layers += [module for module in model.modules() if module not in inside
@@ -244,7 +246,7 @@ def _mult_adds_of_one_image(model, runner):
 
 
 @torch.no_grad()
-def scale_and_shift(model: nn.Module, batches) -> list[dict]:
+def scale_and_shift(model: BaseModel, batches) -> list[dict]:
     """The distribution of gamma and beta in every norm layer with a scale.
 
     For DN layers these are ``gamma = w (1 + g)`` and ``beta = b (1 + g) + h`` over
@@ -254,10 +256,10 @@ def scale_and_shift(model: nn.Module, batches) -> list[dict]:
         per layer, in the model's order: its name, the `QUANTILES` of gamma and beta,
         and their standard deviation over the samples, averaged over channels.
     """
-    layers, generated = dn_layers(model), {}
+    layers, generated = dn_layers(model), defaultdict(list)
 
     def keep(name):
-        return lambda _, inputs, outputs: generated.setdefault(name, []).append(
+        return lambda _, inputs, outputs: generated[name].append(
             [t.float().cpu() for t in outputs])
 
     handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]

@@ -93,14 +93,14 @@ def unpaired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
         p is None, and the interval empty, for fewer than two values on either side or where
         neither spreads.
     """
-    values, baseline = list(values.values()), list(baseline.values())
-    n = min(len(values), len(baseline))
+    ours, theirs = list(values.values()), list(baseline.values())
+    n = min(len(ours), len(theirs))
     if n == 0:
         return Interval(0, None, None, None), None
-    difference = float(np.mean(values) - np.mean(baseline))
-    if n < 2 or np.ptp(values) == np.ptp(baseline) == 0:
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if n < 2 or np.ptp(ours) == np.ptp(theirs) == 0:
         return Interval(n, difference, None, None), None
-    test = stats.ttest_ind(values, baseline, equal_var=False)
+    test = stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = test.confidence_interval(LEVEL)
     return Interval(n, difference, float(low), float(high)), float(test.pvalue)
 

@@ -205,6 +205,7 @@ def check(cfg: Config, enter=lambda stage: None) -> dict:
             model = _with_dn(cfg)
         else:
             return dict(row, status=FAIL, reason=in_words(with_dn))
+    raise AssertionError('the largest size settles it either way')
 
 
 def _cannot_with_bn(error):
