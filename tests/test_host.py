@@ -772,7 +772,7 @@ def test_inference_with_every_option(name, device):
 @DEVICES
 def test_inference_that_takes_more_than_two_launches(device):
     """Large maps, statistics of the batch, DN-C, whose g and h no map changes."""
-    large = values(device, 1, 2, 21, 20)
+    large = values(device, 1, 2, 41, 40)
     small = values(device, 2, 3, 2, 2)
     check_inference(*pair(device, DNB, 2, training=False), large, IN_FOUR)
     layer, twin = pair(device, track_running_stats=False, training=False)

@@ -89,11 +89,11 @@ class Tuning(NamedTuple):
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
     # of inference by the sample: the largest map, what the affine map's columns are split
-    # among, channels and hidden units of a program, and warps (of moments of more columns: twice)
-    sample_size: int = 400
+    # among, channels and hidden units of a program (0: by the number of channels), and warps
+    sample_size: int = 1600
     sample_programs: int = 264
-    sample_rows: int = 64
-    sample_hidden: int = 32
+    sample_rows: int = 0
+    sample_hidden: int = 0
     sample_warps: int = 4
     # channels of a program in the small part's kernels; 0: by the number of channels
     statistics_block: int = 0
@@ -290,8 +290,11 @@ class SmallPart:
         o, t = self.options, self.tuning
         shape = self.shape._replace(by_sample=True)
         warps = 2 * t.sum_warps if shape.size > 128 else t.sum_warps
-        first = tile(shape, warps, t.moments_waves, t.sample_rows)
-        last = tile(shape, t.sample_warps, t.affine_waves, t.sample_rows)
+        wide = shape.channels > 512
+        most_rows = t.sample_rows or (64 if wide else 32)
+        most_hidden = t.sample_hidden or (16 if wide and shape.channels_last else 32)
+        first = tile(shape, warps, t.moments_waves, most_rows)
+        last = tile(shape, t.sample_warps, t.affine_waves, most_rows)
         rows = -(-shape.channels // last.rows)
         steps = -(-shape.size // last.width)
         parts = max(1, min(steps, t.sample_programs // (rows * shape.samples)))
@@ -300,7 +303,7 @@ class SmallPart:
         blocks = -(-shape.channels // first.rows)
         numbers = dict(n=shape.samples, rows=shape.channels, columns=shape.size,
                        hidden=o.hidden, padded=self.padded)
-        constants = dict(CL=shape.channels_last, H=min(self.tile_hidden, t.sample_hidden),
+        constants = dict(CL=shape.channels_last, H=min(self.tile_hidden, most_hidden),
                          ACC=shape.accumulator)
         absent = {name: None for name in self.none if name in ('w_ptr', 'b_ptr')}
         unused = {} if o.standardized else dict(running_mean_ptr=None, running_var_ptr=None)
