@@ -22,6 +22,7 @@ from dn_mmdet.checks.preflight import ConfigError, reserved
 from dn_mmdet.experiments import compare
 from dn_mmdet.experiments.compare import Point, Variant, configured, differences, plan, product
 from dn_mmdet.experiments.recording import read_log
+from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'compare.py'
@@ -248,7 +249,7 @@ def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatc
             return 0, ''
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, '_how_far', interrupt)
+    monkeypatch.setattr(compare, '_share_done', interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare.run_grid([run], 1, Console(file=io.StringIO()))
     assert not compare.is_reserved(run.folder)
@@ -312,7 +313,7 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
 
 
 def test_where_git_cannot_tell_the_commit_is_unknown(tmp_path):
-    assert compare.commit_of(tmp_path) == 'unknown'
+    assert commit_of(tmp_path) == 'unknown'
 
 
 # --- the real thing ---

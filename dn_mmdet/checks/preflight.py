@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..config_tree import dicts
 from ..layers import _DynamicNorm
 from ..messages import ConfigError, did_you_mean, reason, some
 from ..registered import is_of, name_of, resolve
@@ -68,17 +69,12 @@ def check_model(cfg: Config) -> nn.Module:
                           f'{reason(error)}') from error
 
 
-def _norm_cfgs(node, option):
+def _norm_cfgs(model, option):
     """Every dict under a key that ends in ``norm_cfg``, with the option that sets it."""
-    if isinstance(node, dict):
+    for outer, node in dicts(model, option):
         for key, value in node.items():
             if str(key).endswith('norm_cfg') and isinstance(value, dict):
-                yield f'{option}.{key}', value
-            else:
-                yield from _norm_cfgs(value, f'{option}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _norm_cfgs(value, f'{option}.{index}')
+                yield f'{outer}.{key}', value
 
 
 def check_norm(option: str, norm_cfg: dict) -> None:

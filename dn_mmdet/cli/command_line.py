@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from ..config_tree import add_imports, dicts, imports_of
 from ..environment import check_mmdet
 from ..messages import UserError
 
@@ -83,24 +84,12 @@ def load_config(path, options=None) -> Config:
 
 
 def _import_what_it_names(cfg):
-    imports = cfg.get('custom_imports') or dict(imports=[])
-    listed = imports['imports']
-    listed = [listed] if isinstance(listed, str) else list(listed)
-    names = {MODELS.split_scope_key(name)[1] for name in _names(cfg.model)}
+    kinds = [node.get('type') for _, node in dicts(cfg.model, 'model')]
+    names = {MODELS.split_scope_key(kind)[1] for kind in kinds if isinstance(kind, str)}
     needed = {module for name, module in _plugin_names().items() if name in names}
-    if needed - set(listed):
-        cfg.custom_imports = dict(imports, imports=[*listed, *sorted(needed - set(listed))])
+    if needed - set(imports_of(cfg)):
+        add_imports(cfg, *sorted(needed))
         import_modules_from_strings(**cfg.custom_imports)
-
-
-def _names(node):
-    """All names under ``type`` in a config; a class brings its module with it."""
-    if isinstance(node, dict):
-        here = {node['type']} if isinstance(node.get('type'), str) else set()
-        return here.union(*map(_names, node.values()))
-    if isinstance(node, (list, tuple)):
-        return set().union(*map(_names, node))
-    return set()
 
 
 def _plugin_names():

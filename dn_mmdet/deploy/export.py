@@ -5,11 +5,9 @@ For single-stage detectors whose head gives class scores and box deltas for anch
 """
 import copy
 import importlib.util
-import os
 import platform
 import time
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mmcv
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 
 from ..checks.preflight import ConfigError
 from ..convert import dn_layers
+from ..files import replacing
+from ..provenance import cpu_name
 from .folding import with_batch_norm
 
 OUTPUTS = ('boxes', 'scores', 'labels')
@@ -217,9 +217,8 @@ def keep_outputs(path, out, names=OUTPUTS) -> None:
     for output in [output for output in model.graph.output if output.name not in names]:
         model.graph.output.remove(output)
     onnx.checker.check_model(model)
-    part = Path(f'{out}.part')
-    onnx.save(model, part)
-    os.replace(part, out)
+    with replacing(out) as part:
+        onnx.save(model, part)
 
 
 def open_session(path, threads=1):
@@ -305,13 +304,4 @@ def folded_twin(cfg: Config, model: nn.Module) -> nn.Module:
 def versions() -> str:
     import onnxruntime
     return (f'onnxruntime {onnxruntime.__version__} on the CPU, one thread, torch '
-            f'{torch.__version__}, {platform.machine()}, {_processor()}')
-
-
-def _processor():
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or 'unknown processor'
+            f'{torch.__version__}, {platform.machine()}, {cpu_name()}')

@@ -29,10 +29,11 @@ from torch import nn
 
 from ..convert import convert_norm, dn_layers
 from ..fold import Outputs, batch_norm_of, calibrate, put, recalibrate
+from ..provenance import hardware
 from ..reference import widen
 from ..sc import no_autocast
 from . import controls  # noqa: F401  registers the controls' norms
-from .recording import hardware, norm_counts
+from .recording import norm_counts
 
 PLAN, ARCHIVE = 'plan.json', 'images.tar.xz'  # in the folder that is carried to the GPU
 BACKENDS = ('auto', 'triton', 'torch')  # of DN layers, in the order in which to try them

@@ -22,6 +22,8 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..convert import batch_norms, dn_layers
+from ..files import write_json, write_text
+from ..provenance import hardware
 from ..version import __version__
 from .controls import BNSE, ScaledBN, StaticDN
 from .cost import mult_adds, peak_memory
@@ -67,8 +69,8 @@ class RecordRun(Hook):
         self.folder = Path(runner.work_dir)
         self.log = self.folder / 'log.jsonl'
         lines = [line for line in read_log(self.folder) if line['step'] <= runner.iter]
-        _write(self.log, ''.join(json.dumps(line) + '\n' for line in lines))
-        _write(self.folder / 'environment.json', json.dumps(environment(runner), indent=1))
+        write_text(self.log, ''.join(json.dumps(line) + '\n' for line in lines))
+        write_json(self.folder / 'environment.json', environment(runner))
         self.every = max(1, runner.max_iters // self.lines)
         self.logged = []
         self.since_line = self.since_losses = time.perf_counter()
@@ -121,7 +123,7 @@ class RecordRun(Hook):
             mult_adds_not_measured=reason,
             peak_memory=memory,
             scale_and_shift=scale_and_shift(model, batches))
-        _write(self.folder / 'measured.json', json.dumps(measured))
+        write_json(self.folder / 'measured.json', measured)
 
     def _validate_where_missing(self, runner):
         """The metrics after the step that training is at, where a kill cut them off."""
@@ -148,12 +150,6 @@ def read_log(folder) -> list[dict]:
             if line.endswith('\n')]
 
 
-def _write(path, text):
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def _plain(value):
     """A metric as json takes it."""
     return value.tolist() if hasattr(value, 'tolist') else value
@@ -173,19 +169,6 @@ def environment(runner) -> dict:
             ('train', runner.train_dataloader),
             ('val', runner.val_dataloader if runner.val_loop is not None else None))
             if loader is not None})
-
-
-def hardware() -> str:
-    """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open('/proc/cpuinfo') as file:
-            names = [line.split(':', 1)[1].strip() for line in file
-                     if line.startswith('model name')]
-    except OSError:
-        names = []
-    return f'CPU {names[0] if names else platform.machine()}'
 
 
 def describe(dataset) -> dict:

@@ -24,6 +24,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from ..config_tree import dicts
 from ..convert import (
     NoBatchNormInConfig,
     batch_norms,
@@ -99,21 +100,19 @@ def _fingerprint(cfg):
     return hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _forget_weights(node):
+def _forget_weights(model):
     """Removes what would be loaded or downloaded: the model starts from random weights."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']:
             node['init_cfg'] = None
         for key in ('pretrained', 'teacher_ckpt'):
             if node.get(key):
                 node[key] = False if node[key] is True else None
-    for child in _children(node):
-        _forget_weights(child)
 
 
-def _lighten(node):
+def _lighten(model):
     """Fewer proposals and detections, and images of the size that they come in."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if node.get('batch_augments'):
             node['batch_augments'] = None
         if isinstance(node.get('sampler'), dict) and 'num' in node['sampler']:
@@ -122,19 +121,15 @@ def _lighten(node):
             # without NMS the second is the number of queries, which heads count on
             if isinstance(node.get(key), int) and (key == 'nms_pre' or 'nms' in node):
                 node[key] = min(node[key], most)
-    for child in _children(node):
-        _lighten(child)
 
 
-def _repair(node):
+def _repair(model):
     """What no detector of mmdet can do by its config alone, whatever the norm."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if resolve(MODELS, node.get('type')) is SSDHead:  # it cannot predict
             node['type'] = SSDLiteHead.__name__
         if isinstance(node.get('teacher_config'), str):  # relative to mmdet's sources
             node['teacher_config'] = str(SHIPPED.parent / node['teacher_config'])
-    for child in _children(node):
-        _repair(child)
 
 
 def _detector_of(model):
@@ -144,12 +139,6 @@ def _detector_of(model):
     detector = model['detector']
     detector.setdefault('data_preprocessor', dict(type='DetDataPreprocessor', pad_size_divisor=32))
     return detector
-
-
-def _children(node):
-    if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, (list, tuple)) else ()
 
 
 def check(cfg: Config, enter=lambda stage: None) -> dict:

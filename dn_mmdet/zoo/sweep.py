@@ -16,6 +16,7 @@ import mmdet
 import mmengine
 import torch
 
+from ..files import replacing
 from ..version import __version__
 from .check import FAIL, NOT_APPLICABLE, PASS, Stage
 
@@ -117,12 +118,10 @@ def append_row(path, row) -> None:
 
 def write_rows(path, rows) -> None:
     """Writes all rows again, in order."""
-    part = Path(f'{path}.part')
-    with open(part, 'w', newline='') as file:
+    with replacing(path) as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows[name] for name in sorted(rows))
-    os.replace(part, path)
 
 
 def report(rows, command, total, left_out=()) -> str:
