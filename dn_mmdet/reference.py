@@ -4,7 +4,7 @@ Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. Only its abstra
 as text; what it leaves open is this project's own design.
 
 `dynamic_norm` here is all of it. Never optimised. Every backend is tested against it, and it
-runs wherever autograd has to see each operation (compile, export, double backward).
+runs wherever autograd has to see each operation (export, transforms, double backward).
 """
 from collections.abc import Callable
 
