@@ -292,8 +292,8 @@ def _check_norms(model, checkpoint, state, path, whole):
     elif ours and not theirs and whole:
         print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
                   f'compute what BatchNorm does', logger='current', level=30)
-    trained = _variants(_types((checkpoint.get('meta') or {}).get('cfg')))
-    built = _variants(type(module) for module in modules.values())
+    trained = _kinds(_types((checkpoint.get('meta') or {}).get('cfg')))
+    built = _kinds(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
@@ -301,7 +301,7 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'meaning. Use the config it was trained with{_experiment(checkpoint)}')
 
 
-def _variants(classes):
+def _kinds(classes):
     """'B' where DN-B is among some classes, 'C' where DN-C is."""
     return {'C' if cls.batch_shared else 'B' for cls in classes
             if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)}

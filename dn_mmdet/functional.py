@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .kernels import operators, torch_ops  # noqa: F401 (operators are registered)
+from .kernels import Backend, operators, torch_ops  # noqa: F401 (operators are registered)
 from .sc import SC
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
@@ -100,7 +100,7 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
     kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
-    ops = _primitives(x, backend) if plain and not seen else None
+    ops = _backend_for(x, backend) if plain and not seen else None
     if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
     planes = x if x.dim() > 2 else x.unsqueeze(2)
@@ -175,10 +175,10 @@ class _FusedNorm(torch.autograd.Function):
             call = call._replace(running=tuple(t.clone() for t in call.running))
         m, v = _moments(call, ops, x)
         if _small_part_is_fused(call, w, b):
-            small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
+            small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
-            small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
-                                  (w, b, *sc_parameters))
+            small = _CoefficientsByAutograd(call, names, m, v, x, ctx.needs_input_grad[3:],
+                                            (w, b, *sc_parameters))
         ctx.save_for_backward(x, w, b, *sc_parameters)
         ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
         return ops.affine(x, m, small.a, small.c)
@@ -203,7 +203,7 @@ class _FusedNorm(torch.autograd.Function):
                                        for d, needs in zip(rest, needed[1:], strict=True))
 
 
-class _Coefficients:
+class _CoefficientsByAutograd:
     """a, c of equation (7), the small graph behind them, and a step of the averages.
 
     Args:
@@ -277,7 +277,7 @@ def _small_part_is_fused(call, w, b):
             and call.sc_parts is not None)
 
 
-def _fused_coefficients(call, ops, m, v, x, parameters, keep):
+def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
     w, b, *sc_parameters = parameters
     bn = call.bn
     averages = None
@@ -302,7 +302,7 @@ def _without_gradients(call, ops, x, w, b):
             return y
     m, v = _moments(call, ops, x)
     if fused:
-        small = _fused_coefficients(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
+        small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
         a, c = small.a, small.c
     else:
         a, c, *observed = coefficients(call, m, v, x, w, b)
@@ -366,8 +366,8 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _primitives(x, backend):
-    """The module with the fused primitives to run on x, or None for the reference."""
+def _backend_for(x: Tensor, backend: str) -> Backend | None:
+    """What runs on x under this name, or None for the reference."""
     if backend == 'reference' or x.numel() == 0:
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')

@@ -79,7 +79,8 @@ class TrainingStep:
         self.run = self.model
         options = MODES[mode]
         if options is not None:
-            self.run = torch.compile(self.model, fullgraph=True, dynamic=False, **options)
+            self.run = torch.compile(  # type: ignore[call-overload]  # the options differ in type
+                self.model, fullgraph=True, dynamic=False, **options)
 
     def __call__(self):
         """The outputs, and the gradients in the parameters' order."""
