@@ -69,7 +69,7 @@ def shipped_configs(root=SHIPPED) -> dict[str, Path]:
             if '_base_' not in path.parts}
 
 
-def distinct(configs: dict[str, Path], say=lambda text: None):
+def distinct(configs: dict[str, Path], leave_out=lambda reason: None):
     """One config of each model, with the names of all that build it.
 
     Models are the same when their configs differ in nothing but weights to load,
@@ -83,7 +83,7 @@ def distinct(configs: dict[str, Path], say=lambda text: None):
         try:
             cfg = Config.fromfile(path)
         except Exception as error:  # a config is a program and can raise anything
-            say(f'{name}: left out, it cannot be read ({type(error).__name__})')
+            leave_out(f'{name}: left out, it cannot be read ({type(error).__name__})')
             continue
         if not isinstance(cfg.get('model'), dict):
             continue  # a part of others
@@ -168,7 +168,7 @@ def check(cfg: Config, enter=lambda stage: None) -> dict:
         return _cannot_with_bn(error)
     if not batch_norms(with_bn):
         return _row(NOT_APPLICABLE, f'no BatchNorm in it{norms_in_words(with_bn)}')
-    _use(with_bn)
+    _wear_in(with_bn)
     enter(Stage.BUILDING_WITH_DN)
     try:
         model = _with_dn(cfg)
@@ -220,7 +220,7 @@ def _with_dn(cfg):
 
 
 @torch.no_grad()
-def _use(model):
+def _wear_in(model):
     """Moves what BatchNorms hold from its start, as training does.
 
     Deformable convolutions start without an offset, as in training: by random ones a hundred
