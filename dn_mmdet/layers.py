@@ -22,6 +22,9 @@ BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
 FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
+# What else is in the code of such functions, whatever they are called: a square root of the
+# variance and eps, or both handed to a function that folds.
+ROOTS = {'sqrt', 'rsqrt', 'pow', 'float_power', 0.5, -0.5}
 
 
 class _DynamicNorm(nn.Module):
@@ -129,14 +132,17 @@ class _DynamicNorm(nn.Module):
         return self.bn.running_var
 
     def _refuse_to_be_folded(self, frame):
+        codes = [frame.f_code]
         while frame.f_code.co_name.startswith('<') and frame.f_back:  # a lambda, a comprehension
             frame = frame.f_back
-        name = frame.f_code.co_name
-        if FOLDING.search(name) and not self.sc.is_identity():
+            codes.append(frame.f_code)
+        name = codes[-1].co_name
+        if (FOLDING.search(name) or any(map(_folds, codes))) and not self.sc.is_identity():
             raise TypeError(f'{name}: expected a BatchNorm to fold, got {type(self).__name__}, '
                             f'whose scale and shift follow the input and would be lost: make '
                             f'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or '
-                            f'leave this one as it is')
+                            f'leave this one as it is. Code that only reads it finds the inner '
+                            f'BatchNorm as .bn')
 
     @property
     def eps(self):
@@ -162,6 +168,14 @@ class _DynamicNorm(nn.Module):
     @track_running_stats.setter
     def track_running_stats(self, value):
         self.bn.track_running_stats = value
+
+
+def _folds(code):
+    """Whether a function that reads a norm's attributes looks as if it folded the norm."""
+    called = code.co_names + code.co_freevars
+    names = {*called, *code.co_consts}
+    return (code.co_name != '<module>' and {'running_var', 'eps'} <= names
+            and (not names.isdisjoint(ROOTS) or any(map(FOLDING.search, called))))
 
 
 def _register(cls):
