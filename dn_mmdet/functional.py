@@ -599,7 +599,13 @@ def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps
     else:
         s = torch.sqrt(v + eps)
         inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
-    return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
+    g, h = sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        for name, t in (('g', g), ('h', h)):
+            if t.shape != inputs[0].shape:
+                raise RuntimeError(f'{name}, made by {type(sc).__name__}, should have the shape '
+                                   f'{tuple(inputs[0].shape)} not {tuple(t.shape)}')
+    return g, h
 
 
 def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:

@@ -199,6 +199,27 @@ def test_also_where_a_hook_has_the_norm_called(backend):
         layer(torch.randn(2, CHANNELS, 2, 2))
 
 
+class Narrow(SC):
+    """An SC that gives less than it has to: one number for all channels, or one row."""
+
+    def forward(self, mean, std):
+        g, h = super().forward(mean, std)
+        return (g, h[:1]) if self.inputs == 'raw' else (g[:, :1], h)
+
+
+@BACKENDS
+@MODES
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
+@pytest.mark.parametrize('inputs, said', [
+    ('raw', r'h, made by Narrow, should have the shape \(2, 3\) not \(1, 3\)'),
+    ('standardized', r'g, made by Narrow, should have the shape \(2, 3\) not \(2, 1\)')])
+def test_what_another_sc_makes_is_not_broadcast(backend, training, grad, inputs, said):
+    layer = DNB(3, backend=backend).train(training)
+    layer.sc = Narrow(3, inputs=inputs)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=said):
+        layer(torch.randn(2, 3, 4, 4))
+
+
 @BACKENDS
 @MODES
 def test_an_sc_that_has_lost_all_its_hidden_units(backend, training, close):
