@@ -2,6 +2,7 @@
 import re
 import sys
 import warnings
+from typing import Any
 
 import torch
 import torch.fx
@@ -43,6 +44,9 @@ class _DynamicNorm(nn.Module):
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
+    bn: Any  # a BatchNorm, or what a conversion put in its place
+    sc: SC  # or a module with its interface
+    backend: str
     bn_type: type[nn.Module]
     batch_shared: bool
     ndims: tuple[int, ...]
@@ -70,7 +74,8 @@ class _DynamicNorm(nn.Module):
         self.bn.requires_grad_(bn_requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self._modules  # as attributes, both cost as much as the whole compiled call
+        # As attributes, both would cost as much as the whole compiled call.
+        parts: dict[str, Any] = self._modules
         return dynamic_norm(x, parts['bn'], parts['sc'], batch_shared=self.batch_shared,
                             ndims=self.ndims, backend=self.backend)
 

@@ -3,7 +3,7 @@
     python tests/speed.py    # writes them again
 
 A page says where: ``<!-- speed on a GPU, written by tests/speed.py -->`` to ``<!-- end -->``, and
-in docs/gpu.md ``<!-- tile sizes, train, channels_last -->`` to ``<!-- end -->``.
+in docs/gpu.md ``<!-- tile sizes, train, channels_last -->``, ``<!-- torch.compile -->``.
 Without the file a table says that nothing was measured.
 """
 import re
@@ -19,6 +19,7 @@ ROWS = ROOT / 'docs' / 'results' / 'benchmark_gpu.csv'
 TUNING_PAGE = ROOT / 'docs' / 'gpu.md'
 TUNING_ROWS = ROOT / 'docs' / 'results' / 'tuning_gpu.csv'
 TUNING = re.compile(r'(?s)(<!-- tile sizes, (\w+), (\w+) -->\n).*?(?=<!-- end -->)')
+COMPILED = re.compile(r'(?s)(<!-- torch.compile -->\n).*?(?=<!-- end -->)')
 BEGIN, END = '<!-- speed on a GPU, written by tests/speed.py -->', '<!-- end -->'
 
 
@@ -109,6 +110,17 @@ def with_tuning_tables(page: str, rows) -> str:
     return TUNING.sub(written, page)
 
 
+def with_compiled_table(page: str, rows) -> str:
+    """A page with the table of compiled models written again."""
+    chosen = [row for row in rows if row['part'] == 'compiled']
+    text = MISSING
+    if chosen:
+        text = (f"{chosen[0]['device']}, commit `{chosen[0]['commit']}`:\n\n"
+                f'{benchmark.compiled_table(chosen)}')
+    return COMPILED.sub(lambda match: f'{match[1]}{text}\n', page)
+
+
 if __name__ == '__main__':
-    TUNING_PAGE.write_text(with_tuning_tables(TUNING_PAGE.read_text(), read(TUNING_ROWS)))
+    TUNING_PAGE.write_text(with_compiled_table(with_tuning_tables(
+        TUNING_PAGE.read_text(), read(TUNING_ROWS)), read()))
     PAGE.write_text(with_table(PAGE.read_text(), read()))

@@ -185,6 +185,9 @@ def test_the_tables_of_tile_sizes_are_the_benchmarks():
     assert len(speed.TUNING.findall(text)) == 3
     assert speed.with_tuning_tables(text, speed.read(speed.TUNING_ROWS)) == text, (
         'python tests/speed.py writes the tables again')
+    assert len(speed.COMPILED.findall(text)) == 1
+    assert speed.with_compiled_table(text, speed.read()) == text
+    assert f'-->\n{speed.MISSING}\n<!-- end' in speed.with_compiled_table(text, [])
     assert speed.with_tuning_tables(text, []).count(f'-->\n{speed.MISSING}\n<!-- end') == 3
 
 
@@ -192,11 +195,15 @@ def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
     measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
                 for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'
                 and row['unit'] == 'of BN'}
+    step, = (row['median'] for row in speed.read() if (
+        row['part'], row['task'], row['norm'], row['measure'], row['unit']) == (
+        'detector', 'train', 'DNB', 'time', 'of BN'))
     contiguous, channels_last, inference = (measured[key] for key in (
         ('train', 'sum of times', 'contiguous'), ('train', 'sum of times', 'channels_last'),
         ('inference', 'sum of times', 'contiguous')))
     assert (f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
-            f'{channels_last:.2f} in channels_last; inference {inference:.2f}') in README
+            f'{channels_last:.2f} in channels_last; inference {inference:.2f}; a whole training '
+            f'step of SSDLite {step:.2f}') in README
 
 
 def gpu_row(line, layout, measure, median, **others):

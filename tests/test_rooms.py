@@ -1,8 +1,11 @@
 """Which module may import which: from a tool down to the maths, never back."""
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
+
+from dn_mmdet.kernels import Backend
 
 PACKAGE = Path(__file__).parents[1] / 'dn_mmdet'
 # What each room may know beside itself and what lies at the top, which knows none of them.
@@ -40,6 +43,16 @@ def imported(path):
 
 def test_every_room_is_listed():
     assert ROOMS.keys() == {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
+
+
+@pytest.mark.parametrize('name', ['torch_ops', 'cpp_ops', 'triton_ops'])
+def test_every_backend_has_the_functions_of_the_protocol(name):
+    backend = pytest.importorskip(f'dn_mmdet.kernels.{name}', exc_type=ImportError)
+    assert inspect.isclass(backend.Coefficients)
+    for function in ('moments', 'affine', 'reduce', 'input_gradient'):
+        wanted = inspect.signature(getattr(Backend, function)).parameters.values()
+        found = inspect.signature(getattr(backend, function)).parameters.values()
+        assert [p.name for p in found] == [p.name for p in wanted][1:]  # but self
 
 
 @pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')),

@@ -75,11 +75,11 @@ def succeed(name, *argv, cwd, **kwargs):
     return tool.output
 
 
-def refuse(name, *argv, cwd, **kwargs):
-    """The one message of a tool that has to end with exit code 2 and no traceback."""
+def refuse(name, *argv, cwd, exit_code=2, **kwargs):
+    """The one message of a tool that has to end with this exit code and no traceback."""
     tool = Tool(name, *argv, cwd=cwd, **kwargs)
     code = tool.wait()
-    assert code == 2, tool.output
+    assert code == exit_code, tool.output
     assert 'Traceback' not in tool.output, tool.output
     before, *messages = tool.output.split(f'{name}.py: error: ')
     assert len(messages) == 1, tool.output

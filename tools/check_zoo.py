@@ -63,7 +63,7 @@ def sweep(args):
     for number, name in enumerate(chosen, 1):
         cfg, names = models[name]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = bounded(lambda say, cfg=cfg: check(cfg, say), args.time_limit, args.memory,
+        result = bounded(lambda enter, cfg=cfg: check(cfg, enter), args.time_limit, args.memory,
                          logs / f'{name.replace("/", "_")}.txt')
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

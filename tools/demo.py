@@ -21,6 +21,7 @@ from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.cli import command_line
 from dn_mmdet.deploy import folding
 from dn_mmdet.experiments import compare, report
+from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ROOT / 'tools' / 'predict.py'
@@ -45,7 +46,7 @@ def train(configs, out, seed, console):
     variants = [compare.Variant(path.stem, str(path), command_line.load_config(path))
                 for path in configs]
     points = compare.check(compare.product(variants, [seed]))
-    runs = compare.plan(points, out / 'runs', 'demo', compare.commit_of())
+    runs = compare.plan(points, out / 'runs', 'demo', commit_of())
     failures = compare.run_grid(runs, len(runs), console)
     if failures:
         raise ChildFailed('\n'.join(f'{name}: {text}' for name, text in failures.items()))

@@ -69,15 +69,18 @@ class TrainingStep:
                     shape = module.weight.shape
                     module.weight.copy_(torch.randn(shape, generator=generator)
                                         / shape[1:].numel()**0.5)
-        self.model = wake(model).to(setting.device, dtype, memory_format=setting.format)
+        self.model = wake(model).to(  # type: ignore[call-overload]  # it takes memory_format
+            setting.device, dtype, memory_format=setting.format)
         self.parameters = dict(self.model.named_parameters())
         self.maps, self.dys = ([
             torch.randn(batch, channels, height, height, generator=generator).to(
                 setting.device, dtype or setting.dtype, memory_format=setting.format)
             for channels, _, height in blocks] for _ in range(2))
         self.run = self.model
-        if MODES[mode] is not None:
-            self.run = torch.compile(self.model, fullgraph=True, dynamic=False, **MODES[mode])
+        options = MODES[mode]
+        if options is not None:
+            self.run = torch.compile(  # type: ignore[call-overload]  # the options differ in type
+                self.model, fullgraph=True, dynamic=False, **options)
 
     def __call__(self):
         """The outputs, and the gradients in the parameters' order."""

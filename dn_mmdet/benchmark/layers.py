@@ -156,7 +156,8 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
     rows, times, memory = [], {}, {}
     graphed = [v for v in variants if v != COMPILED] if setting.device == 'cuda' else []
     bandwidth = copy_bandwidth(setting)
-    for done, (channels, height) in enumerate(ordered):
+    for done, shape in enumerate(ordered):
+        channels, height = shape
         if deadline.passed():
             cut = sum(shapes[shape] for shape in ordered[done:])
             failures.append(f'layers, batch {batch}, {setting}: no time left for {cut} of '
@@ -164,31 +165,39 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
                             f'{height} on')
             break
         taking_part = [v for v in variants if v != COMPILED or done < num_compiled]
-        x, dy = layer_data(setting, batch, channels, height)
         common = dict(part='layer', batch=batch, channels=channels, map=height,
-                      layers=shapes[channels, height])
-        for task in ('train', 'inference'):
-            layers = {v: make_layer(v, channels).to(setting.device).train(task == 'train')
-                      for v in taking_part}
-            if task == 'train':
-                memory[channels, height] = {v: _layer_memory(setting, layer, x, dy)
-                                            for v, layer in layers.items() if v != COMPILED}
-            calls = {v: layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
-            with _entered_once(setting, task):
-                found = {'time': alternate(calls, setting),
-                         'GPU time': _gpu_alone(calls, graphed, setting, failures, x.numel())}
-            for measure, seconds in found.items():
-                for variant, values in seconds.items():
-                    times.setdefault((measure, task, variant), {})[channels, height] = values
-                    at = dict(common, task=task, variant=variant)
-                    rows += [make_row(at, measure, 's', values),
-                             make_row(at, measure, 'of BN', divide(values, seconds[BN]))]
-        del x, dy, layers, calls
+                      layers=shapes[shape])
+        found, memory[shape] = _measure_shape(setting, batch, shape, taking_part, graphed,
+                                              failures)
+        for (measure, task), seconds in found.items():
+            for variant, values in seconds.items():
+                times.setdefault((measure, task, variant), {})[shape] = values
+                at = dict(common, task=task, variant=variant)
+                rows += [make_row(at, measure, 's', values),
+                         make_row(at, measure, 'of BN', divide(values, seconds[BN]))]
         _free(setting)
     common = dict(part='layers', batch=batch)
     return (rows + _time_rows(common, times, shapes, setting)
             + _memory_rows(common, memory, shapes)
             + _bandwidth_rows(common, times, shapes, setting, bandwidth))
+
+
+def _measure_shape(setting, batch, shape, variants, graphed, failures):
+    """Of one layer: {(measure, task): {variant: seconds}}, and {variant: bytes}."""
+    channels, height = shape
+    found, memory = {}, {}
+    x, dy = layer_data(setting, batch, channels, height)
+    for task in ('train', 'inference'):
+        layers = {v: make_layer(v, channels).to(setting.device).train(task == 'train')
+                  for v in variants}
+        if task == 'train':
+            memory = {v: _layer_memory(setting, layer, x, dy)
+                      for v, layer in layers.items() if v != COMPILED}
+        calls = {v: layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
+        with _entered_once(setting, task):
+            found['time', task] = alternate(calls, setting)
+            found['GPU time', task] = _gpu_alone(calls, graphed, setting, failures, x.numel())
+    return found, memory
 
 
 def _gpu_alone(calls, graphed, setting, failures, size):

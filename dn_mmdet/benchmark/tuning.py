@@ -6,6 +6,7 @@ import concurrent.futures
 import copy
 import multiprocessing
 import os
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .variants import Setting, Variant, make_layer
 
 LAYER = Variant('DNB', 'auto')
 # Names are those of the table; each is a change of the defaults.
-TRAINING = {
+TRAINING: dict[str, dict] = {
     'default': {},
     'tiles of 256 channels and 8 warps in sums, float32 products':
         dict(sum_rows=256, sum_warps=8, forward_precision='ieee'),
@@ -29,7 +30,7 @@ TRAINING = {
     'products backward by tensor cores too': dict(backward_precision='tf32x3'),
 }
 EVERY_SIZE = 1 << 30
-INFERENCE = {
+INFERENCE: dict[str, dict] = {
     'default': {},
     'four launches': dict(sample_size=0),
     **{f'{rows} channels, {hidden} hidden units, {warps} warps':
@@ -37,7 +38,7 @@ INFERENCE = {
        for rows, hidden, warps in ((64, 32, 4), (32, 32, 4), (64, 16, 4), (32, 16, 4), (64, 32, 8),
                                    (32, 32, 8), (16, 32, 4))},
 }
-TUNINGS = dict(train=TRAINING, inference=INFERENCE)
+TUNINGS: dict[str, dict[str, dict]] = dict(train=TRAINING, inference=INFERENCE)
 SHAPES = dict(train=((256, 3), (384, 20), (1280, 10), (96, 160)),
               inference=((256, 3), (512, 5), (160, 10), (1280, 10), (96, 20), (384, 20), (576, 20),
                          (32, 40), (192, 40)))
@@ -63,7 +64,7 @@ def measure_tunings(setting: Setting, batch: int, shapes=None) -> list[dict]:
     for task, tunings in TUNINGS.items():
         for channels, height in (shapes or SHAPES)[task]:
             x, dy = layer_data(setting, batch, channels, height)
-            layer = make_layer(LAYER, channels).to(setting.device).train(task == 'train')
+            layer: Any = make_layer(LAYER, channels).to(setting.device).train(task == 'train')
             exact = copy.deepcopy(layer).double()
             exact.backend = 'reference'
             with torch.no_grad():
@@ -122,7 +123,8 @@ def signatures(setting: Setting, batch: int, shapes=None) -> set:
             shape = plans.Shape(batch, channels, height**2, setting.channels_last, setting.dtype)
             training = task == 'train'
             for changes in tunings.values():
-                hidden = make_layer(LAYER, channels).sc.b_in.numel()
+                layer: Any = make_layer(LAYER, channels)
+                hidden = layer.sc.b_in.numel()
                 options = plans.Options(hidden=hidden, batch=training, update=training,
                                         cumulative=False, shared=False, standardized=False,
                                         bounded=True, inference=not training)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..config_tree import dicts
 from ..layers import _DynamicNorm
 from ..messages import ConfigError, did_you_mean, reason, some
 from ..registered import is_of, name_of, resolve
@@ -30,12 +31,17 @@ from .data_checks import check_trained_classes as check_trained_classes
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: two runs in a folder go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = '.train.lock'
 NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # The names that mmengine's CheckpointHook gives.
 CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
+
+
+class FolderInUse(ConfigError):
+    """Another training runs in the work folder. It may have ended by the next try."""
+    exit_code = 75  # what sendmail calls EX_TEMPFAIL
 
 
 def check_parts(cfg: Config, *names: str) -> None:
@@ -63,17 +69,12 @@ def check_model(cfg: Config) -> nn.Module:
                           f'{reason(error)}') from error
 
 
-def _norm_cfgs(node, option):
+def _norm_cfgs(model, option):
     """Every dict under a key that ends in ``norm_cfg``, with the option that sets it."""
-    if isinstance(node, dict):
+    for outer, node in dicts(model, option):
         for key, value in node.items():
             if str(key).endswith('norm_cfg') and isinstance(value, dict):
-                yield f'{option}.{key}', value
-            else:
-                yield from _norm_cfgs(value, f'{option}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _norm_cfgs(value, f'{option}.{index}')
+                yield f'{outer}.{key}', value
 
 
 def check_norm(option: str, norm_cfg: dict) -> None:
@@ -160,8 +161,9 @@ def reserved(work_dir, resume=None, overwrite=False):
         overwrite (bool): allow checkpoints in the folder.
 
     Raises:
-        ConfigError: the folder holds checkpoints and neither argument allows it,
-            cannot be written to, or another training runs in it.
+        ConfigError: the folder holds checkpoints and neither argument allows it, or
+            cannot be written to.
+        FolderInUse: another training runs in it.
     """
     work_dir = Path(work_dir)
     found = sorted(path.name for path in work_dir.glob('*.pth')) if work_dir.is_dir() else []
@@ -188,7 +190,7 @@ def _acquire(lock, work_dir):
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks
         lock.seek(0)
-        raise ConfigError(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
+        raise FolderInUse(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
                           f'Wait for it, end it, or choose another --work-dir') from error
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')

@@ -16,8 +16,9 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from ..checkpoint import CheckpointError
+from ..config_tree import add_imports, dicts, imports_of
 from ..environment import check_mmdet
+from ..messages import UserError
 
 check_mmdet()  # every tool imports this file before mmdet
 
@@ -83,24 +84,12 @@ def load_config(path, options=None) -> Config:
 
 
 def _import_what_it_names(cfg):
-    imports = cfg.get('custom_imports') or dict(imports=[])
-    listed = imports['imports']
-    listed = [listed] if isinstance(listed, str) else list(listed)
-    names = {MODELS.split_scope_key(name)[1] for name in _names(cfg.model)}
+    kinds = [node.get('type') for _, node in dicts(cfg.model, 'model')]
+    names = {MODELS.split_scope_key(kind)[1] for kind in kinds if isinstance(kind, str)}
     needed = {module for name, module in _plugin_names().items() if name in names}
-    if needed - set(listed):
-        cfg.custom_imports = dict(imports, imports=[*listed, *sorted(needed - set(listed))])
+    if needed - set(imports_of(cfg)):
+        add_imports(cfg, *sorted(needed))
         import_modules_from_strings(**cfg.custom_imports)
-
-
-def _names(node):
-    """All names under ``type`` in a config; a class brings its module with it."""
-    if isinstance(node, dict):
-        here = {node['type']} if isinstance(node.get('type'), str) else set()
-        return here.union(*map(_names, node.values()))
-    if isinstance(node, (list, tuple)):
-        return set().union(*map(_names, node))
-    return set()
 
 
 def _plugin_names():
@@ -168,11 +157,11 @@ class RemoveOldCheckpoints(Hook):
 
 @contextlib.contextmanager
 def one_message(parser: argparse.ArgumentParser):
-    """Turns errors that the user can put right into one message and exit code 2."""
+    """Turns errors that the user can put right into one message and an exit code, mostly 2."""
     try:
         yield
-    except (CheckpointError, ConfigError) as error:
-        _exit(parser, 2, error)
+    except UserError as error:
+        _exit(parser, error.exit_code, error)
     except KeyboardInterrupt:
         _exit(parser, 130, 'interrupted')
     except OSError as error:

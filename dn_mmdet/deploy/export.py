@@ -5,12 +5,10 @@ For single-stage detectors whose head gives class scores and box deltas for anch
 """
 import copy
 import importlib.util
-import os
 import platform
 import time
 import warnings
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mmcv
 import mmcv.ops
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 
 from ..checks.preflight import ConfigError
 from ..convert import dn_layers
+from ..files import replacing
+from ..provenance import cpu_name
 from .folding import with_batch_norm
 
 OUTPUTS = ('boxes', 'scores', 'labels')
@@ -73,7 +73,7 @@ class Detector(nn.Module):
         self.model = model
         self.eval()
         self.size = tuple(size)
-        preprocessor = model.data_preprocessor
+        preprocessor: Any = model.data_preprocessor
         divisor = preprocessor.pad_size_divisor
         if any(side % divisor for side in size):
             raise ConfigError(f'--size: expected multiples of {divisor}, to which this detector '
@@ -82,7 +82,8 @@ class Detector(nn.Module):
         self.normalize = preprocessor._enable_normalize
         with torch.no_grad():
             levels = model(torch.zeros(1, 3, *size), mode='tensor')[0]
-        priors = model.bbox_head.prior_generator.grid_priors(
+        head: Any = model.bbox_head
+        priors = head.prior_generator.grid_priors(
             [level.shape[-2:] for level in levels], device='cpu')
         self.num_priors = [len(level) for level in priors]
         self.register_buffer('priors', torch.cat(priors))
@@ -205,6 +206,7 @@ def export(detector: Detector, path) -> None:
             dynamic_shapes=dict(images={0: torch.export.Dim('batch')}), verbose=False,
             custom_translation_table={
                 torch.ops.dn_mmdet.non_max_suppression.default: _onnx_non_max_suppression})
+    assert program is not None  # without a file name it returns one
     program.save(path)
 
 
@@ -215,9 +217,8 @@ def keep_outputs(path, out, names=OUTPUTS) -> None:
     for output in [output for output in model.graph.output if output.name not in names]:
         model.graph.output.remove(output)
     onnx.checker.check_model(model)
-    part = Path(f'{out}.part')
-    onnx.save(model, part)
-    os.replace(part, out)
+    with replacing(out) as part:
+        onnx.save(model, part)
 
 
 def open_session(path, threads=1):
@@ -303,13 +304,4 @@ def folded_twin(cfg: Config, model: nn.Module) -> nn.Module:
 def versions() -> str:
     import onnxruntime
     return (f'onnxruntime {onnxruntime.__version__} on the CPU, one thread, torch '
-            f'{torch.__version__}, {platform.machine()}, {_processor()}')
-
-
-def _processor():
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or 'unknown processor'
+            f'{torch.__version__}, {platform.machine()}, {cpu_name()}')

@@ -7,7 +7,6 @@ import copy
 import io
 import logging
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -26,11 +25,13 @@ from torch.utils.data import DataLoader, Subset
 
 from ..checks import preflight
 from ..checks.preflight import ConfigError
+from ..config_tree import add_imports, remove_imports
 from ..convert import misfolded
 from ..experiments.controls import PartlyConverted
 from ..experiments.cost import mult_adds
 from ..experiments.report import markdown_table
 from ..experiments.results import METRICS
+from ..files import replacing
 from ..fold import (
     LayerReport,
     PartlyFolded,
@@ -103,13 +104,10 @@ def folded_config(cfg: Config, names, dynamic) -> Config:
             cfg.norm_cfg = with_batch_norm(cfg.norm_cfg)
     if cfg.get('custom_hooks'):
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.get('type') != 'RecordRun']
-    imports = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
-    listed = imports['imports']
-    listed = dict.fromkeys([listed] if isinstance(listed, str) else listed)
-    for name in ('dn_mmdet', 'dn_mmdet.experiments.controls', 'dn_mmdet.experiments.recording',
-                 'dn_mmdet.fold'):
-        listed.pop(name, None)
-    cfg.custom_imports = dict(imports, imports=[*listed, *['dn_mmdet.fold'] * bool(dynamic)])
+    remove_imports(cfg, 'dn_mmdet', 'dn_mmdet.experiments.controls',
+                   'dn_mmdet.experiments.recording', 'dn_mmdet.fold')
+    if dynamic:
+        add_imports(cfg, 'dn_mmdet.fold')
     return cfg
 
 
@@ -342,7 +340,7 @@ class Folding:
             middle = (low + high) // 2
             low, high = (low, middle) if good(order[:middle]) else (middle, high)
         kept = order[:high]
-        for name in sorted(kept, key=self.values_per_image().get, reverse=True)[:TRIED]:
+        for name in sorted(kept, key=self.values_per_image().__getitem__, reverse=True)[:TRIED]:
             fewer = [other for other in kept if other != name]
             if good(fewer):
                 kept = fewer
@@ -498,10 +496,8 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
             lambda path: torch.save(dict(meta=meta, state_dict=state), path),
             lambda path: path.write_text(cfg.pretty_text), lambda path: path.write_text(text),
             lambda path: path.write_bytes(figure.getvalue())), strict=True):
-        whole = out.with_suffix(suffix)
-        part = whole.with_name(f'{whole.name}.part')
-        content(part)
-        os.replace(part, whole)
+        with replacing(out.with_suffix(suffix)) as part:
+            content(part)
     return text
 
 

@@ -76,9 +76,9 @@ class VariantSC(SC):
         given = {'both': (mean, std), 'mean': (mean, ), 'std': (std, )}[
             self.choices['statistics']]
         if self.choices['gradient'] == 'stopped':
-            given = [statistic.detach() for statistic in given]
+            given = tuple(statistic.detach() for statistic in given)
         if self.choices['sample'] == 'other':
-            given = [statistic.roll(-(len(statistic) // 2), 0) for statistic in given]
+            given = tuple(statistic.roll(-(len(statistic) // 2), 0) for statistic in given)
         with no_autocast(mean.device.type):
             if self.choices['hidden'] == 'channelwise':
                 w_out, = in_dtype_of(mean, (self.w_out, ))
@@ -90,7 +90,8 @@ class VariantSC(SC):
         if self.bound is not None:
             out = self.bound * torch.tanh(out)
         if self.choices['outputs'] == 'both':
-            return out.chunk(2, dim=1)
+            g, h = out.chunk(2, dim=1)
+            return g, h
         zero = torch.zeros_like(out)
         return (out, zero) if self.choices['outputs'] == 'scale' else (zero, out)
 

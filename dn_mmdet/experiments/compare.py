@@ -15,22 +15,31 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
-from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..checkpoint import CheckpointError, check_resumable, open_checkpoint
 from ..checks import preflight
 from ..checks.data_checks import metrics_of
 from ..checks.preflight import ConfigError
+from ..config_tree import add_imports
+from ..files import write_json
+from ..provenance import ROOT
 from ..registered import is_of, name_of
 from .recording import PARENT, read_log
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'
 # glibc returns large blocks to the system at every free and asks for them again at the
 # next step: a fifth of the time on a CPU.
@@ -161,44 +170,52 @@ def configured(point: Point) -> tuple[Config, dict]:
     if 'lr' not in optimizer or 'max_epochs' not in (cfg.get('train_cfg') or {}):
         raise ConfigError(f'{name}: expected a config with optim_wrapper.optimizer.lr and '
                           f'train_cfg.max_epochs; one optimizer, training by epochs')
-    loader = cfg.train_dataloader
-    usual_batch, usual_epochs = loader.batch_size, cfg.train_cfg.max_epochs
-    batch = point.batch or usual_batch
-    times = _repeats(loader.dataset)
-    epochs = usual_epochs if point.epochs is None else point.epochs // times
-    if point.epochs is not None and epochs * times != point.epochs:
-        raise ConfigError(f'{name}: --epochs {point.epochs} are passes over the data, and an '
-                          f'epoch of this config is {times} of them: choose a multiple, or '
-                          f'set --cfg-options train_dataloader.dataset.times=1')
+    loader, usual_epochs = cfg.train_dataloader, cfg.train_cfg.max_epochs
+    usual_batch, times = loader.batch_size, _repeats(loader.dataset)
+    batch, epochs = point.batch or usual_batch, _epochs(point, usual_epochs, times)
     rate = point.lr_factor * batch / usual_batch
-    scaling = cfg.get('auto_scale_lr') or {}
-    if scaling.get('enable'):
-        optimizer.lr *= usual_batch / scaling['base_batch_size']
-        cfg.auto_scale_lr.enable = False  # done here, so that the table has the real one
+    optimizer.lr *= _usual_rate(cfg, usual_batch)
     optimizer.lr *= rate
-    schedulers = cfg.get('param_scheduler') or []
-    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-        ratio = epochs / usual_epochs
-        if not scheduler.get('by_epoch', True):
-            ratio *= usual_batch / batch
-        _scale_schedule(scheduler, rate, ratio)
+    _scale_schedules(cfg, rate, epochs / usual_epochs, usual_batch / batch)
     loader.batch_size = batch
     cfg.train_cfg.max_epochs = epochs
     if 'val_interval' in cfg.train_cfg:
         cfg.train_cfg.val_interval = min(cfg.train_cfg.val_interval, epochs)
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
+    _have_it_recorded(cfg)
+    return cfg, dict(seed=point.seed, lr_factor=point.lr_factor, lr=optimizer.lr, batch=batch,
+                     epochs=epochs * times)
+
+
+def _epochs(point, usual, times):
+    """The config's epochs, each of which is ``times`` passes over the data."""
+    if point.epochs is None:
+        return usual
+    if point.epochs % times:
+        raise ConfigError(f'{point.variant.name}: --epochs {point.epochs} are passes over the '
+                          f'data, and an epoch of this config is {times} of them: choose a '
+                          f'multiple, or set --cfg-options train_dataloader.dataset.times=1')
+    return point.epochs // times
+
+
+def _usual_rate(cfg, batch):
+    """What auto_scale_lr multiplies the rate by; done here, so that the table has the result."""
+    scaling = cfg.get('auto_scale_lr') or {}
+    if not scaling.get('enable'):
+        return 1
+    cfg.auto_scale_lr.enable = False
+    return batch / scaling['base_batch_size']
+
+
+def _have_it_recorded(cfg):
+    """Adds the checkpoints and the records that a run of the grid leaves."""
     for split in ('val', 'test'):
         _ask_for_classes(cfg.get(f'{split}_evaluator'))
     # Two, because mmengine removes the older one before it writes the new one.
     checkpoints = dict(type='CheckpointHook', interval=1, max_keep_ckpts=2)
     cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': checkpoints}
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='RecordRun')]
-    imports = cfg.get('custom_imports') or dict(imports=[])
-    listed = imports['imports']
-    listed = [listed] if isinstance(listed, str) else list(listed)
-    cfg.custom_imports = dict(imports, imports=[*listed, 'dn_mmdet.experiments.recording'])
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
-    return cfg, dict(seed=point.seed, lr_factor=point.lr_factor, lr=optimizer.lr, batch=batch,
-                     epochs=epochs * times)
+    add_imports(cfg, 'dn_mmdet.experiments.recording')
 
 
 def _repeats(dataset):
@@ -206,6 +223,19 @@ def _repeats(dataset):
     own = dataset.get('times', 1) if is_of(DATASETS, dataset, RepeatDataset) else 1
     return own * (_repeats(dataset['dataset']) if isinstance(dataset.get('dataset'), dict)
                   else 1)
+
+
+def _scale_schedules(cfg, rate, epochs, iterations):
+    """Has schedules keep their shape.
+
+    Args:
+        rate: of the learning rate to the usual one.
+        epochs, iterations: the same of the epochs, and of the iterations in an epoch.
+    """
+    schedulers = cfg.get('param_scheduler') or []
+    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+        by_epoch = scheduler.get('by_epoch', True)
+        _scale_schedule(scheduler, rate, epochs if by_epoch else epochs * iterations)
 
 
 def _scale_schedule(scheduler, rate, ratio):
@@ -272,18 +302,6 @@ def data_name(cfg: Config) -> str:
     return Path(root).name or name_of(dataset.get('type'))
 
 
-def commit_of(root=ROOT) -> str:
-    """The commit that the code is at, with '+' where files differ from it."""
-    def git(*arguments):
-        return subprocess.run(['git', '-C', str(root), *arguments], check=True, text=True,
-                              capture_output=True).stdout.strip()
-    try:
-        changed = git('status', '--porcelain', '--untracked-files=no', '--', 'dn_mmdet', 'tools')
-        return git('rev-parse', '--short=10', 'HEAD') + ('+' if changed else '')
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-
-
 def harvest(folder) -> dict | None:
     """`read_result`, which is then kept in result.json; of the checkpoints the last stays."""
     result = read_result(folder)
@@ -328,13 +346,6 @@ def _read_json(path, default):
     return json.loads(path.read_text()) if path.is_file() else default
 
 
-def write_json(path, content) -> None:
-    """Writes the whole file or nothing."""
-    part = Path(path).with_name(f'{Path(path).name}.part')
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, path)
-
-
 def run_grid(runs, jobs, console) -> dict[str, str]:
     """Trains what has not ended, ``jobs`` runs at once, and shows how far it is.
 
@@ -347,49 +358,72 @@ def run_grid(runs, jobs, console) -> dict[str, str]:
     waiting = [run for run in runs if harvest(run.folder) is None]
     done = len(runs) - len(waiting)
     console.print(f'{len(runs)} runs, {done} of them ended before; {jobs} at once')
-    running, failures = {}, {}
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn('left:'),
                TimeRemainingColumn(), TextColumn('{task.fields[note]}'))
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        total = progress.add_task('all runs', total=max(len(waiting), 1e-9), note='')
-        ended = 0
+        grid = _Grid(waiting, jobs, progress)
         try:
-            while waiting or running:
-                for slot in sorted(set(range(jobs)) - {slot for _, slot, _ in running.values()}):
-                    run = next((run for run in waiting
-                                if not is_reserved(run.folder)), None)
-                    if run is None:
-                        break
-                    waiting.remove(run)
-                    if harvest(run.folder) is not None:  # by the process that held it
-                        ended += 1
-                        continue
-                    bar = progress.add_task(run.name, total=1, note='')
-                    running[run] = (_start(run, slot, jobs), slot, bar)
+            while grid.waiting or grid.running:
+                grid.start()
                 time.sleep(0.2)
-                shares = 0
-                for run, (process, _, bar) in list(running.items()):
-                    share, note = _how_far(run.folder)
-                    progress.update(bar, completed=share, note=note)
-                    if process.poll() is None:
-                        shares += share
-                        continue
-                    del running[run]
-                    progress.remove_task(bar)
-                    result = harvest(run.folder)
-                    ended += 1
-                    if result is not None:
-                        console.print(f'{run.name}: {result["status"]}')
-                    elif _was_taken(run.folder):
-                        waiting.append(run)
-                        ended -= 1
-                    else:
-                        failures[run.name] = _failure(run.folder, process.returncode)
-                        console.print(f'{run.name}: failed')
-                progress.update(total, completed=ended + shares)
+                grid.update()
         finally:
-            _end([process for process, _, _ in running.values()])
-    return failures
+            _end([training.process for training in grid.running.values()])
+    return grid.failures
+
+
+class _Training(NamedTuple):
+    process: subprocess.Popen
+    slot: int  # of the ``jobs``
+    bar: TaskID
+
+
+class _Grid:
+    """Runs that wait, that are trained, each in a process of its own, and that have ended."""
+
+    def __init__(self, waiting: list[Run], jobs: int, progress: Progress):
+        self.waiting, self.jobs, self.progress = waiting, jobs, progress
+        self.running: dict[Run, _Training] = {}
+        self.failures: dict[str, str] = {}
+        self.ended = 0
+        self.all_runs = progress.add_task('all runs', total=max(len(waiting), 1e-9), note='')
+
+    def start(self):
+        """Fills the free slots."""
+        for slot in sorted(set(range(self.jobs)) - {each.slot for each in self.running.values()}):
+            run = next((run for run in self.waiting if not is_reserved(run.folder)), None)
+            if run is None:
+                return
+            self.waiting.remove(run)
+            if harvest(run.folder) is not None:  # by the process that held it
+                self.ended += 1
+                continue
+            bar = self.progress.add_task(run.name, total=1, note='')
+            self.running[run] = _Training(_start(run, slot, self.jobs), slot, bar)
+
+    def update(self):
+        """Shows how far each run is, and takes in those that have ended."""
+        shares = 0.
+        for run, training in list(self.running.items()):
+            share, note = _share_done(run.folder)
+            self.progress.update(training.bar, completed=share, note=note)
+            if training.process.poll() is None:
+                shares += share
+            else:
+                self._take_in(run)
+        self.progress.update(self.all_runs, completed=self.ended + shares)
+
+    def _take_in(self, run):
+        process, _, bar = self.running.pop(run)
+        self.progress.remove_task(bar)
+        result = harvest(run.folder)
+        if result is None and process.returncode == preflight.FolderInUse.exit_code:
+            self.waiting.append(run)  # another process had begun to train it meanwhile
+            return
+        self.ended += 1
+        if result is None:
+            self.failures[run.name] = _failure(run.folder, process.returncode)
+        self.progress.console.print(f'{run.name}: {result["status"] if result else "failed"}')
 
 
 def is_reserved(folder) -> bool:
@@ -452,10 +486,12 @@ def _environment(slot, jobs):
 
 def cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _how_far(folder):
+def _share_done(folder):
     """The share of its steps that a run has made, and its last loss in words."""
     lines = read_log(folder)
     if not lines:
@@ -470,11 +506,6 @@ def _keep_last_checkpoint(folder):
                          key=lambda path: int(path.stem.removeprefix('epoch_')))
     for path in checkpoints[:-1]:
         path.unlink()
-
-
-def _was_taken(folder):
-    """Whether a run ended because another process had begun to train it meanwhile."""
-    return 'a training is running in it' in _tail(folder)
 
 
 def _tail(folder):

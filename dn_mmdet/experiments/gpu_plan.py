@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..checks.preflight import ConfigError, make_folder
 from ..cli.command_line import load_config
+from ..files import write_json
+from ..provenance import commit_of
 from . import compare, presets
 from .gpu_training import ARCHIVE, PLAN, check_recipe
 from .results import COLUMNS, EXTRA, METRICS
@@ -41,14 +43,14 @@ def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=N
             does not know.
     """
     folder = Path(folder)
-    found = plan(config, runs, epochs, question, commit or compare.commit_of())
+    found = plan(config, runs, epochs, question, commit or commit_of())
     if append and (folder / PLAN).is_file():
         found = json.loads((folder / PLAN).read_text())['runs'] + found
     _check_once(found)
     if not Path(archive).is_file():
         raise ConfigError(f'{archive}: expected the archive of the images, found no such file')
     make_folder(folder, '--folder')
-    compare.write_json(folder / PLAN, dict(columns=[*COLUMNS, *EXTRA], runs=found))
+    write_json(folder / PLAN, dict(columns=[*COLUMNS, *EXTRA], runs=found))
     if not (folder / ARCHIVE).is_file() or not (folder / ARCHIVE).samefile(archive):
         shutil.copyfile(archive, folder / ARCHIVE)
     return found

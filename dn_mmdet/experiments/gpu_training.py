@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ from torch import nn
 
 from ..convert import convert_norm, dn_layers
 from ..fold import Outputs, batch_norm_of, calibrate, put, recalibrate
+from ..provenance import hardware
 from ..reference import widen
 from ..sc import no_autocast
 from . import controls  # noqa: F401  registers the controls' norms
-from .recording import hardware, norm_counts
+from .recording import norm_counts
 
 PLAN, ARCHIVE = 'plan.json', 'images.tar.xz'  # in the folder that is carried to the GPU
 BACKENDS = ('auto', 'triton', 'torch')  # of DN layers, in the order in which to try them
@@ -250,7 +252,7 @@ def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, 
         for member in tar:
             parts = Path(member.name).parts
             if member.isfile() and len(parts) >= 3 and parts[-3] in ('train', 'val'):
-                coded[parts[-3]].append(tar.extractfile(member).read())
+                coded[parts[-3]].append(tar.extractfile(member).read())  # type: ignore[union-attr]
                 names[parts[-3]].append(parts[-2:])
     classes = {split: sorted({name for name, _ in found}) for split, found in names.items()}
     if set(classes) != {'train', 'val'} or classes['train'] != classes['val']:
@@ -378,11 +380,11 @@ class Training:
             rate = self.rates.index_select(0, self.counter).squeeze(0)
             for group in self.groups:
                 params, velocity = group['params'], group['velocity']
-                found = [gradients[id(p)] for p in params]
+                changes: Any = [gradients[id(p)] for p in params]
                 if group['decay']:
-                    found = torch._foreach_add(found, params, alpha=group['decay'])
+                    changes = torch._foreach_add(changes, params, alpha=group['decay'])
                 torch._foreach_mul_(velocity, group['momentum'])
-                torch._foreach_add_(velocity, found)
+                torch._foreach_add_(velocity, changes)
                 torch._foreach_sub_(params, torch._foreach_mul(velocity, rate))
             torch._foreach_lerp_(self.average, self.averaging,
                                  1 / (AVERAGED_EPOCHS * self.steps_per_epoch))
@@ -579,8 +581,8 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
         Refused: one is more than allowed.
     """
     fresh, worst = Classifier(recipe), 0.
-    for layer in dn_layers(fresh).values():  # a fresh SC gives g = h = 0
-        for parameter in layer.sc.parameters():
+    for fresh_layer in dn_layers(fresh).values():  # a fresh SC gives g = h = 0
+        for parameter in fresh_layer.sc.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1]**-0.5)
     for name, (channels, height) in _shapes(recipe, size).items():
         x, dy = (0.5 + torch.randn(batch, channels, height, height, device=device).to(
@@ -588,7 +590,7 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
         for training in (True, False):
             steps = {}
             for kind in ('fused', 'plain', 'exact'):
-                layer = copy.deepcopy(fresh.get_submodule(name))
+                layer: Any = copy.deepcopy(fresh.get_submodule(name))
                 layer.backend = backend if kind == 'fused' else 'reference'
                 dtype = torch.float64 if kind == 'exact' else torch.float32
                 layer.to(device, dtype).train(training)

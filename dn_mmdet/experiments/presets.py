@@ -9,7 +9,8 @@ import fnmatch
 import torch
 
 from ..checks.preflight import ConfigError, check_model
-from ..convert import _norm_cfgs, _scope, batch_norms, swap_norm
+from ..config_tree import add_imports
+from ..convert import batch_norm_cfgs, batch_norms, in_scope_of, swap_norm
 from ..functional import fused_backends
 from .compare import Variant, product
 
@@ -149,12 +150,14 @@ def _group_norm(bn):
 def _with_norm(bn, name, swap, imports=()):
     """A variant in which every norm_cfg of the model is what ``swap`` makes of it."""
     cfg = copy.deepcopy(bn.cfg)
-    with _scope(cfg):
-        for _, node in list(_norm_cfgs(cfg.model, 'model')):
+    with in_scope_of(cfg):
+        for _, node in list(batch_norm_cfgs(cfg.model, 'model')):
             new = swap(dict(node))
             node.clear()
             node.update(new)
-    return Variant(name, bn.file, _importing(cfg, imports) if imports else cfg)
+    if imports:
+        add_imports(cfg, *imports)
+    return Variant(name, bn.file, cfg)
 
 
 def _without_decay(bn):
@@ -178,15 +181,8 @@ def _in_places(bn, name, pattern):
     for part in parts:
         cfg.model[part] = dict(type='PartlyConverted', part=cfg.model[part], norm='DNB',
                                only=pattern.removeprefix(f'{part}.'))
-    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.experiments.controls']))
-
-
-def _importing(cfg, names):
-    before = cfg.get('custom_imports') or dict(imports=[])
-    listed = before['imports']
-    listed = [listed] if isinstance(listed, str) else list(listed)
-    cfg.custom_imports = dict(before, imports=list(dict.fromkeys([*listed, *names])))
-    return cfg
+    add_imports(cfg, 'dn_mmdet', 'dn_mmdet.experiments.controls')
+    return Variant(name, bn.file, cfg)
 
 
 def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:

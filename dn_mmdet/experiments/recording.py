@@ -11,15 +11,19 @@ import os
 import platform
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from torch import nn
 
 from ..convert import batch_norms, dn_layers
+from ..files import write_json, write_text
+from ..provenance import hardware
 from ..version import __version__
 from .controls import BNSE, ScaledBN, StaticDN
 from .cost import mult_adds, peak_memory
@@ -65,8 +69,8 @@ class RecordRun(Hook):
         self.folder = Path(runner.work_dir)
         self.log = self.folder / 'log.jsonl'
         lines = [line for line in read_log(self.folder) if line['step'] <= runner.iter]
-        _write(self.log, ''.join(json.dumps(line) + '\n' for line in lines))
-        _write(self.folder / 'environment.json', json.dumps(environment(runner), indent=1))
+        write_text(self.log, ''.join(json.dumps(line) + '\n' for line in lines))
+        write_json(self.folder / 'environment.json', environment(runner))
         self.every = max(1, runner.max_iters // self.lines)
         self.logged = []
         self.since_line = self.since_losses = time.perf_counter()
@@ -119,7 +123,7 @@ class RecordRun(Hook):
             mult_adds_not_measured=reason,
             peak_memory=memory,
             scale_and_shift=scale_and_shift(model, batches))
-        _write(self.folder / 'measured.json', json.dumps(measured))
+        write_json(self.folder / 'measured.json', measured)
 
     def _validate_where_missing(self, runner):
         """The metrics after the step that training is at, where a kill cut them off."""
@@ -146,12 +150,6 @@ def read_log(folder) -> list[dict]:
             if line.endswith('\n')]
 
 
-def _write(path, text):
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def _plain(value):
     """A metric as json takes it."""
     return value.tolist() if hasattr(value, 'tolist') else value
@@ -171,19 +169,6 @@ def environment(runner) -> dict:
             ('train', runner.train_dataloader),
             ('val', runner.val_dataloader if runner.val_loop is not None else None))
             if loader is not None})
-
-
-def hardware() -> str:
-    """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        with open('/proc/cpuinfo') as file:
-            names = [line.split(':', 1)[1].strip() for line in file
-                     if line.startswith('model name')]
-    except OSError:
-        names = []
-    return f'CPU {names[0] if names else platform.machine()}'
 
 
 def describe(dataset) -> dict:
@@ -212,9 +197,9 @@ def describe(dataset) -> dict:
 
 def norm_counts(model: nn.Module) -> dict[str, int]:
     """How many norm layers of each type a model has, inner ones left out."""
-    layers = [*dn_layers(model).values(),
-              *(module for module in model.modules()
-                if isinstance(module, (BNSE, ScaledBN, StaticDN)))]
+    layers: list[nn.Module] = [*dn_layers(model).values()]
+    layers += [module for module in model.modules()
+               if isinstance(module, (BNSE, ScaledBN, StaticDN))]
     inside = {module for layer in layers for module in layer.modules()}
     layers += [bn for bn in batch_norms(model).values() if bn not in inside]
     layers += [module for module in model.modules() if module not in inside
@@ -244,7 +229,7 @@ def _mult_adds_of_one_image(model, runner):
 
 
 @torch.no_grad()
-def scale_and_shift(model: nn.Module, batches) -> list[dict]:
+def scale_and_shift(model: BaseModel, batches) -> list[dict]:
     """The distribution of gamma and beta in every norm layer with a scale.
 
     For DN layers these are ``gamma = w (1 + g)`` and ``beta = b (1 + g) + h`` over
@@ -254,10 +239,10 @@ def scale_and_shift(model: nn.Module, batches) -> list[dict]:
         per layer, in the model's order: its name, the `QUANTILES` of gamma and beta,
         and their standard deviation over the samples, averaged over channels.
     """
-    layers, generated = dn_layers(model), {}
+    layers, generated = dn_layers(model), defaultdict(list)
 
     def keep(name):
-        return lambda _, inputs, outputs: generated.setdefault(name, []).append(
+        return lambda _, inputs, outputs: generated[name].append(
             [t.float().cpu() for t in outputs])
 
     handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]

@@ -77,54 +77,84 @@ def _list(head):
 
 def notes(runs) -> list[str]:
     """What a reader has to know before the figures: whatever differs, lacks or failed."""
-    found = []
+    parts = (_ends, _missing_metrics, _rows_of_files, _different_data, _different_versions,
+             _different_machines, _different_configs, _uncounted, _resumed)
+    return [note for part in parts for note in part(runs)]
+
+
+def _ends(runs):
     for status in ('unfinished', 'failed', 'diverged'):
         names = [_name(run) for run in runs if run.row['status'] == status]
         if names:
-            found.append(f'{len(names)} of {len(runs)} runs {status}: {_some(names)}')
+            yield f'{len(names)} of {len(runs)} runs {status}: {_some(names)}'
+
+
+def _missing_metrics(runs):
     lacking = [_name(run) for run in runs
                if run.row['status'] == 'finished' and run.row['value'] is None]
     if lacking:
-        found.append(f'the metric is missing from {len(lacking)} finished runs: '
-                     f'{_some(lacking)}')
+        yield f'the metric is missing from {len(lacking)} finished runs: {_some(lacking)}'
     metrics = {run.row['metric'] for run in runs if run.row['value'] is not None}
     if len(metrics) > 1:
-        found.append(f'different metrics: {", ".join(sorted(metrics))}')
+        yield f'different metrics: {", ".join(sorted(metrics))}'
+
+
+def _rows_of_files(runs):
     if any(run.folder is None for run in runs):
-        found.append('some rows come from a CSV file: they have no curves, no cost but the '
-                     'parameters, and were not checked for data and versions')
-    environments = [(run, run.result.get('environment', {})) for run in runs if run.result]
+        yield ('some rows come from a CSV file: they have no curves, no cost but the '
+               'parameters, and were not checked for data and versions')
+
+
+def _environments(runs):
+    return [(run, run.result.get('environment', {})) for run in runs if run.result]
+
+
+def _different_data(runs):
     for split in ('train', 'val'):
-        for name, group in grouped(environments, lambda pair: pair[0].row['data']).items():
+        by_name = grouped(_environments(runs), lambda pair: pair[0].row['data'])
+        for name, group in by_name.items():
             prints = {env['data'][split]['fingerprint'] for _, env in group
                       if split in env.get('data', {})}
             if len(prints) > 1:
-                found.append(f'**different data** under the name {name}, {split}: '
-                             f'{len(prints)} fingerprints')
-    packages = sorted({name for _, env in environments for name in env.get('versions', {})})
-    for name in packages:
-        versions = {env['versions'].get(name, 'none') for _, env in environments
-                    if 'versions' in env}
+                yield (f'**different data** under the name {name}, {split}: {len(prints)} '
+                       f'fingerprints')
+
+
+def _different_versions(runs):
+    installed = [env['versions'] for _, env in _environments(runs) if 'versions' in env]
+    for name in sorted(set().union(*installed)):
+        versions = {each.get(name, 'none') for each in installed}
         if len(versions) > 1:
-            found.append(f'**different versions** of {name}: {", ".join(sorted(versions))}')
+            yield f'**different versions** of {name}: {", ".join(sorted(versions))}'
+
+
+def _different_machines(runs):
     for name in ('hardware', 'commit'):
         values = {str(run.row[name]) for run in runs if run.row[name] is not None}
         if len(values) > 1:
-            found.append(f'different {name}: {", ".join(sorted(values))}')
+            yield f'different {name}: {", ".join(sorted(values))}'
+
+
+def _different_configs(runs):
     for name, group in grouped(runs, lambda run: run.row['config']).items():
         different = spec_of(group[0]).get('different', [])
         if different:
-            found.append(f'{name} differs in more than the norm: {"; ".join(different[:5])}'
-                         + (f' and {len(different) - 5} more' if len(different) > 5 else ''))
+            more = f' and {len(different) - 5} more' if len(different) > 5 else ''
+            yield f'{name} differs in more than the norm: {"; ".join(different[:5])}{more}'
+
+
+def _uncounted(runs):
     for name, group in grouped(runs, lambda run: run.row['config']).items():
         reasons = {run.result.get('mult_adds_not_measured') for run in group} - {None}
         if reasons:
-            found.append(f'Mult-Adds of {name} could not be counted: {min(reasons)}')
+            yield f'Mult-Adds of {name} could not be counted: {min(reasons)}'
+
+
+def _resumed(runs):
     resumed = [_name(run) for run in runs if run.result.get('starts', 1) > 1]
     if resumed:
-        found.append(f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '
-                     f'other random augmentations than in one piece: {_some(resumed)}')
-    return found
+        yield (f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '
+               f'other random augmentations than in one piece: {_some(resumed)}')
 
 
 def _name(run):

@@ -5,7 +5,6 @@ Folders and files are read as they are, so they may come from another machine.
 import csv
 import io
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from ..checks.preflight import ConfigError
+from ..files import write_text
 from .compare import read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
@@ -93,14 +93,14 @@ def unpaired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
         p is None, and the interval empty, for fewer than two values on either side or where
         neither spreads.
     """
-    values, baseline = list(values.values()), list(baseline.values())
-    n = min(len(values), len(baseline))
+    ours, theirs = list(values.values()), list(baseline.values())
+    n = min(len(ours), len(theirs))
     if n == 0:
         return Interval(0, None, None, None), None
-    difference = float(np.mean(values) - np.mean(baseline))
-    if n < 2 or np.ptp(values) == np.ptp(baseline) == 0:
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if n < 2 or np.ptp(ours) == np.ptp(theirs) == 0:
         return Interval(n, difference, None, None), None
-    test = stats.ttest_ind(values, baseline, equal_var=False)
+    test = stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = test.confidence_interval(LEVEL)
     return Interval(n, difference, float(low), float(high)), float(test.pvalue)
 
@@ -198,10 +198,8 @@ def merge_rows(path, rows) -> None:
     known = {key_of(row): row for row in (read_rows(path) if path.is_file() else [])}
     known.update((key_of(row), row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.part')
     extra = EXTRA if any(set(EXTRA) & set(row) for row in known.values()) else ()
-    part.write_text(csv_text(known.values(), COLUMNS + extra), newline='')
-    os.replace(part, path)
+    write_text(path, csv_text(known.values(), COLUMNS + extra))
 
 
 def key_of(row, names=KEY):

@@ -3,6 +3,7 @@
 The bar: whatever is built, trained and asked for a prediction with BatchNorm can be with DN-B.
 """
 import copy
+import enum
 import hashlib
 import json
 import math
@@ -23,7 +24,15 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from ..convert import batch_norms, convert_norm, dn_layers, norms_in_words, swap_norm
+from ..config_tree import dicts
+from ..convert import (
+    NoBatchNormInConfig,
+    batch_norms,
+    convert_norm,
+    dn_layers,
+    norms_in_words,
+    swap_norm,
+)
 from ..models.ssdlite_head import SSDLiteHead
 from ..registered import resolve
 
@@ -39,13 +48,28 @@ NOT_THE_SMALLEST = re.compile(r"'type': '(PAA|LAD|SOLO|Decoupled\w*SOLO\w*)Head'
 TOLERANCE = 1e-3
 
 
+class Stage(enum.Enum):
+    """What a check is doing, and the status of a detector whose check has to be ended there."""
+    STARTING = 'starting', NOT_APPLICABLE
+    BUILDING_WITH_BN = 'building with BatchNorm', NOT_APPLICABLE
+    BUILDING_WITH_DN = 'building with DN-B', FAIL
+    COMPARING = 'comparing the outputs of DN-B and BatchNorm', FAIL
+    TRAINING_WITH_DN = 'training with DN-B', FAIL
+    PREDICTING_WITH_DN = 'predicting with DN-B', FAIL
+    RUNNING_WITH_BN = 'training and predicting with BatchNorm', NOT_APPLICABLE
+
+    def __init__(self, words, status):
+        self.words = words
+        self.status = status
+
+
 def shipped_configs(root=SHIPPED) -> dict[str, Path]:
     """Configs of whole models by name, as in ``yolox/yolox_s_8xb8-300e_coco.py``."""
     return {str(path.relative_to(root)): path for path in sorted(root.rglob('*.py'))
             if '_base_' not in path.parts}
 
 
-def distinct(configs: dict[str, Path], say=lambda text: None):
+def distinct(configs: dict[str, Path], leave_out=lambda reason: None):
     """One config of each model, with the names of all that build it.
 
     Models are the same when their configs differ in nothing but weights to load,
@@ -59,7 +83,7 @@ def distinct(configs: dict[str, Path], say=lambda text: None):
         try:
             cfg = Config.fromfile(path)
         except Exception as error:  # a config is a program and can raise anything
-            say(f'{name}: left out, it cannot be read ({type(error).__name__})')
+            leave_out(f'{name}: left out, it cannot be read ({type(error).__name__})')
             continue
         if not isinstance(cfg.get('model'), dict):
             continue  # a part of others
@@ -76,21 +100,19 @@ def _fingerprint(cfg):
     return hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _forget_weights(node):
+def _forget_weights(model):
     """Removes what would be loaded or downloaded: the model starts from random weights."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if isinstance(node.get('init_cfg'), dict) and 'checkpoint' in node['init_cfg']:
             node['init_cfg'] = None
         for key in ('pretrained', 'teacher_ckpt'):
             if node.get(key):
                 node[key] = False if node[key] is True else None
-    for child in _children(node):
-        _forget_weights(child)
 
 
-def _lighten(node):
+def _lighten(model):
     """Fewer proposals and detections, and images of the size that they come in."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if node.get('batch_augments'):
             node['batch_augments'] = None
         if isinstance(node.get('sampler'), dict) and 'num' in node['sampler']:
@@ -99,19 +121,15 @@ def _lighten(node):
             # without NMS the second is the number of queries, which heads count on
             if isinstance(node.get(key), int) and (key == 'nms_pre' or 'nms' in node):
                 node[key] = min(node[key], most)
-    for child in _children(node):
-        _lighten(child)
 
 
-def _mend(node):
+def _repair(model):
     """What no detector of mmdet can do by its config alone, whatever the norm."""
-    if isinstance(node, dict):
+    for _, node in dicts(model, 'model'):
         if resolve(MODELS, node.get('type')) is SSDHead:  # it cannot predict
             node['type'] = SSDLiteHead.__name__
         if isinstance(node.get('teacher_config'), str):  # relative to mmdet's sources
             node['teacher_config'] = str(SHIPPED.parent / node['teacher_config'])
-    for child in _children(node):
-        _mend(child)
 
 
 def _detector_of(model):
@@ -123,13 +141,7 @@ def _detector_of(model):
     return detector
 
 
-def _children(node):
-    if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, (list, tuple)) else ()
-
-
-def check(cfg: Config, say=lambda stage: None) -> dict:
+def check(cfg: Config, enter=lambda stage: None) -> dict:
     """Whether a config's model does with DN-B what it does with BatchNorm.
 
     The DN-B model takes the BatchNorm model's state, has to give its output, train
@@ -138,17 +150,17 @@ def check(cfg: Config, say=lambda stage: None) -> dict:
 
     Args:
         cfg: a whole config; left as it is.
-        say: called with what is about to be done.
+        enter: called with each `Stage` that begins.
 
     Returns:
         the fields of a row of the table that this settles.
     """
     cfg = copy.deepcopy(cfg)
     cfg.model = _detector_of(cfg.model)
-    for change in (_forget_weights, _lighten, _mend):
+    for change in (_forget_weights, _lighten, _repair):
         change(cfg.model)
     init_default_scope('mmdet')
-    say('building with BatchNorm')
+    enter(Stage.BUILDING_WITH_BN)
     try:
         with_bn = _build(cfg.model)
         with_bn.init_weights()
@@ -156,8 +168,8 @@ def check(cfg: Config, say=lambda stage: None) -> dict:
         return _cannot_with_bn(error)
     if not batch_norms(with_bn):
         return _row(NOT_APPLICABLE, f'no BatchNorm in it{norms_in_words(with_bn)}')
-    _use(with_bn)
-    say('building with DN-B')
+    _wear_in(with_bn)
+    enter(Stage.BUILDING_WITH_DN)
     try:
         model = _with_dn(cfg)
         row = _row(PASS, '', replaced=len(dn_layers(model)), left=len(batch_norms(model)))
@@ -168,11 +180,11 @@ def check(cfg: Config, say=lambda stage: None) -> dict:
         model.load_state_dict(with_bn.state_dict())
         row['image_size'] = size
         try:
-            return dict(row, **_exercise(model, with_bn, cfg, size, say))
+            return dict(row, **_exercise(model, with_bn, cfg, size, enter))
         except Exception as error:
             traceback.print_exc()
             with_dn = error
-        say('training and predicting with BatchNorm')
+        enter(Stage.RUNNING_WITH_BN)
         try:
             train_step(model := copy.deepcopy(with_bn), example(model, cfg, size))
             predict(model, example(model, cfg, size))
@@ -182,6 +194,7 @@ def check(cfg: Config, say=lambda stage: None) -> dict:
             model = _with_dn(cfg)
         else:
             return dict(row, status=FAIL, reason=in_words(with_dn))
+    raise AssertionError('the largest size settles it either way')
 
 
 def _cannot_with_bn(error):
@@ -202,14 +215,12 @@ def _with_dn(cfg):
     """By its config, or where that names no BatchNorm, by converting the model."""
     try:
         return _build(swap_norm(cfg, 'DNB').model)
-    except ValueError as error:
-        if 'hard-coded' not in str(error):
-            raise
-    return convert_norm(_build(cfg.model), 'DNB')
+    except NoBatchNormInConfig:
+        return convert_norm(_build(cfg.model), 'DNB')
 
 
 @torch.no_grad()
-def _use(model):
+def _wear_in(model):
     """Moves what BatchNorms hold from its start, as training does.
 
     Deformable convolutions start without an offset, as in training: by random ones a hundred
@@ -226,8 +237,8 @@ def _use(model):
                 tensor.add_(torch.empty_like(tensor).normal_(std=0.1))
 
 
-def _exercise(model, with_bn, cfg, size, say):
-    say('comparing the outputs of DN-B and BatchNorm')
+def _exercise(model, with_bn, cfg, size, enter):
+    enter(Stage.COMPARING)
     data = example(model, cfg, size)
     found = dict(difference=difference(outputs(model, data), outputs(with_bn, data)))
     if not found['difference'] <= TOLERANCE:
@@ -236,7 +247,7 @@ def _exercise(model, with_bn, cfg, size, say):
             *(outputs(copy.deepcopy(each).double(), data) for each in (model, with_bn))))
     if not found['difference'] <= TOLERANCE:
         return dict(found, status=FAIL, reason='the output is not that of BatchNorm')
-    say('training with DN-B')
+    enter(Stage.TRAINING_WITH_DN)
     losses = train_step(model, example(model, cfg, size))
     infinite = [name for name, value in losses.items() if not math.isfinite(value)]
     if infinite:
@@ -244,7 +255,7 @@ def _exercise(model, with_bn, cfg, size, say):
     if not any(layer.sc.w_out.any() for layer in dn_layers(model).values()):
         return dict(found, status=FAIL, reason='no SC has moved in the training step')
     found['train_step'] = 'yes'
-    say('predicting with DN-B')
+    enter(Stage.PREDICTING_WITH_DN)
     predict(model, example(model, cfg, size))
     return dict(found, prediction='yes')
 

@@ -9,14 +9,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import mmcv
 import mmdet
 import mmengine
 import torch
 
+from ..files import replacing
 from ..version import __version__
-from .check import FAIL, NOT_APPLICABLE, PASS
+from .check import FAIL, NOT_APPLICABLE, PASS, Stage
 
 FIELDS = ('config', 'status', 'reason', 'replaced', 'left', 'difference', 'train_step',
           'prediction', 'image_size', 'seconds', 'configs', 'versions')
@@ -24,19 +26,25 @@ FIELDS = ('config', 'status', 'reason', 'replaced', 'left', 'difference', 'train
 BEGIN, END = '<!-- written by tools/check_zoo.py -->', '<!-- end -->'
 
 
-def bounded(fn, seconds, gigabytes, log):
-    """``fn(say)`` in a forked process, which starts with all imports done.
+class Ended(NamedTuple):
+    """Why a check has no result, and what it was doing."""
+    reason: str
+    stage: Stage
+
+
+def bounded(fn, seconds, gigabytes, log) -> dict | Ended:
+    """``fn(enter)`` in a forked process, which starts with all imports done.
 
     Args:
-        fn: returns a dict; what it says through ``say`` last is named if it has to
-            be ended.
+        fn: returns a dict; the `Stage` that it entered last is named if it has to be
+            ended.
         seconds: of processor time after which it is ended; 20 times as long by the
             clock.
         gigabytes: of memory that it may allocate.
         log: file for all that it prints.
 
     Returns:
-        fn's dict, or the reason why there is none.
+        fn's dict, or why there is none.
     """
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
@@ -44,22 +52,24 @@ def bounded(fn, seconds, gigabytes, log):
                               daemon=True)
     process.start()
     sender.close()
-    end, stage = time.monotonic() + 20 * seconds, 'starting'
+    end, stage = time.monotonic() + 20 * seconds, Stage.STARTING
     try:
         while receiver.poll(max(end - time.monotonic(), 0)):
             message = receiver.recv()
             if isinstance(message, dict):
                 return message
             stage = message
-        return f'ended after {20 * seconds} s while {stage}'
+        reason = f'ended after {20 * seconds} s'
     except EOFError:
         process.join()
         if process.exitcode == -signal.SIGXCPU:
-            return f'ended after {seconds} s of processor time while {stage}'
-        return f'the process ended with code {process.exitcode} while {stage}'
+            reason = f'ended after {seconds} s of processor time'
+        else:
+            reason = f'the process ended with code {process.exitcode}'
     finally:
         process.kill()
         process.join()
+    return Ended(f'{reason} while {stage.words}', stage)
 
 
 def _child(fn, sender, seconds, gigabytes, log):
@@ -76,9 +86,8 @@ def _child(fn, sender, seconds, gigabytes, log):
 
 def row_of(name, result, seconds, configs) -> dict:
     """A row of the table. A check that had to be ended counts against what it was doing."""
-    if isinstance(result, str):
-        status = FAIL if 'DN-B' in result or 'comparing' in result else NOT_APPLICABLE
-        result = dict(status=status, reason=result)
+    if isinstance(result, Ended):
+        result = dict(status=result.stage.status, reason=result.reason)
     return dict(dict.fromkeys(FIELDS, ''), **result, config=name, seconds=f'{seconds:.1f}',
                 configs=len(configs), versions=versions())
 
@@ -109,12 +118,10 @@ def append_row(path, row) -> None:
 
 def write_rows(path, rows) -> None:
     """Writes all rows again, in order."""
-    part = Path(f'{path}.part')
-    with open(part, 'w', newline='') as file:
+    with replacing(path) as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows[name] for name in sorted(rows))
-    os.replace(part, path)
 
 
 def report(rows, command, total, left_out=()) -> str:
