@@ -52,8 +52,8 @@ ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad',
 # Methods that fold a BatchNorm into a convolution or a linear, as timm, mmpretrain, torchvision
 # and the YOLOs call them.
 _FOLDING_METHOD = re.compile(
-    r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model)\w*|\w*to_deploy'
-    r'|_?re_?param\w*|get_equivalent_\w*')
+    r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model|block|rep)\w*|\w*to_deploy'
+    r'|deploy|_?re_?param\w*|get_equivalent_\w*')
 
 
 class NoBatchNormInConfig(ValueError):

@@ -123,7 +123,11 @@ def check_backend(backend: str) -> None:
 
 def check_eps(eps: float) -> None:
     """Raises ValueError where torch's BatchNorm would not run."""
-    if not eps > 0:
+    try:
+        positive = eps > 0
+    except TypeError:  # no number
+        positive = False
+    if not positive:
         raise ValueError(f'eps must be positive, but got {eps!r}')
 
 
@@ -134,7 +138,9 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     subclass without a forward of its own, mmdet's and torchvision's freezing by
     another class.
     """
-    return type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    cls = type(bn)
+    return (cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+            and cls.__call__ is nn.Module.__call__)
 
 
 def has_registered(module: nn.Module) -> bool:
@@ -761,9 +767,16 @@ def _by_operator(kernels, call, x, w, b):
 
 def _around_the_inner_norm(x, norm, sc, batch_shared):
     """Equation (6) with z from a call of the inner norm, and SC by the statistics it used."""
+    if isinstance(norm, nn.Identity):
+        raise TypeError('the inner norm is an Identity: something has folded it into a '
+                        'convolution, and SC would get the statistics of another map. Make '
+                        'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm')
     if not torch.jit.is_tracing():  # where sizes are no numbers
         _check_called(x, norm, sc)
     z, x, running = _call(norm, x)
+    if not isinstance(z, Tensor):
+        raise TypeError(f'expected the inner {type(norm).__name__} to give a tensor, got a '
+                        f'{type(z).__name__}; see the hooks that are registered on it')
     if not torch.jit.is_tracing() and z.shape != x.shape:
         raise ValueError(f'expected the inner {type(norm).__name__} to keep the shape '
                          f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it')
@@ -787,12 +800,13 @@ def _call(norm, x):
     """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
     seen = []
 
-    def look(norm, inputs):
+    def look(norm, args, keywords):
         running = _running_statistics(norm)
-        seen[:] = inputs[0], running and tuple(t.clone() for t in running)
+        x, = (*args, *keywords.values())  # a hook may give it by name
+        seen[:] = x, running and tuple(t.clone() for t in running)
 
     if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
-        look(norm, (x, ))
+        look(norm, (x, ), {})
         return norm(x), *seen
-    with norm.register_forward_pre_hook(look):  # the last one
+    with norm.register_forward_pre_hook(look, with_kwargs=True):  # the last one
         return norm(x), *seen

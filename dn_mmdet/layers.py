@@ -1,6 +1,7 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
 import re
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
 FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
+# By which of these the code of such functions, whatever they are called, takes the root of the
+# variance and eps.
+ROOTS = {'sqrt', 'rsqrt', 'pow', 'float_power', 0.5, -0.5}
 
 
 def _build_sc(cfg, arguments):
@@ -135,20 +139,29 @@ class _DynamicNorm(nn.Module):
 
     @property
     def running_var(self):
-        """The inner norm's. Code that would fold it, and so lose SC, gets an error instead."""
+        """The inner norm's. Code that would fold it, and so lose SC, is told or refused."""
         if not torch.compiler.is_compiling():
             self._refuse_to_be_folded(sys._getframe(1))
         return self.bn.running_var
 
     def _refuse_to_be_folded(self, frame):
+        codes = [frame.f_code]
         while frame.f_code.co_name.startswith('<') and frame.f_back:  # a lambda, a comprehension
             frame = frame.f_back
-        name = frame.f_code.co_name
-        if FOLDING.search(name) and not self.sc.is_identity():
-            raise TypeError(f'{name}: expected a BatchNorm to fold, got {type(self).__name__}, '
-                            f'whose scale and shift follow the input and would be lost: make '
-                            f'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or '
-                            f'leave this one as it is')
+            codes.append(frame.f_code)
+        name = codes[-1].co_name
+        named = FOLDING.search(name)
+        if not (named or any(map(_seems_to_fold, codes))) or self.sc.is_identity():
+            return
+        kind = type(self).__name__
+        remedy = ('make BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or leave this '
+                  'one as it is. Code that only reads it finds the inner BatchNorm as .bn')
+        if named:
+            raise TypeError(f'{name}: expected a BatchNorm to fold, got {kind}, whose scale and '
+                            f'shift follow the input and would be lost: {remedy}')
+        warnings.warn(f'{name} reads what functions read that fuse a BatchNorm into a '
+                      f'convolution. Of a {kind} they would lose the scale and shift that follow '
+                      f'the input: {remedy}', stacklevel=3)
 
     @property
     def eps(self):
@@ -174,6 +187,18 @@ class _DynamicNorm(nn.Module):
     @track_running_stats.setter
     def track_running_stats(self, value):
         self.bn.track_running_stats = value
+
+
+def _seems_to_fold(code):
+    """Whether a function that reads a norm's attributes takes the root of its variance and eps.
+
+    Or hands both to a function that folds. One that knows of ``sc`` computes the layer.
+    """
+    called = code.co_names + code.co_freevars
+    names = {*called, *code.co_consts}
+    return (code.co_name != '<module>' and {'running_var', 'eps'} <= names
+            and 'sc' not in names
+            and (not names.isdisjoint(ROOTS) or any(map(FOLDING.search, called))))
 
 
 def _register(cls):

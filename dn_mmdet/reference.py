@@ -86,13 +86,22 @@ def call_sc(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps:
     """g, h by equation (4), (N, C) each, or (5), (1, C) each.
 
     ``parameters``, where given, stand in for SC's own.
+
+    Raises:
+        RuntimeError: sc gave other shapes, which would be broadcast.
     """
     if batch_shared:
         inputs = mu[None], sigma[None]
     else:
         s = torch.sqrt(v + eps)
         inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
-    return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
+    g, h = sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        for name, t in (('g', g), ('h', h)):
+            if t.shape != inputs[0].shape:
+                raise RuntimeError(f'{name}, made by {type(sc).__name__}, should have the shape '
+                                   f'{tuple(inputs[0].shape)} not {tuple(t.shape)}')
+    return g, h
 
 
 def modulate(z: Tensor, g: Tensor, h: Tensor) -> Tensor:

@@ -141,6 +141,9 @@ class SC(nn.Module):
         """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0.
 
         Where it has no values, on meta, those of a fresh module on ``device``, if given.
+
+        Raises:
+            ValueError: a parametrization computes one of them.
         """
         sc = self
         if device is not None and any(p.is_meta for p in self.parameters()):
@@ -148,7 +151,12 @@ class SC(nn.Module):
             sc.reset_parameters()
         state = {prefix + name: tensor.clone() for name, tensor in sc.state_dict().items()}
         for name in self.OUTPUT_PARAMETERS:
-            state[prefix + name].zero_()
+            pruned = f'{prefix}{name}_orig'
+            if prefix + name not in state and pruned not in state:
+                raise ValueError(f'{prefix}{name} is computed from other parameters, which cannot '
+                                 f'be set so that g = h = 0: remove its parametrization first, by '
+                                 f'torch.nn.utils.parametrize.remove_parametrizations')
+            state[pruned if pruned in state else prefix + name].zero_()
         return state
 
     def extra_repr(self):

@@ -26,6 +26,7 @@ from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import load_checkpoint
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -463,6 +464,20 @@ class TestBatchNormCheckpoint:
         dn.load_state_dict(bn.state_dict())
         x = images()
         close(dn(x), bn(x))
+
+    def test_into_a_layer_whose_sc_is_pruned(self, close):
+        bn, dn = used(nn.BatchNorm2d(3)).double(), used(DNB(3)).double()
+        prune.l1_unstructured(dn.sc, 'w_out', amount=0.5)
+        prune.l1_unstructured(dn.sc, 'w_in', amount=0.5)
+        dn.load_state_dict(bn.state_dict())
+        x = images()
+        close(dn(x), bn(x))
+
+    def test_an_sc_that_cannot_be_set_to_identity_is_told(self):
+        dn = used(DNB(3))
+        parametrizations.spectral_norm(dn.sc, 'w_out')
+        with pytest.raises(ValueError, match=r'^sc\.w_out is computed from.*remove_parametrizat'):
+            dn.load_state_dict(nn.BatchNorm2d(3).state_dict())
 
     @pytest.mark.parametrize('key', ['weight', 'bias', 'running_mean', 'running_var'])
     def test_an_incomplete_set_is_reported(self, twins, key):

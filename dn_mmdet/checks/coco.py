@@ -245,7 +245,7 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
     ids = set(category_ids(content, classes))
     sorted_ = {}
     for annotation in content.get('annotations') or []:
-        x, y, w, h = annotation['bbox']
+        w, h = annotation['bbox'][2:]
         image = annotation['image_id']
         if image not in sizes:
             use = ABSENT
@@ -255,7 +255,7 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
             use = 'of no class of the config'
         elif annotation.get('ignore'):
             use = 'marked ignore'
-        elif x + w <= 0 or y + h <= 0 or x >= sizes[image][0] or y >= sizes[image][1]:
+        elif _is_outside(annotation['bbox'], sizes[image]):
             use = OUTSIDE
         elif w < 1 or h < 1:
             use = SMALL
@@ -269,10 +269,23 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
 
 def check_masks(annotations) -> None:
     for annotation in annotations:
-        if not annotation.get('segmentation'):
+        mask = annotation.get('segmentation')
+        if not mask:
             raise CocoError(f'annotations: id {annotation["id"]!r} has no segmentation: expected '
                             f'one in each, since masks are asked for. Add it, or remove the '
                             f'annotation')
+        right = ({'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else
+                 isinstance(mask, list) and _is_polygon(mask[0]))  # pycocotools looks at one
+        if not right:
+            raise CocoError(f'annotations: id {annotation["id"]!r} has the segmentation '
+                            f'{str(mask)[:100]}: expected polygons, each a list x1, y1, x2, y2, '
+                            f'... of at least three points, or counts and size; with others the '
+                            f'evaluation fails. Write polygons')
+
+
+def _is_polygon(points):
+    return (isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+            and all(map(_is_number, points)))
 
 
 def check_evaluation(content, classes, masks=False) -> None:
@@ -282,10 +295,7 @@ def check_evaluation(content, classes, masks=False) -> None:
         classes (tuple): names; the others are not evaluated.
         masks (bool): whether masks are evaluated.
     """
-    images = {image['id'] for image in content['images']}
-    ids = set(category_ids(content, classes))
-    evaluated = [annotation for annotation in content.get('annotations') or []
-                 if annotation['category_id'] in ids and annotation['image_id'] in images]
+    evaluated = _evaluated(content, classes)
     for annotation in evaluated:
         number = annotation['id']
         if isinstance(number, str) or number == 0:
@@ -300,8 +310,36 @@ def check_evaluation(content, classes, masks=False) -> None:
                         f'{len(content.get("annotations") or [])} annotations {len(evaluated)} '
                         f'are of these classes, all of them crowds (iscrowd=1), and AP would '
                         f'be -1. Use a file with boxes')
+    lost = never_found(content, classes)
+    if len(lost) == sum(annotation['iscrowd'] == 0 for annotation in evaluated):
+        raise CocoError(f'annotations: all {len(lost)} boxes of {some(classes)} have no size or '
+                        f'lie outside of their image (the first, id {lost[0]["id"]!r}, is '
+                        f'{lost[0]["bbox"]}), and AP would be 0. Write x, y, width and height in '
+                        f'pixels of these images')
     if masks:
         check_masks(evaluated)
+
+
+def _evaluated(content, classes):
+    """The annotations of some classes in images that are listed."""
+    images = {image['id'] for image in content['images']}
+    ids = set(category_ids(content, classes))
+    return [annotation for annotation in content.get('annotations') or []
+            if annotation['category_id'] in ids and annotation['image_id'] in images]
+
+
+def never_found(content, classes) -> list:
+    """The annotations, no crowds, whose boxes have no size or lie outside of their image."""
+    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    return [annotation for annotation in _evaluated(content, classes)
+            if not annotation.get('iscrowd')
+            and (min(annotation['bbox'][2:]) <= 0
+                 or _is_outside(annotation['bbox'], sizes[annotation['image_id']]))]
+
+
+def _is_outside(box, size):
+    x, y, w, h = box
+    return x + w <= 0 or y + h <= 0 or x >= size[0] or y >= size[1]
 
 
 def boxes_reaching_out(content) -> list:
@@ -352,7 +390,8 @@ def _name(image):
 
 
 def _what(annotation):
-    return {key: annotation.get(key) for key in ('image_id', 'category_id', 'bbox', 'iscrowd')}
+    return {key: annotation.get(key)
+            for key in ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')}
 
 
 def _is_number(value):

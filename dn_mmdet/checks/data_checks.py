@@ -15,7 +15,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset, ConcatDataset
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from torch import nn
 
 from ..checkpoint import is_remote
@@ -106,16 +106,43 @@ class _Files(dict):
 def _datasets(cfg, split):
     """Option and data set of each that a split has; none has read its annotations yet."""
     loader = cfg.get(f'{split}_dataloader')
-    node = loader.get('dataset') if loader is not None else None
-    if isinstance(node, dict):
-        yield from _build(node, f'{split}_dataloader.dataset')
+    if loader is None:
+        return
+    option = f'{split}_dataloader.dataset'
+    node = loader.get('dataset')
+    if node is None:
+        raise ConfigError(f"{option}: expected a data set, as dict(type='CocoDataset', ...), and "
+                          f'there is none. Set it')
+    if split != 'train':
+        _check_each_image_once(node, option)
+    yield from _build(node, option)
+
+
+def _check_each_image_once(node, option):
+    """Metrics take what is found in an image for the second time as wrong."""
+    if not isinstance(node, dict):
+        return
+    repeats = (is_of(DATASETS, node, RepeatDataset) and node.get('times', 1) != 1
+               or is_of(DATASETS, node, ClassBalancedDataset))
+    if repeats:
+        raise ConfigError(f'{option}: {name_of(node["type"])} gives images several times, and '
+                          f'each has to be evaluated once. Set {option} to the data set inside')
+    _check_each_image_once(node.get('dataset'), f'{option}.dataset')
+    for index, inner in enumerate(node.get('datasets') or []):
+        _check_each_image_once(inner, f'{option}.datasets.{index}')
 
 
 def _build(node, option):
     """Looks into wrappers (RepeatDataset, ConcatDataset, ...)."""
+    if not isinstance(node, dict):
+        return  # built by the config's own code
     if 'dataset' in node:
+        _dataset_class(node, option)
         yield from _build(node['dataset'], f'{option}.dataset')
     elif 'datasets' in node:
+        _dataset_class(node, option)
+        if not node['datasets']:
+            raise ConfigError(f'{option}.datasets: expected at least one data set, got none')
         members = [list(_build(inner, f'{option}.datasets.{index}'))
                    for index, inner in enumerate(node['datasets'])]
         _check_concatenation(node, option, [member[0][1] for member in members if member])
@@ -140,6 +167,10 @@ def _dataset_class(node, option):
 
 
 def _build_lazily(node, option, **arguments):
+    prefix = node.get('data_prefix')
+    if not (prefix is None or isinstance(prefix, dict)):
+        raise ConfigError(f'{option}.data_prefix: expected a dict of folders, as '
+                          f'dict(img={prefix!r}), got {prefix!r}')
     try:
         return DATASETS.build({**copy.deepcopy(node), **arguments, 'lazy_init': True})
     except (KeyError, TypeError, ValueError, AssertionError, OSError, RuntimeError) as error:
@@ -162,6 +193,9 @@ def _check_dataset(option, dataset, split, model, files):
     _check_paths(option, dataset)
     if not dataset.ann_file and hasattr(dataset, 'img_prefix'):
         _check_class_folders(option, dataset, model)
+    if _reads_coco(dataset) and not dataset.ann_file:
+        raise ConfigError(f'{option}.ann_file: expected the annotation file of '
+                          f'{type(dataset).__name__}, got {dataset.ann_file!r}. Set it')
     if not dataset.ann_file or is_remote(dataset.ann_file):
         return data
     if _reads_coco(dataset):
@@ -253,7 +287,7 @@ def _check_coco(data, split, files):
     with _about(dataset.ann_file, option):
         coco.check_format(content, annotations=split == 'train')
         coco.check_labels(content, classes, f'{data.option}.metainfo.classes')
-    data.content, data.image_ids = content, _images_left(dataset, content)
+    data.content, data.image_ids = content, _images_left(data.option, dataset, content)
     if not data.image_ids:
         raise ConfigError(f'{dataset.ann_file}: {data.option}.filter_cfg or indices leave out all '
                           f'{len(content["images"])} images (filter_cfg={dataset.filter_cfg}). '
@@ -275,7 +309,7 @@ def _about(path, option):
         raise ConfigError(f'{path}: {error}. The file is set by {option}') from error
 
 
-def _images_left(dataset, content):
+def _images_left(option, dataset, content):
     """Ids of the images that the data set keeps, by its own rules."""
     ids = coco.category_ids(content, dataset.metainfo['classes'])
     dataset.cat_ids = ids
@@ -288,7 +322,12 @@ def _images_left(dataset, content):
     if type(dataset).filter_data is CocoDataset.filter_data:
         dataset.data_list = dataset.filter_data()
     if dataset._indices is not None:
-        dataset.data_list = dataset._get_unserialized_subset(dataset._indices)
+        try:
+            dataset.data_list = dataset._get_unserialized_subset(dataset._indices)
+        except (IndexError, TypeError) as error:
+            raise ConfigError(f'{option}.indices: expected a number of images or their positions '
+                              f'among the {len(dataset.data_list)} that are left after '
+                              f'filter_cfg, got {dataset._indices!r} ({error})') from error
     return [image['img_id'] for image in dataset.data_list]
 
 
@@ -385,6 +424,13 @@ def _tell_what_is_left_out(data, boxes):
         tell(f'{path}: no box of {len(empty)} of the {len(classes)} classes ({some(empty)})')
 
 
+def _tell_what_cannot_be_found(path, content, classes):
+    lost = coco.never_found(content, classes)
+    if lost:
+        tell(f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
+             f'detection can match them (the first has the id {lost[0]["id"]!r})')
+
+
 def metrics_of(evaluator, option):
     """Option and config of each metric of an evaluator, in all forms that mmengine takes."""
     if isinstance(evaluator, dict) and 'metrics' in evaluator:
@@ -402,6 +448,7 @@ def _check_evaluators(cfg, split, checked, files):
     if evaluator is not None and not apart:
         _check_same_metainfo(cfg[f'{split}_dataloader'].dataset, checked)
     for index, (option, metric) in enumerate(metrics_of(evaluator, f'{split}_evaluator')):
+        _check_metric_exists(option, metric)
         path = metric.get('ann_file')
         if not path or is_remote(path) or metric.get('backend_args') \
                 or any(_is_made(data.dataset) for data in checked):
@@ -414,6 +461,15 @@ def _check_evaluators(cfg, split, checked, files):
                          files.read(option, path))
         elif path.endswith('.json'):
             files.read(option, path)
+
+
+def _check_metric_exists(option, metric):
+    kind = metric.get('type')
+    if resolve(METRICS, kind) is None:
+        with METRICS.switch_scope_and_registry(None) as registry:
+            names = list(registry.module_dict)
+        raise ConfigError(f'{option}.type: there is no metric {name_of(kind)!r}'
+                          f'{did_you_mean(kind, names)}')
 
 
 def _check_same_metainfo(node, checked):
@@ -440,6 +496,7 @@ def _check_truth(option, metric, checked, content):
                                   metric.get('sort_categories', False))
                 if evaluated:
                     coco.check_evaluation(content, classes, masks)
+                    _tell_what_cannot_be_found(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
     found = coco.difference(
