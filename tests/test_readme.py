@@ -261,6 +261,32 @@ def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
     assert 'static' not in made
 
 
+def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 8, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True),
+               averaged=None, train_loss=2.)
+    rows = [row, dict(row, seed=1, value=43., averaged=44., train_loss=1.),
+            dict(row, seed=2, value=43., averaged=46., train_loss=1.5),
+            dict(row, seed=3, value=None, status='diverged', train_loss=None)]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables('<!-- fit in q -->\nold\n<!-- end -->')
+    assert '| bn_x | 3 | 1.500 | 42.00 (1.73) | 2 | 43.00 (0.00) | 45.00 (1.41) |' in made
+    rows[:] = rows[:1]
+    assert '| bn_x | 1 | 2.000 | 40.00 | 0 | - | - |' in evidence.fit('q')
+
+
+def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 128, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True))
+    rows = [dict(row, lr=.4, value=None, status='diverged'), dict(row, lr=.025, batch=32), row,
+            dict(row, config='dnb_x', value=41.), dict(row, config='dnb_x', lr=.4, value=3.)]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables(
+        '<!-- settings of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+    assert '|  | lr 0.1, batch 128 | lr 0.4, batch 128 | lr 0.025, batch 32 |' in made
+    assert '| BN | 40.00 | diverged | 40.00 |\n| DN-B | 41.00 | 3.00 | not run |' in made
+
+
 def test_questions_that_are_planned_have_no_runs_yet():
     asked = {row['question'] for row in results.read_rows(ROOT / 'docs/results/runs.csv')}
     assert not asked & set(evidence.PLANNED), 'take them out of PLANNED'
