@@ -42,7 +42,7 @@ _CHECKS = {nn.BatchNorm1d._check_input_dim: 0, nn.BatchNorm2d._check_input_dim: 
 FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, SyncDNC)}
 
 # The rest of a layer's arguments is the BatchNorm's own.
-ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'variant',
+ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'sc',
              'backend')
 
 # Methods that fold a BatchNorm into a convolution or a linear, as timm, mmpretrain, torchvision

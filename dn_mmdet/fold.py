@@ -16,9 +16,9 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .controls import _RewrittenBN
 from .convert import (
     DNBAct,
     DNCAct,
@@ -30,6 +30,24 @@ from .convert import (
 from .functional import generate, is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
+
+
+class RewrittenBN(nn.Module):
+    """A BatchNorm whose scale and shift are made from other parameters, not from the input.
+
+    ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
+    are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
+    """
+
+    _abbr_ = 'bn'
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return functional_call(self.bn, dict(weight=scale, bias=shift), (x, ))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Both (C,)."""
+        raise NotImplementedError
 
 
 class LayerReport(NamedTuple):
@@ -156,7 +174,7 @@ def foldable(model: nn.Module) -> dict[nn.Module, list[str]]:
                          'its .module')
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_DynamicNorm, _RewrittenBN)):
+        if isinstance(module, (_DynamicNorm, RewrittenBN)):
             found.setdefault(module, []).append(name)
     if not found:
         raise ValueError(f'found no DN layer to fold in {type(model).__name__}'
@@ -174,7 +192,7 @@ def _check_foldable(name, layer):
     if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
         raise ValueError(f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
                          f'{type(bn).__qualname__}: leave this layer in a model of its own')
-    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, _RewrittenBN.forward)
+    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
         raise ValueError(f'{name}: {type(layer).__name__} has a forward of its own, which folding '
                          f'would lose')
@@ -186,7 +204,7 @@ def _check_foldable(name, layer):
 
 def constant(layer: nn.Module) -> Outputs | None:
     """The g, h of a layer in eval mode where they are the same for every input."""
-    if isinstance(layer, _RewrittenBN):  # its scale and shift are all of weight and bias
+    if isinstance(layer, RewrittenBN):  # its scale and shift are all of weight and bias
         nothing = torch.zeros(1, layer.bn.num_features)
         return Outputs.of(nothing, nothing)
     bn, sc = layer.bn, layer.sc
@@ -378,7 +396,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.no_grad()
 def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
     """The BatchNorm that computes what a layer does where its SC gives g, h (C,)."""
-    if isinstance(layer, _RewrittenBN):
+    if isinstance(layer, RewrittenBN):
         weight, bias = layer.scale_and_shift()
     else:
         w, b = _affine_of(layer.bn, g.double())

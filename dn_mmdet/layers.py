@@ -1,14 +1,12 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
 import re
 import sys
-from functools import partial
 
 import torch
 import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ablation import VariantSC
 from .functional import check_backend, check_eps, dynamic_norm
 from .sc import SC
 
@@ -22,6 +20,14 @@ BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
 FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
+
+
+def _build_sc(cfg, arguments):
+    if cfg is None:
+        return SC(**arguments)
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise TypeError(f"sc: expected the config of a module, as dict(type='SC'), got {cfg!r}")
+    return MODELS.build(cfg, default_args=arguments)
 
 
 class _DynamicNorm(nn.Module):
@@ -42,15 +48,16 @@ class _DynamicNorm(nn.Module):
                  min_channels: int = 8, inputs: str = 'raw', bound: float | None = 0.25,
                  bn_requires_grad: bool = True, backend: str = 'auto',
                  device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None, variant: dict | None = None):
+                 dtype: torch.dtype | None = None, sc: dict | None = None):
         super().__init__()
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
                              f"the batch statistics themselves: expected 'raw', got "
                              f'{inputs!r}')
-        make_sc = SC if variant is None else partial(VariantSC, **variant)
-        self.sc = make_sc(num_features, reduction, min_channels, inputs, bound, device, dtype)
+        self.sc = _build_sc(sc, dict(num_features=num_features, reduction=reduction,
+                                     min_channels=min_channels, inputs=inputs, bound=bound,
+                                     device=device, dtype=dtype))
         self.bn = self.bn_type(self.sc.num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
         check_backend(backend)
@@ -176,6 +183,9 @@ def _register(cls):
     return cls
 
 
+_register(SC)
+
+
 class _DNB(_DynamicNorm):
     batch_shared = False
 
@@ -216,8 +226,9 @@ class DNB(_DNB):
             no batch to be relative to and takes only ``'raw'``.
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
             bound, which diverges at high learning rates.
-        variant (dict | None): for ablations: arguments of
-            `dn_mmdet.ablation.VariantSC`, which takes SC's place.
+        sc (dict | None): the config of a registered module in the place of `SC`, as
+            ``dict(type='MySC', depth=2)``. It is given SC's arguments, those of this
+            layer, unless the config has others; see `SC` for what it has to do.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see `dynamic_norm`. All

@@ -73,6 +73,11 @@ class SC(nn.Module):
         - mean, std: (N, C), floating point of one dtype (float32 or wider)
         - output: two tensors (N, C) of that dtype
 
+    A layer takes another module in its place (its argument ``sc``). Such a module is
+    given the same arguments, has the attributes ``num_features`` and ``inputs``, and the
+    methods `reset_parameters`, `is_identity` and `identity_state_dict`. A subclass of SC has
+    them; one with a ``forward`` of its own is called in every backend.
+
     Raises:
         ValueError: an argument is out of range.
 

@@ -19,7 +19,7 @@ import re
 import statistics
 from pathlib import Path
 
-from dn_mmdet import report, results
+from dn_mmdet.experiments import report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))

@@ -17,10 +17,10 @@ from mmengine.dataset import RepeatDataset
 from rich.console import Console
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import compare
-from dn_mmdet.compare import Point, Variant, configured, differences, plan, product
-from dn_mmdet.preflight import ConfigError, reserved
-from dn_mmdet.recording import read_log
+from dn_mmdet.checks.preflight import ConfigError, reserved
+from dn_mmdet.experiments import compare
+from dn_mmdet.experiments.compare import Point, Variant, configured, differences, plan, product
+from dn_mmdet.experiments.recording import read_log
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'compare.py'
@@ -120,7 +120,7 @@ def test_every_class_is_asked_for_and_two_checkpoints_are_kept():
     # mmengine removes the oldest before it writes: of one, a kill could leave none
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
     assert cfg.custom_hooks[-1].type == 'RecordRun'
-    assert 'dn_mmdet.recording' in cfg.custom_imports.imports
+    assert 'dn_mmdet.experiments.recording' in cfg.custom_imports.imports
 
 
 @pytest.mark.parametrize('changes', [dict(train_cfg=dict(max_iters=100)),
@@ -272,7 +272,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
 @pytest.mark.slow
 def test_a_lock_ends_with_its_holder(tmp_path):
     assert not compare.is_reserved(tmp_path)
-    code = f'from dn_mmdet.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n' \
+    code = f'from dn_mmdet.checks.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n' \
         '    print("held", flush=True)\n    input()'
     with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

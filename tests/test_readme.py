@@ -15,8 +15,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torchvision.models import mobilenet_v2
 
-from dn_mmdet import DNB, results
-from dn_mmdet.cost import mult_adds
+from dn_mmdet import DNB
+from dn_mmdet.experiments import results
+from dn_mmdet.experiments.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from dn_mmdet.sweep import (
+from dn_mmdet.zoo.check import FAIL, NOT_APPLICABLE, PASS
+from dn_mmdet.zoo.sweep import (
     BEGIN,
     END,
     FIELDS,
@@ -20,7 +21,6 @@ from dn_mmdet.sweep import (
     with_table,
     write_rows,
 )
-from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS
 
 ROOT = Path(__file__).parents[1]
 TOOL = runpy.run_path(str(ROOT / 'tools' / 'check_zoo.py'))

@@ -520,7 +520,7 @@ def test_a_config_written_by_somebody_else_trains_tests_and_predicts(user, root)
     succeed('predict', 'new/theirs.py', 'new/epoch_1.pth', root / 'images', '--score-thr', 0.9,
             cwd=user)
     written = Config.fromfile(user / 'new' / 'theirs.py')
-    assert written.custom_imports.imports == ['dn_mmdet', 'dn_mmdet.ssdlite_head']
+    assert written.custom_imports.imports == ['dn_mmdet', 'dn_mmdet.models.ssdlite_head']
 
 
 @pytest.mark.slow

@@ -294,6 +294,10 @@ PLANS = [plan((24, 96, 160 * 160), torch.float16, channels_last=True),
          plan((40, 70, 6), missing=('w', 'b', 'tracked'), bounded=False, shared=True),
          plan((1, 1, 2), torch.float16, layer_dtype=torch.float16, cumulative=True, hidden=1),
          plan((3, 70, 6), hidden=100, world=2, rank=1),
+         plan((24, 384, 400), torch.float16, channels_last=True, batch=False, update=False,
+              inference=True),
+         plan((2, 70, 6), missing=('w', 'b'), batch=False, update=False, inference=True,
+              standardized=True, bounded=False),
          plan((3, 70, 6), torch.float64, layer_dtype=torch.float64, batch=False, update=False)]
 
 

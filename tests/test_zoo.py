@@ -10,8 +10,9 @@ from mmengine.registry import MODELS
 from tiny_detector import write_config
 from torch import nn
 
-from dn_mmdet import command_line, zoo
-from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS, SHIPPED, check, distinct
+from dn_mmdet.cli import command_line
+from dn_mmdet.zoo import check as zoo
+from dn_mmdet.zoo.check import FAIL, NOT_APPLICABLE, PASS, SHIPPED, check, distinct
 
 # A fixed sample: other backbones, necks, heads and tasks in each.
 SAMPLE = {

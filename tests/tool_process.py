@@ -17,8 +17,8 @@ from unittest import mock
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['dn_mmdet.command_line', 'dn_mmdet.predict',
-                                'dn_mmdet.ssdlite_head', 'mmdet.evaluation'])
+CONTEXT.set_forkserver_preload(['dn_mmdet.cli.command_line', 'dn_mmdet.cli.predict',
+                                'dn_mmdet.models.ssdlite_head', 'mmdet.evaluation'])
 
 
 class Tool:

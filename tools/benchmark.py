@@ -17,7 +17,7 @@ import torch
 from dn_mmdet import benchmark
 from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
 
-PARTS = 'layers', 'step', 'host', 'detector'
+PARTS = 'layers', 'step', 'host', 'detector', 'tuning'
 
 
 def parse(argv):
@@ -25,7 +25,8 @@ def parse(argv):
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure: layers one '
                         'by one; all layers in one training step; the host time of one call; '
-                        'SSDLite (default: layers detector; on a GPU all)')
+                        'SSDLite; tile sizes of the GPU kernels (default: layers detector; on a '
+                        'GPU all but the last)')
     parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
                         help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
                         '(default: BN, GN, and both DN layers with every backend)')
@@ -58,7 +59,7 @@ def parse(argv):
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')
     if args.parts is None:
-        args.parts = ['layers', 'detector'] if args.device == 'cpu' else list(PARTS)
+        args.parts = ['layers', 'detector'] if args.device == 'cpu' else list(PARTS[:4])
     if args.compiled is None:
         args.compiled = 0 if args.norms else 3
     if args.norms and BN not in args.norms:
@@ -125,7 +126,8 @@ def main(argv=None):
     detectors = None
     norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
     try:
-        if set(args.parts) - {'detector'} or args.amp:  # see Detectors.check
+        if set(args.parts) - {'detector', 'tuning'} or (
+                args.amp and 'detector' in args.parts):  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
             if args.compiled:
                 benchmark.check_layers(setting, args.batch,
@@ -145,6 +147,7 @@ def main(argv=None):
         'layers': lambda: benchmark.measure_layers(
             setting, args.batch, shapes, [*norms, *single], args.compiled, deadline,
             run.failures),
+        'tuning': lambda: tunings(setting, args.batch),
         'detector': lambda: detectors.measure('train', args.batch, run.failures)}
     for part, measure in parts.items():
         if part in args.parts:
@@ -155,6 +158,13 @@ def main(argv=None):
                         lambda batch=batch: detectors.measure('inference', batch, run.failures),
                         deadline)
     return run.finish()
+
+
+def tunings(setting, batch):
+    if setting.device == 'cuda':
+        major, minor = torch.cuda.get_device_capability()
+        benchmark.compile_tunings(setting, batch, 10 * major + minor)
+    return benchmark.measure_tunings(setting, batch)
 
 
 class Run:
@@ -191,6 +201,9 @@ class Run:
     def finish(self):
         if self.rows:
             print(benchmark.table(self.rows, self.args.device))
+            if 'tuning' in self.args.parts:
+                for task in ('train', 'inference'):
+                    print(f'\n{task}, us of the GPU\n{benchmark.tuning_table(self.rows, task)}')
             if self.args.plot:
                 benchmark.plot(self.rows, self.args.plot)
         for failure in self.failures:

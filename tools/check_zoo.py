@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, preflight
-from dn_mmdet.sweep import (
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.zoo.check import check, distinct, shipped_configs
+from dn_mmdet.zoo.sweep import (
     append_row,
     bounded,
     by_architecture,
@@ -25,7 +27,6 @@ from dn_mmdet.sweep import (
     with_table,
     write_rows,
 )
-from dn_mmdet.zoo import check, distinct, shipped_configs
 
 
 def parse(argv):

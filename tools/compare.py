@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dn_mmdet import command_line, compare, preflight, presets, report, results
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.experiments import compare, presets, report, results
 
 
 def parse(argv):

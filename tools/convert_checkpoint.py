@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_checkpoint, dn_layers
 
 

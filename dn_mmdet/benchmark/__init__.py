@@ -26,6 +26,7 @@ from .provenance import provenance
 from .report import plot, plot_gpu, table
 from .rows import FIELDS, read_rows, write_rows
 from .timing import LONG_ENOUGH, Deadline, GraphError, allocations, alternate, gpu_alone
+from .tuning import compile_tunings, measure_tunings, tuning_table
 from .variants import (
                      BN,
                      COMPILED,
@@ -40,7 +41,7 @@ from .variants import (
 
 __all__ = ['BN', 'COMPILED', 'CONFIG', 'Deadline', 'Detectors', 'FIELDS', 'FOLDED', 'GN',
            'GraphError', 'LONG_ENOUGH', 'ParityError', 'REFERENCE', 'Setting', 'Variant',
-           'allocations', 'alternate', 'bars_table', 'by_size', 'check_layers', 'gpu_alone',
-           'make_layer', 'measure_host', 'measure_layers', 'measure_step', 'parse_variant',
-           'plot', 'plot_gpu', 'provenance', 'read_rows', 'run_layers', 'ssdlite_shapes',
-           'table', 'write_rows']
+           'allocations', 'alternate', 'bars_table', 'by_size', 'check_layers', 'compile_tunings',
+           'gpu_alone', 'make_layer', 'measure_host', 'measure_layers', 'measure_step',
+           'measure_tunings', 'parse_variant', 'plot', 'plot_gpu', 'provenance', 'read_rows',
+           'run_layers', 'ssdlite_shapes', 'table', 'tuning_table', 'write_rows']

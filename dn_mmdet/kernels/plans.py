@@ -27,14 +27,16 @@ class Shape(NamedTuple):
     size: int
     channels_last: bool
     dtype: torch.dtype
+    by_sample: bool = False  # no block of rows is of two samples, contiguous or not
 
     @property
     def rows(self):
-        return self.channels if self.channels_last else self.samples * self.channels
+        separate = self.channels_last or self.by_sample
+        return self.channels if separate else self.samples * self.channels
 
     @property
     def outer(self):
-        return self.samples if self.channels_last else 1
+        return self.samples if self.channels_last or self.by_sample else 1
 
     @property
     def accumulator(self):
@@ -53,6 +55,12 @@ class Options(NamedTuple):
     bounded: bool
     world: int = 1  # processes whose statistics are reduced
     rank: int = 0
+    inference: bool = False  # no backward pass will come
+
+    @property
+    def by_sample(self):
+        """Whether y of a sample depends on that sample and the layer's state alone."""
+        return self.inference and not self.batch and not self.shared
 
 
 class Launch(NamedTuple):
@@ -80,6 +88,13 @@ class Tuning(NamedTuple):
     programs: int = 528  # among which a sum over columns is split
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
+    # of inference by the sample: the largest map, what the affine map's columns are split
+    # among, channels and hidden units of a program, and warps (of moments of more columns: twice)
+    sample_size: int = 400
+    sample_programs: int = 264
+    sample_rows: int = 64
+    sample_hidden: int = 32
+    sample_warps: int = 4
     # channels of a program in the small part's kernels; 0: by the number of channels
     statistics_block: int = 0
     coefficients_block: int = 0
@@ -128,7 +143,8 @@ def tile(shape: Shape, warps: int, waves: int, most_rows: int = 256) -> Tile:
         columns = min(max(wave // rows, 1), whole)
         return Tile(max(1, min(waves, whole // columns)), rows, columns)
     rows = min(max(1, waves * wave // whole), next_power_of_2(shape.rows), waves * wave)
-    while rows > 1 and -(-shape.rows // rows) < 264 and rows * whole > wave // 4:
+    while (rows > 1 and shape.outer * -(-shape.rows // rows) < 264
+           and rows * whole > wave // 4):
         rows //= 2
     columns = min(whole, max(wave // rows, min(vector, whole)))
     return Tile(max(1, min(waves, whole // columns)), rows, columns)
@@ -269,6 +285,34 @@ class SmallPart:
     def synchronized_gradient(self) -> Launch:
         return self._launch('synchronized_gradient_kernel', self.moments_block)
 
+    def by_sample(self) -> tuple[Launch, Launch]:
+        """Inference of small maps in two launches, without the big passes' own."""
+        o, t = self.options, self.tuning
+        shape = self.shape._replace(by_sample=True)
+        warps = 2 * t.sum_warps if shape.size > 128 else t.sum_warps
+        first = tile(shape, warps, t.moments_waves, t.sample_rows)
+        last = tile(shape, t.sample_warps, t.affine_waves, t.sample_rows)
+        rows = -(-shape.channels // last.rows)
+        steps = -(-shape.size // last.width)
+        parts = max(1, min(steps, t.sample_programs // (rows * shape.samples)))
+        size = -(-steps // parts) * last.width
+        parts = -(-shape.size // size)
+        blocks = -(-shape.channels // first.rows)
+        numbers = dict(n=shape.samples, rows=shape.channels, columns=shape.size,
+                       hidden=o.hidden, padded=self.padded)
+        constants = dict(CL=shape.channels_last, H=min(self.tile_hidden, t.sample_hidden),
+                         ACC=shape.accumulator)
+        absent = {name: None for name in self.none if name in ('w_ptr', 'b_ptr')}
+        unused = {} if o.standardized else dict(running_mean_ptr=None, running_var_ptr=None)
+        return (Launch('sample_moments_kernel', blocks * shape.samples, warps,
+                       dict(constants, STANDARDIZED=o.standardized, **unused,
+                            **first.constants),
+                       dict(numbers, row_blocks=blocks)),
+                Launch('sample_affine_kernel', rows * parts * shape.samples, t.sample_warps,
+                       dict(constants, BOUNDED=o.bounded, **absent, **last.constants),
+                       dict(numbers, row_blocks=rows, parts=parts, split_size=size,
+                            blocks=blocks)))
+
     def sizes(self) -> dict[str, int]:
         """The number of values of each tensor of the small part."""
         nc, c = self.shape.samples * self.shape.channels, self.shape.channels
@@ -300,6 +344,7 @@ class Plan:
             them stand for an all-reduce of table or dtable.
         kept, scratch, backward_scratch: name -> offset in values of the accumulator, in
             memory that lives until the backward pass, for the forward and the backward pass.
+            For inference, all is scratch.
         gradients: name -> offset in bytes.
     """
 
@@ -307,6 +352,7 @@ class Plan:
     ALIGNMENT = 16  # bytes, of each tensor's place
     KEPT = ('m', 'v', 'a', 'g', 'h', 'mu', 'sigma', 'r')
     SCRATCH = ('m_part', 'v_part', 'c', 'up')
+    UNUSED_BY_SAMPLE = ('v', 'a', 'g', 'h', 'mu', 'sigma', 'r', 'm_part', 'v_part', 'c')
     BACKWARD_SCRATCH = ('da_part', 'dc_part', 'p', 'q', 'dmu', 'dsigma', 'dr')
 
     def __init__(self, shape: Shape, options: Options, dtypes: dict[str, torch.dtype],
@@ -317,43 +363,63 @@ class Plan:
         if options.update or not options.batch:
             assert not missing & {'running_mean', 'running_var'}
         small = SmallPart(shape, options, missing, tuning)
-        sizes = small.sizes()
-        nc = shape.samples * shape.channels
-        first, parts, size = moments(shape, tuning)
-        sizes.update(m_part=parts * nc, v_part=parts * nc)
-        # by running statistics, nothing of DN-C depends on the moments
-        self.forward = [first] if options.batch or not options.shared else []
-        if options.world > 1:
-            self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
-        self.forward += [small.statistics(parts, size), small.coefficients(),
-                         affine(shape, tuning)]
-        first, parts, size = reduce(shape, tuning)
-        sizes.update(da_part=parts * nc, dc_part=parts * nc)
-        self.backward = [first, small.output_gradient(parts), small.moments_gradient()]
-        if options.world > 1:
-            self.backward += [self.REDUCE_GRADIENT, small.synchronized_gradient()]
-        self.backward.append(input_gradient(shape, tuning))
-        synchronized = options.world > 1
-        self.kept, self.kept_size = self._places(sizes, self.KEPT)
-        self.scratch, self.scratch_size = self._places(sizes, self.SCRATCH)
-        self.backward_scratch, self.backward_scratch_size = self._places(
-            sizes, self.BACKWARD_SCRATCH)
+        self.sizes, self.forward, self.backward = small.sizes(), [], []
+        if options.by_sample and shape.size <= tuning.sample_size:
+            self._add_inference_by_sample(small)
+        else:
+            self._add_forward(small, tuning)
+        if not options.inference:
+            self._add_backward(small, tuning)
+        kept = () if options.inference else self.KEPT
+        scratch = (*self.KEPT, *self.SCRATCH) if options.inference else self.SCRATCH
+        backward = () if options.inference else self.BACKWARD_SCRATCH
+        self.kept, self.kept_size = self._places(kept)
+        self.scratch, self.scratch_size = self._places(scratch)
+        self.backward_scratch, self.backward_scratch_size = self._places(backward)
         # what is reduced is a tensor of its own
-        self.table_size = sizes['table'] if synchronized else 0
-        self.sizes = sizes
+        self.table_size = self.sizes['table'] if small.synchronized else 0
         self.gradients, self.gradient_bytes = {}, 0
+        if options.inference:
+            return
         for name in PARAMETERS:
             if name in dtypes:
                 self.gradients[name] = self.gradient_bytes
-                size = sizes[f'd{name}'] * dtypes[name].itemsize
+                size = self.sizes[f'd{name}'] * dtypes[name].itemsize
                 self.gradient_bytes += -(-size // self.ALIGNMENT) * self.ALIGNMENT
 
-    def _places(self, sizes, names):
+    def _add_inference_by_sample(self, small):
+        self.forward += small.by_sample()
+        blocks = self.forward[0].numbers['row_blocks']
+        self.sizes.update(up=blocks * self.shape.samples * small.padded,
+                          **dict.fromkeys(self.UNUSED_BY_SAMPLE, 0))
+
+    def _add_forward(self, small, tuning):
+        first, parts, size = moments(self.shape, tuning)
+        nc = self.shape.samples * self.shape.channels
+        self.sizes.update(m_part=parts * nc, v_part=parts * nc)
+        # by running statistics, nothing of DN-C depends on the moments
+        if self.options.batch or not self.options.shared:
+            self.forward.append(first)
+        if small.synchronized:
+            self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
+        self.forward += [small.statistics(parts, size), small.coefficients(),
+                         affine(self.shape, tuning)]
+
+    def _add_backward(self, small, tuning):
+        first, parts, _ = reduce(self.shape, tuning)
+        nc = self.shape.samples * self.shape.channels
+        self.sizes.update(da_part=parts * nc, dc_part=parts * nc)
+        self.backward += [first, small.output_gradient(parts), small.moments_gradient()]
+        if small.synchronized:
+            self.backward += [self.REDUCE_GRADIENT, small.synchronized_gradient()]
+        self.backward.append(input_gradient(self.shape, tuning))
+
+    def _places(self, names):
         step = self.ALIGNMENT // 4
         places, at = {}, 0
         for name in names:
             places[name] = at
-            at += -(-sizes[name] // step) * step
+            at += -(-self.sizes[name] // step) * step
         return places, at
 
     def launches(self):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .convert import dn_layers
+from ..convert import dn_layers
 
 ELEMENT_WISE = ('norms (element-wise)', 'other element-wise', 'pooling (element-wise)')
 # Mult-Adds per value of a norm at inference: its affine, and with statistics of the

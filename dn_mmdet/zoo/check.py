@@ -23,9 +23,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from .convert import batch_norms, convert_norm, dn_layers, norms_in_words, swap_norm
-from .registered import resolve
-from .ssdlite_head import SSDLiteHead
+from ..convert import batch_norms, convert_norm, dn_layers, norms_in_words, swap_norm
+from ..models.ssdlite_head import SSDLiteHead
+from ..registered import resolve
 
 SHIPPED = Path(mmdet.__file__).parent / '.mim' / 'configs'
 PASS, FAIL, NOT_APPLICABLE = 'pass', 'fail', 'not applicable'

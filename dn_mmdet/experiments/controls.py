@@ -5,31 +5,13 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .convert import convert_norm
-
-
-class _RewrittenBN(nn.Module):
-    """A BatchNorm whose scale and shift are made from other parameters, not from the input.
-
-    ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
-    are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
-    """
-
-    _abbr_ = 'bn'
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self.scale_and_shift()
-        return functional_call(self.bn, dict(weight=scale, bias=shift), (x, ))
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Both (C,)."""
-        raise NotImplementedError
+from ..convert import convert_norm
+from ..fold import RewrittenBN
 
 
 @MODELS.register_module()
-class StaticDN(_RewrittenBN):
+class StaticDN(RewrittenBN):
     r"""Dynamic Normalization without inputs: g and h are learned constants.
 
     .. math::
@@ -91,7 +73,7 @@ class StaticDN(_RewrittenBN):
 
 
 @MODELS.register_module()
-class ScaledBN(_RewrittenBN):
+class ScaledBN(RewrittenBN):
     r"""BatchNorm whose weight and bias learn at ``rate`` times the rate of all others.
 
     .. math::

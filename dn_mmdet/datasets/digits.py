@@ -14,7 +14,7 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from .environment import check_extra
+from ..environment import check_extra
 
 # Written into every set. Raise it whenever other images come out of the same seed.
 VERSION = 1

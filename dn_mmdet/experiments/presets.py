@@ -8,10 +8,16 @@ import fnmatch
 
 import torch
 
+from ..checks.preflight import ConfigError, check_model
+from ..convert import _norm_cfgs, _scope, batch_norms, swap_norm
+from ..functional import fused_backends
 from .compare import Variant, product
-from .convert import _norm_cfgs, _scope, batch_norms, swap_norm
-from .functional import fused_backends
-from .preflight import ConfigError, check_model
+
+
+def variant_sc(**choices) -> dict:
+    """The config of an SC with other choices; see `VariantSC`."""
+    return dict(type='dn_mmdet.experiments.ablation.VariantSC', **choices)
+
 
 # One factor at a time around the default SC; see `SC` and `VariantSC`.
 SC_FACTORS = {
@@ -21,14 +27,14 @@ SC_FACTORS = {
     'bound-1': dict(bound=1.0),
     'reduction-8': dict(reduction=8),
     'reduction-128': dict(reduction=128),
-    'channelwise': dict(variant=dict(hidden='channelwise')),
-    'hidden-normalized': dict(variant=dict(hidden='normalized')),
-    '2-sigmoid-1': dict(bound=1.0, variant=dict(squash='sigmoid')),
-    'default-init': dict(variant=dict(init='default')),
-    'mean-only': dict(variant=dict(statistics='mean')),
-    'std-only': dict(variant=dict(statistics='std')),
-    'scale-only': dict(variant=dict(outputs='scale')),
-    'shift-only': dict(variant=dict(outputs='shift')),
+    'channelwise': dict(sc=variant_sc(hidden='channelwise')),
+    'hidden-normalized': dict(sc=variant_sc(hidden='normalized')),
+    '2-sigmoid-1': dict(bound=1.0, sc=variant_sc(squash='sigmoid')),
+    'default-init': dict(sc=variant_sc(init='default')),
+    'mean-only': dict(sc=variant_sc(statistics='mean')),
+    'std-only': dict(sc=variant_sc(statistics='std')),
+    'scale-only': dict(sc=variant_sc(outputs='scale')),
+    'shift-only': dict(sc=variant_sc(outputs='shift')),
 }
 # What separates the causes of a gain: for each, BatchNorm replaced in all layers by this one.
 CONTROLS = {
@@ -41,11 +47,11 @@ CONTROLS = {
     'bn-rate-30': dict(type='ScaledBN', rate=30),
     # The noise of the batch, the gradient through the statistics, the image itself?
     'dnc': dict(type='DNC'),
-    'dnb-stopped': dict(type='DNB', variant=dict(gradient='stopped')),
-    'dnb-shuffled': dict(type='DNB', variant=dict(sample='other')),
+    'dnb-stopped': dict(type='DNB', sc=variant_sc(gradient='stopped')),
+    'dnb-shuffled': dict(type='DNB', sc=variant_sc(sample='other')),
     # Which output?
-    'dnb-scale': dict(type='DNB', variant=dict(outputs='scale')),
-    'dnb-shift': dict(type='DNB', variant=dict(outputs='shift')),
+    'dnb-scale': dict(type='DNB', sc=variant_sc(outputs='scale')),
+    'dnb-shift': dict(type='DNB', sc=variant_sc(outputs='shift')),
     'dnb-bound-0.5': dict(type='DNB', bound=0.5),
 }
 # Where? DN-B after these convolutions alone, by their names in MobileNetV2, SSDNeck and heads.
@@ -76,7 +82,8 @@ def fair_controls(bn, seeds, lr_factors, batches, epochs):
     """DN-B against a wider BN and against BN with squeeze-and-excitation, at its size."""
     dnb = _swapped(bn, 'dnb', 'DNB')
     variants = [bn, dnb, widened(bn, _parameters(dnb.cfg)), _with_norm(
-        bn, 'bn-se', lambda node: dict(node, type='BNSE'), imports=['dn_mmdet.controls'])]
+        bn, 'bn-se', lambda node: dict(node, type='BNSE'),
+        imports=['dn_mmdet.experiments.controls'])]
     return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
 
 
@@ -92,11 +99,11 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
                 _with_norm(bn, 'dnc-batch-statistics',
                            lambda node: dict(node, type='DNC', track_running_stats=False),
                            imports=['dn_mmdet']),
-                _swapped(bn, 'dnc-no-feedback', 'DNC', variant=dict(gradient='stopped')),
+                _swapped(bn, 'dnc-no-feedback', 'DNC', sc=variant_sc(gradient='stopped')),
                 _swapped(bn, 'dnc-bound-0.1', 'DNC', bound=0.1),
                 _swapped(bn, 'dnc-unbounded', 'DNC', bound=None),
                 _swapped(bn, 'dnc-unbounded-no-feedback', 'DNC', bound=None,
-                         variant=dict(gradient='stopped'))]
+                         sc=variant_sc(gradient='stopped'))]
     points = product(variants, seeds, lr_factors or [1.], [None], epochs)
     large = batches or [4 * bn.cfg.train_dataloader.batch_size]
     return points + product([bn, variants[2]], seeds, lr_factors or [1.], large, epochs)
@@ -107,7 +114,7 @@ def causes(bn, seeds, lr_factors, batches, epochs):
     variants = [bn, _swapped(bn, 'dnb', 'DNB')]
     for name, norm in CONTROLS.items():
         variants.append(_with_norm(bn, name, lambda node, norm=norm: dict(node, **norm),
-                                   imports=['dn_mmdet', 'dn_mmdet.controls']))
+                                   imports=['dn_mmdet', 'dn_mmdet.experiments.controls']))
     variants.append(_without_decay(bn))
     variants += [_in_places(bn, name, pattern) for name, pattern in PLACES.items()]
     for name, factor in WIDTHS.items():
@@ -171,7 +178,7 @@ def _in_places(bn, name, pattern):
     for part in parts:
         cfg.model[part] = dict(type='PartlyConverted', part=cfg.model[part], norm='DNB',
                                only=pattern.removeprefix(f'{part}.'))
-    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.controls']))
+    return Variant(name, bn.file, _importing(cfg, ['dn_mmdet', 'dn_mmdet.experiments.controls']))
 
 
 def _importing(cfg, names):

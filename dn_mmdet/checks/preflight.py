@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..layers import _DynamicNorm
+from ..messages import ConfigError, did_you_mean, reason, some
+from ..registered import is_of, name_of, resolve
 from .data_checks import check_data as check_data
 from .data_checks import check_same_classes as check_same_classes
 from .data_checks import check_trained_classes as check_trained_classes
-from .layers import _DynamicNorm
-from .messages import ConfigError, did_you_mean, reason, some
-from .registered import is_of, name_of, resolve
 
 try:
     import fcntl
@@ -100,8 +100,8 @@ def check_norm(option: str, norm_cfg: dict) -> None:
     if issubclass(cls, _DynamicNorm):
         try:
             cls(8, **arguments)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f'{option}: {error}') from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f'{option}: {reason(error)}') from error
 
 
 def _norm_names(registry):
@@ -120,7 +120,7 @@ def check_evaluation(model: nn.Module) -> None:
             raise ConfigError(
                 f"model.{name}: mmdet's SSDHead cannot be evaluated in this version (it lacks "
                 f"loss_cls). Set model.{name}.type='SSDLiteHead' and add "
-                f"'dn_mmdet.ssdlite_head' to custom_imports.imports")
+                f"'dn_mmdet.models.ssdlite_head' to custom_imports.imports")
 
 
 def check_amp(cfg: Config) -> None:

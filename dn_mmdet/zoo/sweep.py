@@ -15,8 +15,8 @@ import mmdet
 import mmengine
 import torch
 
-from .version import __version__
-from .zoo import FAIL, NOT_APPLICABLE, PASS
+from ..version import __version__
+from .check import FAIL, NOT_APPLICABLE, PASS
 
 FIELDS = ('config', 'status', 'reason', 'replaced', 'left', 'difference', 'train_step',
           'prediction', 'image_size', 'seconds', 'configs', 'versions')

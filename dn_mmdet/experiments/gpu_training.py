@@ -26,12 +26,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
+from ..convert import convert_norm, dn_layers
+from ..fold import Outputs, batch_norm_of, calibrate, put, recalibrate
+from ..reference import widen
+from ..sc import no_autocast
 from . import controls  # noqa: F401  registers the controls' norms
-from .convert import convert_norm, dn_layers
-from .fold import Outputs, batch_norm_of, calibrate, put, recalibrate
 from .recording import hardware, norm_counts
-from .reference import widen
-from .sc import no_autocast
 
 PLAN, ARCHIVE = 'plan.json', 'images.tar.xz'  # in the folder that is carried to the GPU
 BACKENDS = ('auto', 'triton', 'torch')  # of DN layers, in the order in which to try them

@@ -19,10 +19,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
+from ..convert import batch_norms, dn_layers
+from ..version import __version__
 from .controls import BNSE, ScaledBN, StaticDN
-from .convert import batch_norms, dn_layers
 from .cost import mult_adds, peak_memory
-from .version import __version__
 
 # The process that started the run, which a run does not outlive.
 PARENT = 'DN_MMDET_COMPARE_PID'

@@ -27,9 +27,9 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from .convert import dn_layers
-from .deploy import with_batch_norm
-from .preflight import ConfigError
+from ..checks.preflight import ConfigError
+from ..convert import dn_layers
+from .folding import with_batch_norm
 
 OUTPUTS = ('boxes', 'scores', 'labels')
 RAW_OUTPUTS = ('class_scores', 'box_deltas')

@@ -16,14 +16,14 @@ from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from .checkpoint import CheckpointError
-from .environment import check_mmdet
+from ..checkpoint import CheckpointError
+from ..environment import check_mmdet
 
 check_mmdet()  # every tool imports this file before mmdet
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo  # noqa: E402
 
-from .preflight import ConfigError, remove_checkpoints  # noqa: E402
+from ..checks.preflight import ConfigError, remove_checkpoints  # noqa: E402
 
 # Set by torchrun, srun and mpirun.
 RANK_VARIABLES = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
@@ -107,7 +107,7 @@ def _plugin_names():
     """The module to import for each name that this package registers for models."""
     layers = {name: 'dn_mmdet' for name, cls in MODELS.module_dict.items()
               if cls.__module__ == 'dn_mmdet.layers'}
-    return dict(layers, SSDLiteHead='dn_mmdet.ssdlite_head')
+    return dict(layers, SSDLiteHead='dn_mmdet.models.ssdlite_head')
 
 
 def check_launcher(launcher: str) -> None:

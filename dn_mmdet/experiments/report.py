@@ -3,8 +3,8 @@ import html
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checks.preflight import ConfigError
 from .figures import draw, figures, interactive
-from .preflight import ConfigError
 from .results import (
     COLUMNS,
     SETTING,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .messages import some
+from ..messages import some
 
 # What `sort_boxes` finds. The `MISTAKES` are left out of a training by nobody's choice.
 TRAINED, CROWDS = 'trained', 'crowds (iscrowd=1)'

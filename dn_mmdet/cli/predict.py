@@ -11,7 +11,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from rich.progress import track
 
-from .preflight import ConfigError
+from ..checks.preflight import ConfigError
 
 
 def find_images(path) -> list[Path]:

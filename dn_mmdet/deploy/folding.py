@@ -24,13 +24,17 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from . import preflight
-from .controls import PartlyConverted, _RewrittenBN
-from .convert import misfolded
-from .cost import mult_adds
-from .fold import (
+from ..checks import preflight
+from ..checks.preflight import ConfigError
+from ..convert import misfolded
+from ..experiments.controls import PartlyConverted
+from ..experiments.cost import mult_adds
+from ..experiments.report import markdown_table
+from ..experiments.results import METRICS
+from ..fold import (
     LayerReport,
     PartlyFolded,
+    RewrittenBN,
     calibrate,
     foldable,
     measure,
@@ -39,12 +43,9 @@ from .fold import (
     recalibrate,
     replace_layers,
 )
-from .layers import _DynamicNorm
-from .messages import some
-from .preflight import ConfigError
-from .registered import is_of, resolve
-from .report import markdown_table
-from .results import METRICS
+from ..layers import _DynamicNorm
+from ..messages import some
+from ..registered import is_of, resolve
 
 SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what is written
 BATCH_NORMS = {nn.BatchNorm1d: 'BN1d', nn.BatchNorm2d: 'BN', nn.BatchNorm3d: 'BN3d',
@@ -73,7 +74,7 @@ def with_batch_norm(node):
         return node
     if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
         return with_batch_norm(node['part'])
-    if is_of(MODELS, node, (_DynamicNorm, _RewrittenBN)):
+    if is_of(MODELS, node, (_DynamicNorm, RewrittenBN)):
         cls = resolve(MODELS, node['type'])
         kept = {key: node[key] for key in ('eps', 'momentum', 'track_running_stats')
                 if key in node}
@@ -105,7 +106,8 @@ def folded_config(cfg: Config, names, dynamic) -> Config:
     imports = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
     listed = imports['imports']
     listed = dict.fromkeys([listed] if isinstance(listed, str) else listed)
-    for name in ('dn_mmdet', 'dn_mmdet.controls', 'dn_mmdet.recording', 'dn_mmdet.fold'):
+    for name in ('dn_mmdet', 'dn_mmdet.experiments.controls', 'dn_mmdet.experiments.recording',
+                 'dn_mmdet.fold'):
         listed.pop(name, None)
     cfg.custom_imports = dict(imports, imports=[*listed, *['dn_mmdet.fold'] * bool(dynamic)])
     return cfg

@@ -4,7 +4,7 @@ Not imported by the package: a config names it in its custom_imports.
 """
 from pathlib import Path
 
-from .environment import check_extra, check_mmdet
+from ..environment import check_extra, check_mmdet
 
 check_mmdet()
 check_extra('cls', 'mmpretrain')

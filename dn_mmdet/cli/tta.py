@@ -5,8 +5,8 @@ from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from .messages import ConfigError, tell
-from .registered import is_of, name_of
+from ..messages import ConfigError, tell
+from ..registered import is_of, name_of
 
 # What mmdet's own tools/test.py takes where a config has none.
 MODEL = dict(type='DetTTAModel',

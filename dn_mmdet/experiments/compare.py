@@ -23,14 +23,14 @@ from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import preflight
-from .checkpoint import CheckpointError, check_resumable, open_checkpoint
-from .data_checks import metrics_of
-from .preflight import ConfigError
+from ..checkpoint import CheckpointError, check_resumable, open_checkpoint
+from ..checks import preflight
+from ..checks.data_checks import metrics_of
+from ..checks.preflight import ConfigError
+from ..registered import is_of, name_of
 from .recording import PARENT, read_log
-from .registered import is_of, name_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'
 # glibc returns large blocks to the system at every free and asks for them again at the
 # next step: a fifth of the time on a CPU.
@@ -195,7 +195,7 @@ def configured(point: Point) -> tuple[Config, dict]:
     imports = cfg.get('custom_imports') or dict(imports=[])
     listed = imports['imports']
     listed = [listed] if isinstance(listed, str) else list(listed)
-    cfg.custom_imports = dict(imports, imports=[*listed, 'dn_mmdet.recording'])
+    cfg.custom_imports = dict(imports, imports=[*listed, 'dn_mmdet.experiments.recording'])
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
     return cfg, dict(seed=point.seed, lr_factor=point.lr_factor, lr=optimizer.lr, batch=batch,
                      epochs=epochs * times)

@@ -18,10 +18,10 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from torch import nn
 
+from ..checkpoint import is_remote
+from ..messages import ConfigError, did_you_mean, reason, some, tell
+from ..registered import is_of, name_of, resolve
 from . import coco
-from .checkpoint import is_remote
-from .messages import ConfigError, did_you_mean, reason, some, tell
-from .registered import is_of, name_of, resolve
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:

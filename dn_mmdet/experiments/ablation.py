@@ -1,12 +1,14 @@
 """SC with one design choice changed: what an ablation compares the default with.
 
-A config chooses it by ``norm_cfg=dict(type='DNB', variant=dict(outputs='scale'))``.
+A config chooses it by its path, for which nothing has to be imported before:
+``norm_cfg=dict(type='DNB', sc=dict(type='dn_mmdet.experiments.ablation.VariantSC',
+outputs='scale'))``.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sc import SC, check_choices, in_dtype_of, no_autocast
+from ..sc import SC, check_choices, in_dtype_of, no_autocast
 
 CHOICES = dict(statistics=('both', 'mean', 'std'), outputs=('both', 'scale', 'shift'),
                squash=('tanh', 'sigmoid'), hidden=('plain', 'normalized', 'channelwise'),

@@ -7,10 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
+from ..checks.preflight import ConfigError, make_folder
+from ..cli.command_line import load_config
 from . import compare, presets
-from .command_line import load_config
 from .gpu_training import ARCHIVE, PLAN, check_recipe
-from .preflight import ConfigError, make_folder
 from .results import COLUMNS, EXTRA, METRICS
 
 # dnb:0-4, or several variants with seeds outermost, bn,dnb:0,2,5-7@lr8@batch32@epochs3

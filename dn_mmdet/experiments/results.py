@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ..checks.preflight import ConfigError
 from .compare import read_result
 from .cost import ELEMENT_WISE
-from .preflight import ConfigError
 from .recording import read_log
 
 COLUMNS = ('question', 'data', 'config', 'norm', 'seed', 'metric', 'value', 'epochs', 'lr',
