@@ -1,6 +1,6 @@
 """The tables of evidence in README and docs, made of docs/results/runs.csv.
 
-    python tests/evidence.py    # writes them again
+    python tests/evidence.py    # writes them again, and docs/results/causes.png
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
 QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QUESTION -->`` takes
@@ -19,7 +19,7 @@ import re
 import statistics
 from pathlib import Path
 
-from dn_mmdet.experiments import report, results
+from dn_mmdet.experiments import figures, report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
@@ -189,6 +189,25 @@ def with_tables(page: str) -> str:
     return POWER.sub(written_by(lambda spread: seeds_needed(float(spread))), page)
 
 
+def figure(question: str) -> tuple[str, list[figures.Panel]]:
+    """What each config's top-1 and training loss are, less BatchNorm's."""
+    runs = [run for run in _runs(question) if run.row['value'] is not None]
+    baseline = next(run.row['config'] for run in runs if BASELINE.match(run.row['config']))
+    panels = []
+    for column, name in (('value', 'top-1'), ('train_loss', 'training loss, last epoch')):
+        measured = [results.Recorded(dict(run.row, value=run.row[column])) for run in runs]
+        rows = [row for row in results.summarise(measured, baseline)
+                if row['config'] != baseline]
+        names = [row['config'].removeprefix('mobilenetv2_').removesuffix('_tinyin100')
+                 for row in rows]
+        line = figures.Line("over seeds, with Welch's 95 % interval", names, *(
+            [row[key] for row in rows] for key in ('unpaired', 'unpaired_low', 'unpaired_high')),
+            bars=True)
+        panels.append(figures.Panel(name, '', 'difference to BN', [line]))
+    return question, panels
+
+
 if __name__ == '__main__':
     for path in PAGES:
         path.write_text(with_tables(path.read_text()))
+    figures.draw(dict(causes=figure('Causes, on a GPU')), ROOT / 'docs' / 'results')

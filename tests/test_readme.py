@@ -288,6 +288,19 @@ def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
     assert '| BN | 40.00 | diverged | 40.00 |\n| DN-B | 41.00 | 3.00 | not run |' in made
 
 
+def test_the_figure_has_the_differences_of_the_runs(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'mobilenetv2_bn_x', 'BN', 0, 'top1', 40., 2, .1, 8,
+                                     9, 3., 'GPU', 'c', 'finished'), strict=True), train_loss=2.)
+    rows = [row, dict(row, seed=1, value=43., train_loss=2.5),
+            dict(row, config='dnb', value=44., train_loss=1.),
+            dict(row, config='dnb', seed=1, value=46., train_loss=1.5),
+            dict(row, config='dnb', seed=2, value=None, status='diverged')]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    top1, loss = evidence.figure('q')[1]
+    assert (top1.lines[0].x, top1.lines[0].y, loss.lines[0].y) == (['dnb'], [3.5], [-1.])
+    assert top1.lines[0].low[0] < 0 < 4 < top1.lines[0].high[0]
+
+
 def test_questions_that_are_planned_have_no_runs_yet():
     asked = {row['question'] for row in results.read_rows(ROOT / 'docs/results/runs.csv')}
     assert not asked & set(evidence.PLANNED), 'take them out of PLANNED'
