@@ -19,6 +19,7 @@ running statistics, they stand for mu and var.
 """
 import functools
 import logging
+import os
 import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -37,11 +38,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .kernels import torch_ops
+from .kernels import operators, torch_ops  # noqa: F401 (operators are registered)
 from .sc import SC
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**30  # the kernels' integers
 # What of a norm has one value per channel.
 PER_CHANNEL = ('weight', 'bias', 'running_mean', 'running_var')
 SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
@@ -53,9 +55,10 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     """Normalises x by equations (1) to (6) and updates bn's running averages.
 
     Every backend computes the same. The fused ones keep only x for the backward
-    pass and read it as often as BatchNorm does. The reference runs in their place
-    wherever autograd has to see each operation (`torch.compile`, tracing, export,
-    `torch.func` transforms, double backward). The inner norm is called for
+    pass and read it as often as BatchNorm does. `torch.compile` keeps them as one
+    operator each way. The reference runs in their place wherever autograd has to
+    see each operation (tracing, export, `torch.func` transforms, double backward),
+    and is what `torch.compile` takes with backend ``'torch'``. The inner norm is called for
     equation (3) where it is not a torch BatchNorm, where something is registered
     on it (hooks, pruning, parametrizations, a forward of its own), and where
     `torch.jit.trace` or `make_fx` records what is called.
@@ -103,16 +106,19 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     running = None if bn.training or mean is None else (mean, var)
     call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
+    kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
     ops = _primitives(x, backend) if plain and not seen else None
-    if ops is None:
+    if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
-    planes = (x if x.dim() > 2 else x.unsqueeze(2)).resolve_neg()
-    if torch.is_grad_enabled():
+    planes = x if x.dim() > 2 else x.unsqueeze(2)
+    if kernels:
+        y = _by_operator(kernels, call, planes, w, b)
+    elif torch.is_grad_enabled():
         names, parameters = ((SC_PARAMETERS, sc_parts) if sc_parts else
                              zip(*sc.named_parameters(), strict=True))
-        y = _FusedNorm.apply(call, ops, names, planes, w, b, *parameters)
+        y = _FusedNorm.apply(call, ops, names, planes.resolve_neg(), w, b, *parameters)
     else:
-        y = _without_gradients(call, ops, planes, w, b)
+        y = _without_gradients(call, ops, planes.resolve_neg(), w, b)
     return y if x.dim() > 2 else y.squeeze(2)
 
 
@@ -592,7 +598,7 @@ def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps
 
 def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:
     """One step of bn's running averages, by torch's rule: the unbiased variance."""
-    if not (bn.training and bn.track_running_stats):
+    if not _steps(bn):
         return  # before no_grad, which in eval mode would be a region of its own to torch.export
     with torch.no_grad():
         momentum = _count_batch(bn)
@@ -607,6 +613,10 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
             unbiased = var * (count / (count - 1))
         for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
             running.copy_(running + momentum * (value - running))
+
+
+def _steps(bn):
+    return bn.training and bn.track_running_stats
 
 
 def _count_batch(bn):
@@ -729,6 +739,58 @@ def process_group(bn: nn.Module):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _kernels_of_operator(call, x, w, b, backend):
+    """Which kernels torch.compile is to keep this layer for as one operator, or ''.
+
+    See `kernels.operators`.
+    """
+    if not torch.compiler.is_compiling():
+        return ''
+    state = [t for t in (call.bn.running_mean, call.bn.running_var, call.bn.num_batches_tracked)
+             if t is not None]
+    if (x.dtype not in FUSED_DTYPES or call.group is not None or call.sc_parts is None
+            or (w is None) != (b is None) or (_steps(call.bn) and call.bn.running_mean is None)
+            or not all(t.is_contiguous() and t.device == x.device for t in state)
+            or x.numel() == 0 or x.shape[0] * x.shape[1] >= LARGEST
+            or x.numel() >= x.shape[0] * x.shape[1] * LARGEST):
+        return ''
+    return _kept_by_compile(backend, x.device.type, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # nothing in it is for Dynamo to trace
+def _kept_by_compile(backend, device, index):
+    """'triton' or 'cpp', the kernels of an operator; '' for the reference.
+
+    That goes into what torch.export makes, which is to run where this package is not installed.
+    """
+    if (torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0 or backend in ('reference', 'torch')):
+        return ''
+    if device == 'cpu' and backend == 'triton':
+        return 'triton' if os.environ.get('TRITON_INTERPRET') == '1' else ''
+    if device == 'cpu':
+        return 'cpp' if compiled_kernels() else ''
+    return 'triton' if device == 'cuda' and _on_gpu(index) else ''
+
+
+def _by_operator(kernels, call, x, w, b):
+    bn, sc = call.bn, call.sc
+    parts = x, w, b, *call.sc_parts, bn.running_mean, bn.running_var
+    options = (float(bn.eps), None if sc.bound is None else float(sc.bound),
+               call.running is None, call.batch_shared,
+               sc.inputs == 'standardized' and not call.batch_shared, torch.is_grad_enabled(),
+               kernels)
+    if not _steps(bn):
+        return torch.ops.dn_mmdet.dynamic_norm(*parts, *options)[0]
+    momentum = bn.momentum
+    if momentum is not None:
+        momentum = float(momentum)
+    elif bn.num_batches_tracked is None:
+        momentum = 0.  # torch's rule
+    return torch.ops.dn_mmdet.dynamic_norm_step(*parts, bn.num_batches_tracked, momentum,
+                                                *options)[0]
 
 
 def _around_the_inner_norm(x, norm, sc, batch_shared):

@@ -1,7 +1,7 @@
 """Dynamic Normalization in three plain lines of PyTorch: the specification.
 
 Never optimised. Every backend is tested against it, and it runs wherever
-autograd has to see each operation (compile, export, double backward).
+autograd has to see each operation (export, transforms, double backward).
 """
 import torch
 from torch import Tensor

@@ -710,6 +710,38 @@ def test_autocast(device):
         check(layer, twin_of(layer), x.float())
 
 
+# ---------------------------------------------------------------- by the sample
+
+
+@DEVICES
+@pytest.mark.skipif(not INTERPRETED, reason='launches are counted where they are emulated')
+def test_how_many_kernels_a_forward_takes(device):
+    def launched_by(layer, x):
+        with emulated_gpu.launches() as launched:
+            layer(x)
+        return tuple(launched)
+
+    small, large = values(device, 2, 3, 2, 2), values(device, 1, 3, 41, 40)
+    assert launched_by(pair(device)[0], small) == IN_THREE
+    assert launched_by(pair(device, training=False)[0], small) == IN_THREE
+    assert launched_by(pair(device)[0], large) == IN_FOUR
+    standardized, _ = pair(device, inputs='standardized')
+    assert launched_by(standardized, small) == IN_FOUR
+    assert launched_by(standardized.eval(), small) == IN_THREE
+    assert launched_by(pair(device, momentum=None)[0], small) == IN_FOUR
+    assert launched_by(pair(device, DNC)[0], small) == IN_FOUR
+
+
+@DEVICES
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('shape', [(35, 5, 2, 1), (2, 70, 2, 2), (3, 40, 5, 7)], ids=str)
+def test_steps_by_the_sample(shape, training, memory_format, device):
+    """More samples than a program takes at once, more channels, several steps of columns."""
+    layer, twin = pair(device, DNB, shape[1], training)
+    check(layer, twin, values(device, *shape).to(memory_format=memory_format), steps=2)
+
+
 # ---------------------------------------------------------------- inference
 
 
@@ -728,6 +760,7 @@ def check_inference(layer, twin, x, kernels):
 
 
 BY_SAMPLE = 'sample_moments_kernel', 'sample_affine_kernel'
+IN_THREE = 'sample_moments_kernel', 'coefficients_kernel', 'affine_kernel'
 IN_FOUR = 'moments_kernel', 'statistics_kernel', 'coefficients_kernel', 'affine_kernel'
 SAMPLES = {  # what each is there for: batch, channels, height, width
     'one block': (2, 3, 2, 3),
@@ -772,11 +805,11 @@ def test_inference_with_every_option(name, device):
 @DEVICES
 def test_inference_that_takes_more_than_two_launches(device):
     """Large maps, statistics of the batch, DN-C, whose g and h no map changes."""
-    large = values(device, 1, 2, 21, 20)
+    large = values(device, 1, 2, 41, 40)
     small = values(device, 2, 3, 2, 2)
     check_inference(*pair(device, DNB, 2, training=False), large, IN_FOUR)
     layer, twin = pair(device, track_running_stats=False, training=False)
-    check_inference(layer, twin, small, IN_FOUR)
+    check_inference(layer, twin, small, IN_THREE)
     check_inference(*pair(device, DNC, training=False), small, IN_FOUR[1:])
 
 

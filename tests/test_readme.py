@@ -180,6 +180,14 @@ def test_the_speed_on_a_gpu_is_the_benchmarks():
         'python tests/speed.py writes the table again')
 
 
+def test_the_tables_of_tile_sizes_are_the_benchmarks():
+    text = speed.TUNING_PAGE.read_text()
+    assert len(speed.TUNING.findall(text)) == 3
+    assert speed.with_tuning_tables(text, speed.read(speed.TUNING_ROWS)) == text, (
+        'python tests/speed.py writes the tables again')
+    assert speed.with_tuning_tables(text, []).count(f'-->\n{speed.MISSING}\n<!-- end') == 3
+
+
 def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
     measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
                 for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'

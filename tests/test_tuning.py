@@ -14,14 +14,11 @@ from dn_mmdet.kernels import host, plans  # noqa: E402
 SMALL = dict(train=((8, 2), ), inference=((8, 2), (40, 3)))
 
 
-def test_choices_are_known_fields_and_the_first_of_training_is_the_default():
-    assert next(iter(tuning.TRAINING.values())) == {}
+def test_the_default_is_among_the_choices_and_none_is_there_twice():
     for tunings in tuning.TUNINGS.values():
+        assert next(iter(tunings.items())) == ('default', {})
         made = [plans.Tuning(**changes) for changes in tunings.values()]
         assert len(set(made)) == len(made)
-    chosen = plans.TUNING.sample_rows, plans.TUNING.sample_hidden, plans.TUNING.sample_warps
-    assert chosen in {(t.get('sample_rows'), t.get('sample_hidden'), t.get('sample_warps'))
-                      for t in tuning.INFERENCE.values()}
 
 
 def test_what_is_compiled_before_is_what_runs():

@@ -30,6 +30,7 @@ TRAINING = {
 }
 EVERY_SIZE = 1 << 30
 INFERENCE = {
+    'default': {},
     'four launches': dict(sample_size=0),
     **{f'{rows} channels, {hidden} hidden units, {warps} warps':
        dict(sample_size=EVERY_SIZE, sample_rows=rows, sample_hidden=hidden, sample_warps=warps)

@@ -18,5 +18,6 @@ the mean and population variance of those, and coefficients (N, C) in float32 at
 Outputs as big as x have its dtype and, where that is contiguous or channels_last, its
 memory format; any other x is copied first. ``dy`` may have any strides. Centring on m
 keeps channels with ``|mean| >> std`` accurate. None of these is differentiable. A backend
-may also have ``infer``, all of a layer at one call where no gradient is needed.
+may also have ``infer``, all of a layer at one call where no gradient is needed. `operators`
+has a whole layer as an operator of torch.library, for `torch.compile`.
 """

@@ -59,8 +59,13 @@ class Options(NamedTuple):
 
     @property
     def by_sample(self):
-        """Whether y of a sample depends on that sample and the layer's state alone."""
-        return self.inference and not self.batch and not self.shared
+        """Whether SC's inputs depend on a sample and the layer's state alone.
+
+        Not where the counter decides the step of the averages, which all of a launch have to
+        read before it is counted on.
+        """
+        return not (self.shared or self.world > 1 or self.cumulative
+                    or self.standardized and self.batch)
 
 
 class Launch(NamedTuple):
@@ -89,11 +94,11 @@ class Tuning(NamedTuple):
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
     # of inference by the sample: the largest map, what the affine map's columns are split
-    # among, channels and hidden units of a program, and warps (of moments of more columns: twice)
-    sample_size: int = 400
+    # among, channels and hidden units of a program (0: by the number of channels), and warps
+    sample_size: int = 1600
     sample_programs: int = 264
-    sample_rows: int = 64
-    sample_hidden: int = 32
+    sample_rows: int = 0
+    sample_hidden: int = 0
     sample_warps: int = 4
     # channels of a program in the small part's kernels; 0: by the number of channels
     statistics_block: int = 0
@@ -268,10 +273,13 @@ class SmallPart:
                             dict(SINGLE=splits == 1), none, splits=splits,
                             split_size=split_size)
 
-    def coefficients(self) -> Launch:
+    def coefficients(self, parts: int = 0) -> Launch:
+        """parts: of the hidden units' sums, where no launch of `statistics` comes before."""
+        none = () if parts else ('v', 'running_mean', 'running_var')
         return self._launch('coefficients_kernel', self.coefficients_block,
                             -(-self.shape.samples // self.tile_samples),
-                            parts=self.statistics_blocks)
+                            dict(STATISTICS=parts > 0), none,
+                            parts=parts or self.statistics_blocks)
 
     def output_gradient(self, splits: int) -> Launch:
         return self._launch('output_gradient_kernel', self.output_block, self.hidden_blocks,
@@ -285,33 +293,47 @@ class SmallPart:
     def synchronized_gradient(self) -> Launch:
         return self._launch('synchronized_gradient_kernel', self.moments_block)
 
-    def by_sample(self) -> tuple[Launch, Launch]:
-        """Inference of small maps in two launches, without the big passes' own."""
+    def _sample_launch(self, kernel, tile, warps, programs=1, flags=(), none=(), **numbers):
+        """programs: for each sample and block of channels."""
+        s, o = self.shape, self.options
+        blocks = -(-s.channels // tile.rows)
+        wide = s.channels > 512 and s.channels_last
+        most_hidden = self.tuning.sample_hidden or (16 if wide else 32)
+        constants = dict(CL=s.channels_last, H=min(self.tile_hidden, most_hidden),
+                         ACC=s.accumulator, **tile.constants, **dict(flags))
+        names = getattr(triton_kernels, kernel).arg_names
+        absent = dict(self.none, **{f'{name}_ptr': None for name in none})
+        constants.update((name, None) for name in absent if name in names)
+        return Launch(kernel, blocks * programs * s.samples, warps, constants,
+                      dict(numbers, n=s.samples, rows=s.channels, columns=s.size,
+                           hidden=o.hidden, padded=self.padded, row_blocks=blocks))
+
+    def _sample_tile(self, warps, waves):
+        most = self.tuning.sample_rows or (64 if self.shape.channels > 512 else 32)
+        return tile(self.shape._replace(by_sample=True), warps, waves, most)
+
+    def sample_moments(self) -> Launch:
+        """row_blocks among its numbers is how many partials it leaves."""
         o, t = self.options, self.tuning
-        shape = self.shape._replace(by_sample=True)
-        warps = 2 * t.sum_warps if shape.size > 128 else t.sum_warps
-        first = tile(shape, warps, t.moments_waves, t.sample_rows)
-        last = tile(shape, t.sample_warps, t.affine_waves, t.sample_rows)
-        rows = -(-shape.channels // last.rows)
-        steps = -(-shape.size // last.width)
-        parts = max(1, min(steps, t.sample_programs // (rows * shape.samples)))
-        size = -(-steps // parts) * last.width
-        parts = -(-shape.size // size)
-        blocks = -(-shape.channels // first.rows)
-        numbers = dict(n=shape.samples, rows=shape.channels, columns=shape.size,
-                       hidden=o.hidden, padded=self.padded)
-        constants = dict(CL=shape.channels_last, H=min(self.tile_hidden, t.sample_hidden),
-                         ACC=shape.accumulator)
-        absent = {name: None for name in self.none if name in ('w_ptr', 'b_ptr')}
-        unused = {} if o.standardized else dict(running_mean_ptr=None, running_var_ptr=None)
-        return (Launch('sample_moments_kernel', blocks * shape.samples, warps,
-                       dict(constants, STANDARDIZED=o.standardized, **unused,
-                            **first.constants),
-                       dict(numbers, row_blocks=blocks)),
-                Launch('sample_affine_kernel', rows * parts * shape.samples, t.sample_warps,
-                       dict(constants, BOUNDED=o.bounded, **absent, **last.constants),
-                       dict(numbers, row_blocks=rows, parts=parts, split_size=size,
-                            blocks=blocks)))
+        warps = 2 * t.sum_warps if self.shape.size > 128 else t.sum_warps
+        none = ['v'] if o.inference and not o.batch else []
+        if not o.standardized:
+            none += ['running_mean', 'running_var']
+        return self._sample_launch('sample_moments_kernel',
+                                   self._sample_tile(warps, t.moments_waves), warps,
+                                   flags=dict(STANDARDIZED=o.standardized), none=none)
+
+    def sample_affine(self, blocks: int) -> Launch:
+        """blocks: the partials of `sample_moments`."""
+        s, t = self.shape, self.tuning
+        whole = self._sample_tile(t.sample_warps, t.affine_waves)
+        steps = -(-s.size // whole.width)
+        programs = -(-s.channels // whole.rows) * s.samples
+        size = -(-steps // max(1, min(steps, t.sample_programs // programs))) * whole.width
+        parts = -(-s.size // size)
+        return self._sample_launch('sample_affine_kernel', whole, t.sample_warps, parts,
+                                   dict(BOUNDED=self.options.bounded), parts=parts,
+                                   split_size=size, blocks=blocks)
 
     def sizes(self) -> dict[str, int]:
         """The number of values of each tensor of the small part."""
@@ -352,7 +374,7 @@ class Plan:
     ALIGNMENT = 16  # bytes, of each tensor's place
     KEPT = ('m', 'v', 'a', 'g', 'h', 'mu', 'sigma', 'r')
     SCRATCH = ('m_part', 'v_part', 'c', 'up')
-    UNUSED_BY_SAMPLE = ('v', 'a', 'g', 'h', 'mu', 'sigma', 'r', 'm_part', 'v_part', 'c')
+    UNUSED_BY_SAMPLE = ('v', 'a', 'g', 'h', 'mu', 'sigma', 'r', 'c')
     BACKWARD_SCRATCH = ('da_part', 'dc_part', 'p', 'q', 'dmu', 'dsigma', 'dr')
 
     def __init__(self, shape: Shape, options: Options, dtypes: dict[str, torch.dtype],
@@ -365,7 +387,7 @@ class Plan:
         small = SmallPart(shape, options, missing, tuning)
         self.sizes, self.forward, self.backward = small.sizes(), [], []
         if options.by_sample and shape.size <= tuning.sample_size:
-            self._add_inference_by_sample(small)
+            self._add_forward_by_sample(small, tuning)
         else:
             self._add_forward(small, tuning)
         if not options.inference:
@@ -387,11 +409,15 @@ class Plan:
                 size = self.sizes[f'd{name}'] * dtypes[name].itemsize
                 self.gradient_bytes += -(-size // self.ALIGNMENT) * self.ALIGNMENT
 
-    def _add_inference_by_sample(self, small):
-        self.forward += small.by_sample()
-        blocks = self.forward[0].numbers['row_blocks']
-        self.sizes.update(up=blocks * self.shape.samples * small.padded,
-                          **dict.fromkeys(self.UNUSED_BY_SAMPLE, 0))
+    def _add_forward_by_sample(self, small, tuning):
+        first = small.sample_moments()
+        blocks = first.numbers['row_blocks']
+        self.sizes.update(up=blocks * self.shape.samples * small.padded, m_part=0, v_part=0)
+        if self.options.inference and not self.options.batch:
+            self.forward += [first, small.sample_affine(blocks)]
+            self.sizes.update(dict.fromkeys(self.UNUSED_BY_SAMPLE, 0))
+        else:
+            self.forward += [first, small.coefficients(blocks), affine(self.shape, tuning)]
 
     def _add_forward(self, small, tuning):
         first, parts, size = moments(self.shape, tuning)

@@ -14,10 +14,14 @@ channels, and the next kernel adds them up, so that each weight is read once::
     moments_gradient     dW_in, db_in; p, q (8)
     input_gradient       dx = a dy + p (x - m) + q
 
-Synchronised statistics add a kernel before each of the two all-reduces. Inference by running
-statistics needs nothing of other samples, and nothing is kept. Small maps take two kernels::
+Synchronised statistics add a kernel before each of the two all-reduces.
 
-    sample_moments       x                     -> m; partials of W_in [m', s']
+A small map's channel is read by one program, which goes on to W_in [m', s'] where these need
+no statistics of the batch. Then `coefficients` makes the statistics too, and forward takes three
+kernels. Inference by running statistics needs nothing of other samples, keeps nothing, and
+takes two::
+
+    sample_moments       x                     -> m, v; partials of W_in [m', s']
     sample_affine        r, g, h and a, c (7) of a block of channels; y = a (x - m) + c
 
 x is seen as `outer` times (rows x columns). channels_last (CL): outer = N, rows = C (stride
@@ -396,6 +400,37 @@ def _of_all_processes(table_ptr, o_c, m_c, channels, world, C: tl.constexpr, ACC
     return b_mu, b_var, count
 
 
+@triton.jit
+def _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var, count, step,
+                   ACC: tl.constexpr):
+    b_running = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
+    tl.store(running_mean_ptr + o_c, b_running + step * (b_mu - b_running), m_c)
+    b_running = tl.load(running_var_ptr + o_c, m_c, 0.).to(ACC)
+    b_unbiased = b_var * (count / tl.maximum(count - 1, 1.))
+    tl.store(running_var_ptr + o_c, b_running + step * (b_unbiased - b_running), m_c)
+
+
+@triton.jit
+def _of_batch(m_ptr, v_ptr, o_c, m_c, n, channels, N: tl.constexpr, C: tl.constexpr,
+              ACC: tl.constexpr):
+    """mu, var (C,) of the batch."""
+    b_shift = tl.zeros([C], ACC)
+    b_s1 = tl.zeros([C], ACC)
+    b_s2 = tl.zeros([C], ACC)
+    for first in range(0, n, N):
+        o_n = first + tl.arange(0, N)
+        mask = (o_n < n)[:, None] & m_c[None, :]
+        o_nc = o_n[:, None] * channels + o_c[None, :]
+        b_m = tl.load(m_ptr + o_nc, mask, 0.)
+        b_v = tl.load(v_ptr + o_nc, mask, 0.)
+        if first == 0:
+            b_shift = tl.sum(b_m, 0) / tl.minimum(n, N)
+        b_s1, b_s2 = _add_batch(b_m, b_v, mask, b_shift, b_s1, b_s2)
+    b_rest = b_s1 / n
+    b_var = b_s2 / n - b_rest * b_rest
+    return b_shift + b_rest, tl.where(b_var < 0, 0., b_var)
+
+
 @triton.jit(do_not_specialize=['n'])
 def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in_ptr,
                       up_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr, n,
@@ -470,11 +505,8 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
             step = momentum
             if CUMULATIVE:  # coefficients_kernel counts, when all programs here have read
                 step = 1 / (tl.load(tracked_ptr) + 1).to(ACC)
-            b_running = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
-            tl.store(running_mean_ptr + o_c, b_running + step * (b_mu - b_running), m_c)
-            b_running = tl.load(running_var_ptr + o_c, m_c, 0.).to(ACC)
-            b_unbiased = b_var * (count / tl.maximum(count - 1, 1.))
-            tl.store(running_var_ptr + o_c, b_running + step * (b_unbiased - b_running), m_c)
+            _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var, count, step,
+                           ACC)
         tl.store(mu_ptr + o_c, b_mu, m_c)
         tl.store(sigma_ptr + o_c, b_sigma, m_c)
     if SHARED:
@@ -543,13 +575,21 @@ def _affine_parameters(w_ptr, b_ptr, o_c, m_c, C: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit(do_not_specialize=['n'])
-def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr, w_ptr,
-                        b_ptr, tracked_ptr, r_ptr, a_ptr, c_ptr, g_ptr, h_ptr, n, channels,
-                        hidden, padded, blocks, parts, bound: tl.float64, UPDATE: tl.constexpr,
+def coefficients_kernel(m_ptr, v_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr,
+                        w_ptr, b_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, r_ptr,
+                        a_ptr, c_ptr, g_ptr, h_ptr, n, channels, hidden, padded, blocks, parts,
+                        columns, eps: tl.float64, momentum: tl.float64, bound: tl.float64,
+                        STATISTICS: tl.constexpr, BATCH: tl.constexpr, UPDATE: tl.constexpr,
                         SHARED: tl.constexpr, BOUNDED: tl.constexpr, N: tl.constexpr,
                         C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
                         ACC: tl.constexpr):
-    """r, then g, h and from them a, c: a block of channels and one of samples each."""
+    """r, then g, h and from them a, c: a block of channels and one of samples each.
+
+    STATISTICS: mu, sigma and the running averages too, from m and v; every block of samples
+    makes them for itself, and the first one stores them.
+    """
+    eps = tl.cast(eps, ACC)
+    momentum = tl.cast(momentum, ACC)
     bound = tl.cast(bound, ACC)
     i_c = tl.program_id(0) % blocks
     i_n = tl.program_id(0) // blocks
@@ -583,8 +623,22 @@ def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b
     b_h = _bounded(b_h, bound, BOUNDED)
     mask = m_n[:, None] & m_c[None, :]
     o_nc = o_n[:, None] * channels + o_c[None, :]
-    b_mu = tl.load(mu_ptr + o_c, m_c, 0.)
-    b_sigma = tl.load(sigma_ptr + o_c, m_c, 1.)
+    if STATISTICS:
+        if BATCH:
+            b_mu, b_var = _of_batch(m_ptr, v_ptr, o_c, m_c, n, channels, N, C, ACC)
+        else:
+            b_mu = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
+            b_var = tl.load(running_var_ptr + o_c, m_c, 1.).to(ACC)
+        b_sigma = tl.sqrt(b_var + eps)
+        if tl.program_id(0) < blocks:
+            if UPDATE:
+                _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var,
+                               tl.cast(columns, ACC) * n, momentum, ACC)
+            tl.store(mu_ptr + o_c, b_mu, m_c)
+            tl.store(sigma_ptr + o_c, b_sigma, m_c)
+    else:
+        b_mu = tl.load(mu_ptr + o_c, m_c, 0.)
+        b_sigma = tl.load(sigma_ptr + o_c, m_c, 1.)
     b_w, b_b = _affine_parameters(w_ptr, b_ptr, o_c, m_c, C, ACC)
     b_a = (1 + b_g) * (b_w / b_sigma)[None, :]
     b_centred = tl.load(m_ptr + o_nc, mask, 0.) - b_mu[None, :]
@@ -861,7 +915,7 @@ def synchronized_gradient_kernel(p_ptr, q_ptr, m_ptr, table_ptr, dtable_ptr, n, 
         tl.store(q_ptr + o_nc, b_q, mask)
 
 
-# Inference by running statistics. A program has a block of channels (R) of one sample.
+# By the sample: a program has a block of channels (R) of one sample.
 
 
 @triton.jit
@@ -876,12 +930,15 @@ def _sample_start(i_row, i_outer, rows, columns, CL: tl.constexpr, R: tl.constex
 
 
 @triton.jit(do_not_specialize=['n'])
-def sample_moments_kernel(x_ptr, m_ptr, up_ptr, w_in_ptr, running_mean_ptr, running_var_ptr, n,
-                          rows, columns, row_blocks, hidden, padded, eps: tl.float64,
-                          STANDARDIZED: tl.constexpr, CL: tl.constexpr, U: tl.constexpr,
-                          R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+def sample_moments_kernel(x_ptr, m_ptr, v_ptr, up_ptr, w_in_ptr, running_mean_ptr,
+                          running_var_ptr, n, rows, columns, row_blocks, hidden, padded,
+                          eps: tl.float64, STANDARDIZED: tl.constexpr, CL: tl.constexpr,
+                          U: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                           ACC: tl.constexpr):
-    """m (N, C); W_in [m', s'], a partial (N, padded) for each block of channels."""
+    """m, v (N, C); W_in [m', s'], a partial (N, padded) for each block of channels.
+
+    STANDARDIZED by the running statistics.
+    """
     eps = tl.cast(eps, ACC)
     i_row = tl.program_id(0) % row_blocks
     i_outer = tl.program_id(0) // row_blocks
@@ -890,6 +947,8 @@ def sample_moments_kernel(x_ptr, m_ptr, up_ptr, w_in_ptr, running_mean_ptr, runn
     x_ptr += _sample_start(i_row, i_outer, rows, columns, CL, R)
     b_m, b_v = _moments_of_rows(x_ptr, m_row, rows, columns, columns, CL, U, R, K, ACC)
     tl.store(m_ptr + i_outer * rows + o_row, b_m, m_row)
+    if v_ptr is not None:
+        tl.store(v_ptr + i_outer * rows + o_row, b_v, m_row)
     b_s = tl.sqrt(b_v + eps)
     if STANDARDIZED:
         b_mu = tl.load(running_mean_ptr + o_row, m_row, 0.).to(ACC)
