@@ -99,6 +99,22 @@ def summary(question: str, labels: str) -> str:
                                   f'difference to {configs[baseline]} (95 % interval)'], lines)
 
 
+def differences(question: str, baseline: str | None = None) -> dict:
+    """{(config, column): difference to BatchNorm's or another's, and its Welch interval}."""
+    runs = [run for run in _runs(question) if run.row['value'] is not None]
+    baseline = baseline or next(run.row['config'] for run in runs
+                                if BASELINE.match(run.row['config']))
+    found = {}
+    for column in ('value', 'folded', 'train_loss'):
+        measured = [results.Recorded(dict(run.row, value=run.row.get(column)))
+                    for run in runs]
+        for row in results.summarise(measured, baseline):
+            if row['config'] != baseline and row['unpaired'] is not None:
+                found[row['config'], column] = (
+                    row['unpaired'], row['unpaired_low'], row['unpaired_high'])
+    return found
+
+
 def adaptation(question: str) -> str:
     """What each model with DN layers loses when they are folded: dynamic - folded, over seeds."""
     runs = [run for run in _runs(question) if run.row['value'] is not None]
@@ -191,19 +207,15 @@ def with_tables(page: str) -> str:
 
 def figure(question: str) -> tuple[str, list[figures.Panel]]:
     """What each config's top-1 and training loss are, less BatchNorm's."""
-    runs = [run for run in _runs(question) if run.row['value'] is not None]
-    baseline = next(run.row['config'] for run in runs if BASELINE.match(run.row['config']))
-    panels = []
-    for column, name in (('value', 'top-1'), ('train_loss', 'training loss, last epoch')):
-        measured = [results.Recorded(dict(run.row, value=run.row[column])) for run in runs]
-        rows = [row for row in results.summarise(measured, baseline)
-                if row['config'] != baseline]
-        names = [row['config'].removeprefix('mobilenetv2_').removesuffix('_tinyin100')
-                 for row in rows]
-        line = figures.Line("over seeds, with Welch's 95 % interval", names, *(
-            [row[key] for row in rows] for key in ('unpaired', 'unpaired_low', 'unpaired_high')),
-            bars=True)
-        panels.append(figures.Panel(name, '', 'difference to BN', [line]))
+    panels, found = [], differences(question)
+    for column, title in (('value', 'top-1'), ('train_loss', 'training loss, last epoch')):
+        configs = [config for config, of in found if of == column]
+        names = [config.removeprefix('mobilenetv2_').removesuffix('_tinyin100')
+                 for config in configs]
+        sides = zip(*(found[config, column] for config in configs), strict=True)
+        line = figures.Line("over seeds, with Welch's 95 % interval", names,
+                            *(list(side) for side in sides), bars=True)
+        panels.append(figures.Panel(title, '', 'difference to BN', [line]))
     return question, panels
 
 
