@@ -185,12 +185,12 @@ def _draw_panel(axes, panel, colours):
             axes.plot(line.x, line.y, 'o' if len(line.x) == 1 else '-', label=line.name,
                       color=colour)
             axes.fill_between([line.x[i] for i in banded], low, high, alpha=0.2, color=colour)
-    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y,
-             xscale='log' if panel.log_x else axes.get_xscale(),
-             yscale='log' if panel.log_y else axes.get_yscale())
-    if panel.log_x:
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    if panel.log_x:  # setting a linear scale would put numbers in the place of names
+        axes.set_xscale('log')
         _label(axes.xaxis, FixedLocator(sorted({x for line in panel.lines for x in line.x})))
     if panel.log_y:
+        axes.set_yscale('log')
         _label(axes.yaxis, LogLocator(subs=(1, 2, 3, 5)))
     if isinstance(panel.lines[0].x[0], str):
         axes.tick_params(axis='x', rotation=90)
