@@ -107,19 +107,27 @@ class RawDetector(nn.Module):
 def export(detector: Detector, path, target: str = 'portable') -> simplify.Simplified:
     """Writes the ONNX file, with all outputs of the module.
 
-    Of any number of images for ``'portable'``, of one for ``'onnxruntime'``. Returns the
-    module that was written, and what became of its norms.
+    Of any number of images for ``'portable'``, of one for ``'onnxruntime'``. Returns what
+    became of the norms.
     """
-    import onnxscript.optimizer
     simple = simplify.simplified(detector, torch.zeros(1, 3, *detector.size), target)
-    dynamic = {0: torch.export.Dim('batch')} if target == 'portable' else None
+    write(simple.model, torch.zeros(2 if target == 'portable' else 1, 3, *detector.size), path,
+          [*detector.outputs, *detector.raw_names])
+    return simple
+
+
+def write(model: nn.Module, images: Tensor, path, output_names) -> None:
+    """Writes a simplified module; for any number of images, if the example has several."""
+    import onnxscript.optimizer
+    for module in model.modules():
+        if isinstance(module, simplify.PortableDN):
+            module.is_one_operator = True
+    dynamic = ({0: torch.export.Dim('batch')} if len(images) > 1 else None, )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch's, about torch's own classes
         program = torch.onnx.export(
-            simple.model, (torch.zeros(2 if dynamic else 1, 3, *detector.size), ), dynamo=True,
-            opset_version=OPSET, input_names=['images'],
-            output_names=[*detector.outputs, *detector.raw_names],
-            dynamic_shapes=dict(images=dynamic), verbose=False, optimize=False,
+            model, (images, ), dynamo=True, opset_version=OPSET, input_names=['images'],
+            output_names=output_names, dynamic_shapes=dynamic, verbose=False, optimize=False,
             custom_translation_table={
                 torch.ops.dn_mmdet.simple_norm.default: simplify.onnx_simple_norm,
                 torch.ops.dn_mmdet.non_max_suppression.default: onnx_non_max_suppression})
@@ -128,7 +136,6 @@ def export(detector: Detector, path, target: str = 'portable') -> simplify.Simpl
         onnxscript.optimizer.fold_constants(program.model)
         onnxscript.optimizer.remove_unused_nodes(program.model)
     program.save(path)
-    return simple
 
 
 def keep_outputs(path, out, names=OUTPUTS) -> None:
@@ -187,7 +194,7 @@ def compare(session, detector: Detector, images: np.ndarray) -> Agreement:
     found = run(session, images)
     x = torch.from_numpy(images)
     expected = dict(zip(detector.raw_names, detector.raw(x), strict=True))
-    raw = max(_difference(found[name], expected[name].numpy()) for name in detector.head.FIRST)
+    raw = max(difference(found[name], expected[name].numpy()) for name in detector.head.FIRST)
     matched = total = 0
     for index, sample in enumerate(_mmdet_predictions(detector, x) if detector.outputs else ()):
         mine = sample.pred_instances.numpy()
@@ -210,7 +217,7 @@ def run(session, images: np.ndarray) -> dict[str, np.ndarray]:
             zip(names, zip(*found, strict=True), strict=True)}
 
 
-def _difference(found, expected):
+def difference(found, expected):
     """The largest, over the range of what was expected; an output that is all one value by it."""
     scale = np.ptp(expected) or max(np.abs(expected).max(), 1)
     return float(np.abs(found - expected).max() / scale)

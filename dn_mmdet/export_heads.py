@@ -126,7 +126,7 @@ class DenseHead(nn.Module):
 
     def _decode(self, coder, priors, deltas):
         """Boxes (N, M, 4) of deltas of that shape; the coder takes one list for all images."""
-        priors = priors.expand(len(deltas), -1, -1).flatten(0, 1)
+        priors = priors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         return coder.decode(priors, deltas.flatten(0, 1), max_shape=self.size).reshape(
             deltas.shape)
 

@@ -258,8 +258,8 @@ class PortableDN(nn.Module):
     are SC's first linear, of what u makes of its own inputs. p and q are 1 and 0, and left
     out, where k and t contain all of the inner norm.
 
-    To torch's ONNX exporter a layer is one operator, which it then writes as `to_onnx` says:
-    it takes minutes over thousands of nodes, and has a mean of its own for pooling.
+    With ``is_one_operator`` torch's ONNX exporter sees a layer as one operator, which it then
+    writes as `to_onnx` says: it takes minutes over thousands, and writes a pooling as a mean.
 
     Args:
         layer: a DNB.
@@ -267,6 +267,8 @@ class PortableDN(nn.Module):
 
     Shape: (N, C, H, W) -> the same.
     """
+
+    is_one_operator = False
 
     def __init__(self, layer: nn.Module, k: Tensor, t: Tensor):
         super().__init__()
@@ -303,7 +305,7 @@ class PortableDN(nn.Module):
                 setattr(self, name, value[None, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export():
+        if self.is_one_operator:
             names, tensors = zip(*self.named_buffers(), strict=True)
             return _simple_norm(x, list(tensors), ','.join(names), type(self).__name__,
                                 self.bound or 0., self.channels, list(x.shape[2:]))
