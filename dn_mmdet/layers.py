@@ -1,14 +1,13 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
 import re
 import sys
-from functools import partial
+from typing import Any
 
 import torch
 import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ablation import VariantSC
 from .functional import check_backend, check_eps, dynamic_norm
 from .sc import SC
 
@@ -24,6 +23,14 @@ FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
 
 
+def _build_sc(cfg, arguments):
+    if cfg is None:
+        return SC(**arguments)
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise TypeError(f"sc: expected the config of a module, as dict(type='SC'), got {cfg!r}")
+    return MODELS.build(cfg, default_args=arguments)
+
+
 class _DynamicNorm(nn.Module):
     """What DN-B and DN-C share, of which `DNB` has the documentation.
 
@@ -33,6 +40,9 @@ class _DynamicNorm(nn.Module):
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
+    bn: Any  # a BatchNorm, or what a conversion put in its place
+    sc: SC  # or a module with its interface
+    backend: str
     bn_type: type[nn.Module]
     batch_shared: bool
     ndims: tuple[int, ...]
@@ -42,15 +52,16 @@ class _DynamicNorm(nn.Module):
                  min_channels: int = 8, inputs: str = 'raw', bound: float | None = 0.25,
                  bn_requires_grad: bool = True, backend: str = 'auto',
                  device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None, variant: dict | None = None):
+                 dtype: torch.dtype | None = None, sc: dict | None = None):
         super().__init__()
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
                              f"the batch statistics themselves: expected 'raw', got "
                              f'{inputs!r}')
-        make_sc = SC if variant is None else partial(VariantSC, **variant)
-        self.sc = make_sc(num_features, reduction, min_channels, inputs, bound, device, dtype)
+        self.sc = _build_sc(sc, dict(num_features=num_features, reduction=reduction,
+                                     min_channels=min_channels, inputs=inputs, bound=bound,
+                                     device=device, dtype=dtype))
         self.bn = self.bn_type(self.sc.num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
         check_backend(backend)
@@ -59,7 +70,8 @@ class _DynamicNorm(nn.Module):
         self.bn.requires_grad_(bn_requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self._modules  # as attributes, both cost as much as the whole compiled call
+        # As attributes, both would cost as much as the whole compiled call.
+        parts: dict[str, Any] = self._modules
         return dynamic_norm(x, parts['bn'], parts['sc'], batch_shared=self.batch_shared,
                             ndims=self.ndims, backend=self.backend)
 
@@ -176,6 +188,9 @@ def _register(cls):
     return cls
 
 
+_register(SC)
+
+
 class _DNB(_DynamicNorm):
     batch_shared = False
 
@@ -216,8 +231,9 @@ class DNB(_DNB):
             no batch to be relative to and takes only ``'raw'``.
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
             bound, which diverges at high learning rates.
-        variant (dict | None): for ablations: arguments of
-            `dn_mmdet.ablation.VariantSC`, which takes SC's place.
+        sc (dict | None): the config of a registered module in the place of `SC`, as
+            ``dict(type='MySC', depth=2)``. It is given SC's arguments, those of this
+            layer, unless the config has others; see `SC` for what it has to do.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see `dynamic_norm`. All

@@ -16,7 +16,7 @@ SPREAD -->`` is a power calculation.
 import re
 from pathlib import Path
 
-from dn_mmdet import report, results
+from dn_mmdet.experiments import report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))

@@ -8,8 +8,8 @@ from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_mmdet import coco
-from dn_mmdet.coco import CocoError
+from dn_mmdet.checks import coco
+from dn_mmdet.checks.coco import CocoError
 
 CLASSES = ('kite', 'vase')
 NAN, INFINITE = float('nan'), float('inf')

@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import coco, data_checks, preflight
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks import coco, data_checks, preflight
+from dn_mmdet.checks.preflight import ConfigError
 
 
 @pytest.fixture(scope='module')

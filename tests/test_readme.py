@@ -15,8 +15,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torchvision.models import mobilenet_v2
 
-from dn_mmdet import DNB, results
-from dn_mmdet.cost import mult_adds
+from dn_mmdet import DNB
+from dn_mmdet.experiments import results
+from dn_mmdet.experiments.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -179,15 +180,30 @@ def test_the_speed_on_a_gpu_is_the_benchmarks():
         'python tests/speed.py writes the table again')
 
 
+def test_the_tables_of_tile_sizes_are_the_benchmarks():
+    text = speed.TUNING_PAGE.read_text()
+    assert len(speed.TUNING.findall(text)) == 3
+    assert speed.with_tuning_tables(text, speed.read(speed.TUNING_ROWS)) == text, (
+        'python tests/speed.py writes the tables again')
+    assert len(speed.COMPILED.findall(text)) == 1
+    assert speed.with_compiled_table(text, speed.read()) == text
+    assert f'-->\n{speed.MISSING}\n<!-- end' in speed.with_compiled_table(text, [])
+    assert speed.with_tuning_tables(text, []).count(f'-->\n{speed.MISSING}\n<!-- end') == 3
+
+
 def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
     measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
                 for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'
                 and row['unit'] == 'of BN'}
+    step, = (row['median'] for row in speed.read() if (
+        row['part'], row['task'], row['norm'], row['measure'], row['unit']) == (
+        'detector', 'train', 'DNB', 'time', 'of BN'))
     contiguous, channels_last, inference = (measured[key] for key in (
         ('train', 'sum of times', 'contiguous'), ('train', 'sum of times', 'channels_last'),
         ('inference', 'sum of times', 'contiguous')))
     assert (f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
-            f'{channels_last:.2f} in channels_last; inference {inference:.2f}') in README
+            f'{channels_last:.2f} in channels_last; inference {inference:.2f}; a whole training '
+            f'step of SSDLite {step:.2f}') in README
 
 
 def gpu_row(line, layout, measure, median, **others):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dn_mmdet import report, results
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.experiments import report, results
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
                                                 'google-chrome'))), None)

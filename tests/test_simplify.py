@@ -10,10 +10,11 @@ from mmcv.cnn import ConvModule
 from test_convert import used
 from torch import nn
 
-from dn_mmdet import DNB, DNC, export, simplify
-from dn_mmdet.controls import StaticDN
+from dn_mmdet import DNB, DNC
 from dn_mmdet.convert import convert_norm
-from dn_mmdet.simplify import simplified
+from dn_mmdet.deploy import export, simplify
+from dn_mmdet.deploy.simplify import simplified
+from dn_mmdet.experiments.controls import StaticDN
 
 with_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.PACKAGES),

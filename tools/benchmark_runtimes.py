@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, export, preflight, runtimes
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.deploy import export, runtimes
 
 
 def parse(argv):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, export, preflight
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.cli.predict import find_images
+from dn_mmdet.deploy import export
+from dn_mmdet.deploy.simplify import TARGETS
 from dn_mmdet.messages import some
-from dn_mmdet.predict import find_images
 from dn_mmdet.registered import is_of
-from dn_mmdet.simplify import TARGETS
 
 # After dn_mmdet, which says what to install where mmdet is missing.
 # isort: split

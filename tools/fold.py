@@ -8,8 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from dn_mmdet import command_line, deploy, preflight
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.deploy import folding
 from dn_mmdet.fold import foldable
 
 
@@ -47,17 +49,17 @@ def run(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
     preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
     out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
-    model = deploy.built(cfg)
+    model = folding.built(cfg)
     foldable(model)
     preflight.check_evaluation(model)
     for split in ('train', 'val'):
         preflight.check_data(cfg, split, model)
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     check_fits(model, checkpoint, args.checkpoint)
-    deploy.check_twin(cfg, model)
-    deploy.check_out(out)
-    result = deploy.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric)
-    print(deploy.write(result, cfg, checkpoint, out))
+    folding.check_twin(cfg, model)
+    folding.check_out(out)
+    result = folding.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric)
+    print(folding.write(result, cfg, checkpoint, out))
     print(f'{out}, and its config {out.with_suffix(".py")}')
 
 
