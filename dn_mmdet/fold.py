@@ -103,7 +103,7 @@ class Outputs:
 
         Of z, which they act on, it is taken that it has mean b and std w in every image.
         """
-        w, b = _affine_of(bn, self.mean[0])
+        w, b = affine_of(bn, self.mean[0])
         var_g, var_h, both = self.sums / self.count
         lost = (var_g * (w.square() + b.square()) + 2 * b * both + var_h).sum().item()
         kept = ((1 + self.mean[0]) * w).square().sum().item()
@@ -405,7 +405,7 @@ def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
     if isinstance(layer, RewrittenBN):
         weight, bias = layer.scale_and_shift()
     else:
-        w, b = _affine_of(layer.bn, g.double())
+        w, b = affine_of(layer.bn, g.double())
         weight, bias = w * (1 + g), b * (1 + g) + h
     bn = _with_affine(layer, weight, bias)
     if isinstance(layer, (DNBAct, DNCAct)):
@@ -413,7 +413,7 @@ def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
     return bn
 
 
-def _affine_of(bn, like):
+def affine_of(bn, like):
     """Weight and bias (C,) of a BatchNorm, ones and zeros where it has none."""
     return [torch.full_like(like, fill) if t is None else t.detach().to(like)
             for t, fill in ((bn.weight, 1), (bn.bias, 0))]
