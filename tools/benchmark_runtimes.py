@@ -15,6 +15,7 @@ from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.deploy import export, runtimes
+from dn_mmdet.files import replacing
 
 
 def parse(argv):
@@ -46,23 +47,28 @@ def run(args):
     coarse = torch.rand(8, 3, *(side // 8 for side in args.size), generator=generator)
     images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
     models = runtimes.models_of(model, tuple(args.size), images.numpy())
-    for name in args.runtimes:
-        missing = runtimes.RUNTIMES[name].missing()
-        if missing:
-            print(f'{name}: left out, not installed: {", ".join(missing)}')
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder), args.rounds)
-        rows = [row for row in rows if row['runtime'] != name]
-        for row in found:
-            print(f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of BN, '
-                  f'error {row.error:.1e}', flush=True)
-            rows.append(dict(row._asdict(), ms=f'{row.ms:.2f}', ratio=f'{row.ratio:.3f}',
-                             error=f'{row.error:.1e}'))
-        with open(out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, runtimes.FIELDS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.runtimes:
+            missing = runtimes.RUNTIMES[name].missing()
+            if missing:
+                print(f'{name}: left out, not installed: {", ".join(missing)}')
+                continue
+            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder),
+                                      args.rounds)
+            rows = [row for row in rows if row['runtime'] != name]
+            for row in found:
+                print(f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of '
+                      f'BN, error {row.error:.1e}', flush=True)
+                rows.append(dict(row._asdict(), ms=f'{row.ms:.2f}', ratio=f'{row.ratio:.3f}',
+                                 error=f'{row.error:.1e}'))
+            write(out, rows)
+
+
+def write(path, rows):
+    with replacing(path) as part, open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, runtimes.FIELDS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read(path):

@@ -19,7 +19,7 @@ from torch import nn
 from ..fold import calibrate, foldable, measure, replace_layers
 from . import export, simplify
 
-FIELDS = ('runtime', 'version', 'model', 'ms', 'ratio', 'error', 'note')
+FIELDS = ('runtime', 'version', 'model', 'ms', 'ratio', 'error')
 REFERENCE = 'BN, folded'
 
 
@@ -31,7 +31,6 @@ class Row(NamedTuple):
     ms: float  # CPU time of an image, median
     ratio: float  # to `REFERENCE` in the same round, median
     error: float  # of the head's outputs, largest, over their range
-    note: str = ''
 
 
 class Runtime:
@@ -58,9 +57,11 @@ class Runtime:
         """A function: images (1, 3, H, W), float32 -> a list of arrays."""
         raise NotImplementedError
 
-    def onnx(self, detector, folder, target=None):
-        path = folder / f'{type(self).__name__}.onnx'
-        export.export(detector, path, target or self.target)
+    def onnx(self, detector, folder):
+        """The detector's file, beside ``folder``, where another runtime may have written it."""
+        path = folder.with_name(f'{folder.name}_{self.target}.onnx')
+        if not path.exists():
+            export.export(detector, path, self.target)
         return path
 
 
@@ -235,8 +236,8 @@ def measured(name: str, models: dict[str, export.Detector], images: np.ndarray, 
     runtime = RUNTIMES[name]()
     calls, errors = {}, {}
     for number, (label, model) in enumerate(models.items()):
-        place = folder / f'{name}{number}'
-        place.mkdir()
+        place = folder / str(number)
+        place.mkdir(exist_ok=True)
         raw = export.RawDetector(model)
         call = runtime.prepare(raw, place)
         expected = (_Levels(raw) if getattr(call, 'levels', False) else raw)(
