@@ -23,8 +23,9 @@ lint: setup
 test: lint
 	@$(PYTEST) -m 'not slow and not gpu'
 
+# An hour for each: some compile the package twice or train in many processes, and share their cores.
 test-slow: setup
-	@$(PYTEST) -m 'slow and not gpu'
+	@$(PYTEST) -m 'slow and not gpu' --timeout 3600
 
 # The same tests on upstream MMDetection, in an environment of its own.
 test-openmmlab:
