@@ -4,7 +4,8 @@
 // Compiled by g++ alone: the CUDA driver is reached by dlopen, PyTorch's streams and memory
 // through c10's device-independent registries. What a layer's call needs is read from its
 // modules here; anything out of the ordinary is answered by None, and the caller goes the
-// general way, which also words the errors. See host.py for the plans.
+// general way, which also words the errors. An operator of torch.compile's hands over tensors
+// in their place, and learns what does not fit. See host.py for the plans.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -181,7 +182,9 @@ struct Plan {
   int64_t hidden, dtypes;                   // of the key
   at::ScalarType accumulator;
 
-  int64_t values_kept() const { return kept / static_cast<int64_t>(c10::elementSize(accumulator)); }
+  int64_t values_kept() const {
+    return kept / static_cast<int64_t>(c10::elementSize(accumulator));
+  }
 
   at::ScalarType type_of(int parameter) const {
     return static_cast<at::ScalarType>((dtypes >> 6 * (PARAMETERS + STATE - 1 - parameter) & 63) -
@@ -769,15 +772,11 @@ const Tensor& tensor_of(PyObject* found, const char* name) {
   return t;
 }
 
-// x as kernels read it; mode learns of its layout.
-Tensor map_of(PyObject* found, int64_t& mode) {
+const Tensor& map_of(PyObject* found) {
   const Tensor& x = tensor_of(found, "x");
   TORCH_CHECK_VALUE(is_map(x), "x: expected a map (N, C, ...) of floating-point values on a GPU, ",
                     "got ", x.scalar_type(), " of ", x.sizes(), " on ", x.device());
-  bool channels_last = false;
-  const Tensor map = dense(x, channels_last);
-  if (channels_last) mode |= CHANNELS_LAST;
-  return map;
+  return x;
 }
 
 // Raises where anything does not fit. No state: that of a backward pass, which reads none.
@@ -818,14 +817,6 @@ void read_tensors(const Tensor& x, PyObject* parameters, PyObject* state, Call& 
                     " values in a channel, and channels in a batch, got ", x.sizes());
 }
 
-PyObject* as_tuple(const Key& key) {
-  THPObjectPtr tuple(PyTuple_New(key.size()));
-  if (!tuple) throw python_error();
-  for (size_t i = 0; i < key.size(); ++i)
-    PyTuple_SET_ITEM(tuple.get(), i, PyLong_FromLongLong(key[i]));
-  return tuple.release();
-}
-
 // ---------------------------------------------------------------- Python
 
 template <typename F>
@@ -850,6 +841,28 @@ PyObject* guarded(F&& body) {
   return nullptr;
 }
 
+PyObject* as_tuple(const Key& key) {
+  THPObjectPtr tuple(PyTuple_New(key.size()));
+  if (!tuple) throw python_error();
+  for (size_t i = 0; i < key.size(); ++i)
+    PyTuple_SET_ITEM(tuple.get(), i, PyLong_FromLongLong(key[i]));
+  return tuple.release();
+}
+
+struct Found {
+  Tensor x;  // as kernels read it
+  std::shared_ptr<Plan> plan;  // owned: another thread may add plans. Null where there is none yet
+};
+
+Found find_plan(const Tensor& x, Key& key) {
+  bool channels_last = false;
+  Found found{dense(x, channels_last), nullptr};
+  if (channels_last) key[5] |= CHANNELS_LAST;
+  const auto at = plans.find(key);
+  if (at != plans.end()) found.plan = at->second;
+  return found;
+}
+
 // call(x, bn, sc, batch_shared, ndims) -> y; None: not the plain case; or, where there is no
 // plan yet, the key of the one that add_plan wants.
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
@@ -867,13 +880,8 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
-    bool channels_last = false;
-    const Tensor x = dense(given, channels_last);
-    if (channels_last) key[5] |= CHANNELS_LAST;
-    const auto at = plans.find(key);
-    if (at == plans.end()) return as_tuple(key);
-    const std::shared_ptr<Plan> plan = at->second;  // owned: another thread may add plans
-    return THPVariable_Wrap(forward(plan, x, found));
+    const auto [x, plan] = find_plan(given, key);
+    return plan == nullptr ? as_tuple(key) : THPVariable_Wrap(forward(plan, x, found));
   });
 }
 
@@ -891,11 +899,10 @@ PyObject* forward_of_tensors(PyObject*, PyObject* args) {
     BelowAutograd below;
     found.mode = mode & (OF_A_GRADIENT | UPDATE | CUMULATIVE | INFERENCE);
     Key key;
-    const Tensor x = map_of(map, found.mode);
-    read_tensors(x, parameters, state, found, key);
-    const auto at = plans.find(key);
-    if (at == plans.end()) return as_tuple(key);
-    const std::shared_ptr<Plan> plan = at->second;  // owned: another thread may add plans
+    const Tensor& given = map_of(map);
+    read_tensors(given, parameters, state, found, key);
+    const auto [x, plan] = find_plan(given, key);
+    if (plan == nullptr) return as_tuple(key);
     Made made = run_forward(*plan, x, found);
     if (!made.kept.defined()) made.kept = empty({0}, {1}, plan->accumulator, x);
     return Py_BuildValue("[NN]", wrap(made.y), wrap(made.kept));
@@ -917,15 +924,14 @@ PyObject* backward_of_tensors(PyObject*, PyObject* args) {
     BelowAutograd below;
     found.mode = (mode & OF_A_GRADIENT) | BACKWARD;
     Key key;
-    const Tensor x = map_of(map, found.mode);
-    read_tensors(x, parameters, nullptr, found, key);
+    const Tensor& given = map_of(map);
+    read_tensors(given, parameters, nullptr, found, key);
     const Tensor& dy = tensor_of(gradient, "dy");
-    TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && dy.device() == x.device(),
-                      "dy: expected the sizes and device of x, ", x.sizes(), " on ", x.device(),
-                      ", got ", dy.sizes(), " on ", dy.device());
-    const auto at = plans.find(key);
-    if (at == plans.end()) return as_tuple(key);
-    const std::shared_ptr<Plan> plan = at->second;
+    TORCH_CHECK_VALUE(dy.sizes() == given.sizes() && dy.device() == given.device(),
+                      "dy: expected the sizes and device of x, ", given.sizes(), " on ",
+                      given.device(), ", got ", dy.sizes(), " on ", dy.device());
+    const auto [x, plan] = find_plan(given, key);
+    if (plan == nullptr) return as_tuple(key);
     Tensor kept = tensor_of(kept_, "kept");
     TORCH_CHECK_VALUE(kept.numel() == plan->values_kept() && kept.device() == x.device() &&
                           kept.scalar_type() == plan->accumulator,
@@ -938,7 +944,8 @@ PyObject* backward_of_tensors(PyObject*, PyObject* args) {
     {
       pybind11::gil_scoped_release released;
       c10::OptionalDeviceGuard guard(x.device());
-      if (!kept.is_contiguous() || !is_aligned(kept)) kept = kept.clone(at::MemoryFormat::Contiguous);
+      if (!kept.is_contiguous() || !is_aligned(kept))
+        kept = kept.clone(at::MemoryFormat::Contiguous);
       std::array<char*, PARAMETERS> gradients = {};
       for (int i = 0; i < PARAMETERS; ++i) {
         if (!p[i].defined()) continue;
