@@ -1782,6 +1782,22 @@ if not INTERPRETED:
             torch.testing.assert_close(y, twin(x))
 
     @GPU
+    def test_an_operators_call_under_capture(side, device):
+        given = handed_over(device, host.BATCH | host.BOUNDED)
+        dy, x, _, *more = backward_of(given, None)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            y, kept = host.forward(*given)
+            gradients = host.backward(dy, x, kept, *more)
+        x.copy_(torch.randn_like(x))
+        dy.copy_(torch.randn_like(x))
+        graph.replay()
+        wanted = host.forward(*given)
+        torch.testing.assert_close([y, kept], wanted)
+        torch.testing.assert_close(gradients, host.backward(dy, x, wanted[1], *more))
+
+    @GPU
     def test_in_a_thread_that_has_no_context_yet(device):
         layer, twin = pair(device)
         x = values(device, 2, 3, 2, 2)

@@ -35,8 +35,6 @@ if 'C++' in LAUNCHERS:
         import emulated_gpu
         emulated_gpu.install()
 BY_EACH = pytest.mark.parametrize('launched_by', LAUNCHERS, indirect=True)
-BY_HOST = pytest.mark.skipif('C++' not in LAUNCHERS, reason='needs the compiled host; it runs on '
-                             'a GPU or in the interpreter, in test_in_the_interpreter')
 # N = 4 and C = 4: what is kept has no gaps then, whose values would be any
 N, C, HIDDEN = 4, 4, 8
 OPS = torch.ops.dn_mmdet
@@ -117,45 +115,44 @@ def test_an_operator_is_what_it_says(name, options, launched_by):
                 dy, tensors[0], kept, *tensors[1:], *more, x_needs_gradient))
 
 
-@BY_HOST
-@pytest.mark.parametrize('refused', [(), ('forward', ), ('backward', )], ids=str)
-def test_who_launches(refused, monkeypatch):
-    """The compiled host; Python where the host cannot, each way for itself."""
-    by_python = []
-    real_launch, real_add = triton_ops.run_launch, host._add_plan
+if 'C++' in LAUNCHERS:
 
-    def run_launch(launch, *args):
-        by_python.append(launch.kernel)
-        return real_launch(launch, *args)
+    @pytest.mark.parametrize('refused', [(), ('forward', ), ('backward', )], ids=str)
+    def test_who_launches(refused, monkeypatch):
+        """The compiled host; Python where the host cannot, each way for itself."""
+        by_python = []
+        real_launch, real_add = triton_ops.run_launch, host._add_plan
 
-    def add_plan(key):
-        way = 'backward' if key[5] & host.BACKWARD else 'forward'
-        return way not in refused and real_add(key)
+        def run_launch(launch, *args):
+            by_python.append(launch.kernel)
+            return real_launch(launch, *args)
 
-    monkeypatch.setattr(triton_ops, 'run_launch', run_launch)
-    monkeypatch.setattr(host, '_add_plan', add_plan)
-    host._host.forget_plans()
-    layer, twin = pair()
-    x = values().requires_grad_()
-    dy = torch.randn_like(x)
-    run = torch.compile(layer, fullgraph=True, backend='aot_eager')
-    for _ in range(2):
-        assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
-    ways = {'reduce_kernel': 'backward', 'affine_kernel': 'forward'}
-    assert {ways[kernel] for kernel in by_python if kernel in ways} == set(refused)
+        def add_plan(key):
+            way = 'backward' if key[5] & host.BACKWARD else 'forward'
+            return way not in refused and real_add(key)
 
+        monkeypatch.setattr(triton_ops, 'run_launch', run_launch)
+        monkeypatch.setattr(host, '_add_plan', add_plan)
+        host._host.forget_plans()
+        layer, twin = pair()
+        x = values().requires_grad_()
+        dy = torch.randn_like(x)
+        run = torch.compile(layer, fullgraph=True, backend='aot_eager')
+        for _ in range(2):
+            assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
+        ways = {'reduce_kernel': 'backward', 'affine_kernel': 'forward'}
+        assert {ways[kernel] for kernel in by_python if kernel in ways} == set(refused)
 
-@BY_HOST
-def test_what_an_operator_gives_has_memory_of_its_own():
-    """Torch's rule; a compiled model writes into what it no longer needs."""
-    tensors, averages = arguments(True, False)
-    options = 1e-5, 0.25, True, False, False, True, KERNELS
-    y, kept = OPS.dynamic_norm(*tensors, *averages, *options)
-    found = (y, kept, *OPS.dynamic_norm_backward(y, tensors[0], kept, *tensors[1:], *options,
-                                                 True))
-    assert len({t.untyped_storage().data_ptr() for t in (*tensors, *found)}) == 16
-    for t in found:
-        assert t.is_contiguous() and t.storage_offset() == 0
+    def test_what_an_operator_gives_has_memory_of_its_own():
+        """Torch's rule; a compiled model writes into what it no longer needs."""
+        tensors, averages = arguments(True, False)
+        options = 1e-5, 0.25, True, False, False, True, KERNELS
+        y, kept = OPS.dynamic_norm(*tensors, *averages, *options)
+        found = (y, kept, *OPS.dynamic_norm_backward(y, tensors[0], kept, *tensors[1:], *options,
+                                                     True))
+        assert len({t.untyped_storage().data_ptr() for t in (*tensors, *found)}) == 16
+        for t in found:
+            assert t.is_contiguous() and t.storage_offset() == 0
 
 
 @pytest.mark.parametrize('batch_shared', [False, True])

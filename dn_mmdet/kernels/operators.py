@@ -91,12 +91,11 @@ def _run(x, parameters, state, step, eps, bound, batch, batch_shared, standardiz
     x = as_dense(x)
     host = _host_for(kernels, x.device.type)
     if host is not None:
-        momentum = step[0] if step else None
         mode = _mode(host, batch, batch_shared, standardized, bound)
         if step:
             mode |= host.UPDATE if step[0] is not None else host.UPDATE | host.CUMULATIVE
         found = host.forward(x, parameters, state, mode if keep else mode | host.INFERENCE, eps,
-                             momentum or 0., bound or 0.)
+                             (step and step[0]) or 0., bound or 0.)
         if found is not None:
             return found
     run = _run_triton if kernels == 'triton' else _run_cpp
