@@ -178,7 +178,7 @@ def test_a_backend_that_does_not_run_here_is_left_out_and_said(main, tmp_path, c
     table = tmp_path / 'rows.csv'
     assert main(['--size', '32', '--batch', '4', '--pairs', '1', '--parts', 'host', '--norms',
                  'BN', 'DNB:triton', 'DNB:torch', '--csv', str(table)]) == 1
-    assert "not measured: DNB triton: backend='triton': expected" in capsys.readouterr().err
+    assert "not measured: DNB triton: backend='triton': " in capsys.readouterr().err
     assert {row['backend'] for row in benchmark.read_rows(table)} == {'', 'torch'}
 
 

@@ -1,7 +1,8 @@
 """The operators that torch.compile keeps: their schemas, sizes and gradients, and what it makes.
 
 Those of Triton's kernels run on a GPU where there is one, everywhere else in Triton's
-interpreter, in a process that `test_in_the_interpreter` starts on this file.
+interpreter, in a process that `test_in_the_interpreter` starts on this file. They are launched
+by the compiled host (there, against the driver of `emulated_gpu`), some also from Python.
 """
 import copy
 
@@ -27,6 +28,13 @@ if KERNELS == 'cpp' and functional.compiled_kernels() is None:
 pytestmark = [pytest.mark.filterwarnings('ignore:Conversion of an array with ndim'),
               *([pytest.mark.gpu] if DEVICE == 'cuda' else [])]
 slow = pytest.mark.slow
+LAUNCHERS = (['C++', 'Python'] if KERNELS == 'triton' and functional.gpu_host() else ['Python'])
+if 'C++' in LAUNCHERS:
+    from dn_mmdet.kernels import host, triton_ops
+    if INTERPRETED:
+        import emulated_gpu
+        emulated_gpu.install()
+BY_EACH = pytest.mark.parametrize('launched_by', LAUNCHERS, indirect=True)
 # N = 4 and C = 4: what is kept has no gaps then, whose values would be any
 N, C, HIDDEN = 4, 4, 8
 OPS = torch.ops.dn_mmdet
@@ -36,6 +44,20 @@ OPS = torch.ops.dn_mmdet
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch.compiler.reset()  # else the eighth layer counts as a recompilation too many
+
+
+@pytest.fixture(autouse=True)
+def launched_by(request, monkeypatch):
+    by = getattr(request, 'param', LAUNCHERS[0])
+    if by == 'C++' and INTERPRETED:
+        monkeypatch.setattr(operators, '_host_for', lambda kernels, device: host)
+    elif 'C++' in LAUNCHERS and by == 'Python':
+        monkeypatch.setattr(operators, '_host_for', lambda kernels, device: None)
+    yield by
+    if 'C++' in LAUNCHERS and INTERPRETED:
+        errors = emulated_gpu.errors[:]
+        emulated_gpu.errors.clear()
+        assert not errors, errors[0]
 
 
 if not INTERPRETED:
@@ -69,9 +91,10 @@ OPTIONS = {'dnb': (True, 0.25, True, False, False, True),
 
 
 @slow
+@BY_EACH
 @pytest.mark.parametrize('options', OPTIONS)
 @pytest.mark.parametrize('name', ['dynamic_norm', 'dynamic_norm_step', 'dynamic_norm_backward'])
-def test_an_operator_is_what_it_says(name, options):
+def test_an_operator_is_what_it_says(name, options, launched_by):
     """Schema, sizes, autograd and tracing, by torch's own checks."""
     affine, bound, batch, batch_shared, standardized, keep = OPTIONS[options]
     tensors, averages = arguments(affine, keep)
@@ -90,6 +113,46 @@ def test_an_operator_is_what_it_says(name, options):
         for x_needs_gradient in (True, False):
             torch.library.opcheck(OPS.dynamic_norm_backward, (
                 dy, tensors[0], kept, *tensors[1:], *more, x_needs_gradient))
+
+
+if 'C++' in LAUNCHERS:
+
+    @pytest.mark.parametrize('refused', [(), ('forward', ), ('backward', )], ids=str)
+    def test_who_launches(refused, monkeypatch):
+        """The compiled host; Python where the host cannot, each way for itself."""
+        by_python = []
+        real_launch, real_add = triton_ops.run_launch, host._add_plan
+
+        def run_launch(launch, *args):
+            by_python.append(launch.kernel)
+            return real_launch(launch, *args)
+
+        def add_plan(key):
+            way = 'backward' if key[5] & host.BACKWARD else 'forward'
+            return way not in refused and real_add(key)
+
+        monkeypatch.setattr(triton_ops, 'run_launch', run_launch)
+        monkeypatch.setattr(host, '_add_plan', add_plan)
+        host._host.forget_plans()
+        layer, twin = pair()
+        x = values().requires_grad_()
+        dy = torch.randn_like(x)
+        run = torch.compile(layer, fullgraph=True, backend='aot_eager')
+        for _ in range(2):
+            assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
+        ways = {'reduce_kernel': 'backward', 'affine_kernel': 'forward'}
+        assert {ways[kernel] for kernel in by_python if kernel in ways} == set(refused)
+
+    def test_what_an_operator_gives_has_memory_of_its_own():
+        """Torch's rule; a compiled model writes into what it no longer needs."""
+        tensors, averages = arguments(True, False)
+        options = 1e-5, 0.25, True, False, False, True, KERNELS
+        y, kept = OPS.dynamic_norm(*tensors, *averages, *options)
+        found = (y, kept, *OPS.dynamic_norm_backward(y, tensors[0], kept, *tensors[1:], *options,
+                                                     True))
+        assert len({t.untyped_storage().data_ptr() for t in (*tensors, *found)}) == 16
+        for t in found:
+            assert t.is_contiguous() and t.storage_offset() == 0
 
 
 @pytest.mark.parametrize('batch_shared', [False, True])
@@ -186,8 +249,9 @@ def assert_same(found, wanted, dtype=torch.float64):
 
 @pytest.mark.shows('`torch.compile` keeps the fused kernels')
 @MODES
+@BY_EACH
 @pytest.mark.parametrize('kind', LAYERS)
-def test_a_compiled_step_is_one_operator_each_way(kind, training):
+def test_a_compiled_step_is_one_operator_each_way(kind, training, launched_by):
     cls, kwargs = LAYERS[kind]
     layer, twin = pair(cls, training, **kwargs)
     graphs = Counting(autograd=True)
@@ -228,7 +292,8 @@ def test_frozen_statistics_in_training():
 
 
 @MODES
-def test_without_gradients(training):
+@BY_EACH
+def test_without_gradients(training, launched_by):
     layer, twin = pair(training=training)
     graphs = Counting(autograd=True)
     run = torch.compile(layer, fullgraph=True, backend=graphs)
@@ -240,7 +305,8 @@ def test_without_gradients(training):
     assert set(graphs.calls()) == {'dynamic_norm_step' if training else 'dynamic_norm'}
 
 
-def test_the_running_averages_move_once_and_are_seen_to():
+@BY_EACH
+def test_the_running_averages_move_once_and_are_seen_to(launched_by):
     layer, twin = pair()
     run = torch.compile(layer, fullgraph=True, backend='aot_eager')
     version = layer.running_mean._version

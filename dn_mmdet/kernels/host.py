@@ -33,11 +33,12 @@ from . import _host, plans, triton_kernels
 
 # Where an argument comes from, in the order of host.cpp's Source.
 SOURCES = ('x', 'y', 'dy', 'dx', 'w', 'b', 'w_in', 'b_in', 'w_out', 'b_out', 'running_mean',
-           'running_var', 'tracked', 'kept', 'scratch', 'backward_scratch', 'gradients', 'table',
-           'dtable', 'eps', 'momentum', 'bound', 'number')
-# host.cpp's Mode.
-BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST, INFERENCE = (
-    1 << i for i in range(8))
+           'running_var', 'tracked', 'kept', 'scratch', 'backward_scratch', 'dw', 'db', 'dw_in',
+           'db_in', 'dw_out', 'db_out', 'table', 'dtable', 'eps', 'momentum', 'bound', 'number')
+# host.cpp's Mode; BACKWARD: an operator's gradient, which has a plan of its own.
+BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST, INFERENCE, BACKWARD = (
+    1 << i for i in range(9))
+MODES = 9  # bits; the dtype of the map stands above them
 # c10::ScalarType
 DTYPES = {4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64,
           15: torch.bfloat16}
@@ -71,6 +72,39 @@ def call(x, bn, sc, batch_shared: bool, ndims: tuple[int, ...]):
     return _host.call(x, bn, sc, batch_shared, ndims) if _add_plan(y) else None
 
 
+def forward(x, parameters, state, mode: int, eps: float, momentum: float, bound: float):
+    """y and what is kept for `backward`, for an operator: of tensors, below autograd.
+
+    Args:
+        x: a map on a GPU; y has its strides where it is contiguous or channels_last.
+        parameters: w, b and SC's four; w and b can be None.
+        state: the running averages and the counter, None where missing.
+        mode: BATCH | ..., with INFERENCE where nothing is to be kept.
+        momentum, bound: any number where the mode says that they do not count.
+
+    Returns:
+        None where the kernels cannot be compiled or loaded on this GPU. What is kept is flat, of
+        `plans.Plan.kept_size` values.
+    """
+    return _by_plan(_host.forward, x, parameters, state, mode, eps, momentum, bound)
+
+
+def backward(dy, x, kept, parameters, mode: int, eps: float, bound: float,
+             x_needs_gradient: bool):
+    """The gradients of x and of the six parameters, None where there is none.
+
+    All of them None, as in `forward`, is None alone. Of the mode the same can be given.
+    """
+    return _by_plan(_host.backward, dy, x, kept, parameters, mode, eps, bound, x_needs_gradient)
+
+
+def _by_plan(function, *args):
+    found = function(*args)
+    if found.__class__ is not tuple:
+        return found
+    return function(*args) if _add_plan(found) else None
+
+
 def _add_plan(key) -> bool:
     device = max(key[0], 0)  # a test's maps are on the CPU
     if device in _unusable:
@@ -98,7 +132,7 @@ def kernels_run_on(device: int) -> bool:
 def plan_of(key) -> plans.Plan:
     """The plan that host.cpp's key stands for."""
     _, n, c, s, hidden, mode, dtypes, world, rank = key
-    shape = plans.Shape(n, c, s, bool(mode & CHANNELS_LAST), DTYPES[mode >> 8])
+    shape = plans.Shape(n, c, s, bool(mode & CHANNELS_LAST), DTYPES[mode >> MODES])
     options = plans.Options(
         hidden=hidden, batch=bool(mode & BATCH), update=bool(mode & UPDATE),
         cumulative=bool(mode & CUMULATIVE), shared=bool(mode & SHARED),
@@ -109,7 +143,13 @@ def plan_of(key) -> plans.Plan:
         number = dtypes >> 6 * (len(OWN) - 1 - i) & 63
         if number:
             given[name] = DTYPES[number - 1]
-    return plans.Plan(shape, options, given, _tuning)
+    if not mode & BACKWARD:
+        return plans.Plan(shape, options, given, _tuning)
+    if not options.batch:  # a plan's; no kernel of a backward pass reads them
+        given.update(running_mean=shape.accumulator, running_var=shape.accumulator)
+    plan = plans.Plan(shape, options, given, _tuning)
+    plan.forward.clear()
+    return plan
 
 
 _tuning = plans.TUNING
@@ -135,8 +175,8 @@ def encode(plan: plans.Plan, handle_of) -> bytes:
     for source in ('kept', 'scratch', 'backward_scratch'):
         for name, at in getattr(plan, source).items():
             places[name] = source, at * itemsize
-    for name, at in plan.gradients.items():
-        places[f'd{name}'] = 'gradients', at
+    for name in plan.gradients:
+        places[f'd{name}'] = f'd{name}', 0
     numbers = [itemsize * plan.kept_size, itemsize * plan.kept.get('mu', 0),
                itemsize * plan.kept.get('sigma', 0), itemsize * plan.scratch_size,
                itemsize * plan.backward_scratch_size, plan.gradient_bytes,

@@ -12,8 +12,8 @@ an operator that writes, so that the formula is registered here in the way that 
 itself. What is kept for the backward pass is one flat tensor, by `kept_sizes`. A gradient that
 is missing or not wanted is an empty tensor.
 
-``kernels`` is 'triton', the plans of a GPU's kernels, launched from Python (a CUDA graph has
-no use for the host's time), or 'cpp', the kernels for CPUs.
+``kernels`` is 'triton', a GPU's kernels, or 'cpp', the kernels for CPUs. The former are launched
+by the compiled host where it was built and knows this Triton, and from Python elsewhere.
 """
 import functools
 import operator
@@ -82,20 +82,43 @@ def _forward(x, *args):
 
 def _step(x, *args):
     parameters, state, (momentum, *options) = args[:6], args[6:9], args[9:]
-    result = _run(x, parameters, state, (momentum, ), *options)
-    for t in state:  # autograd is to notice, as it does an operator's write
-        if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
-    return result
+    return _run(x, parameters, state, (momentum, ), *options)
 
 
 def _run(x, parameters, state, step, eps, bound, batch, batch_shared, standardized, keep,
          kernels):
     """y and what is kept. step: None, or the momentum, itself None for a cumulative average."""
+    x = as_dense(x)
+    host = _host_for(kernels, x.device.type)
+    if host is not None:
+        mode = _mode(host, batch, batch_shared, standardized, bound)
+        if step:
+            mode |= host.UPDATE if step[0] is not None else host.UPDATE | host.CUMULATIVE
+        found = host.forward(x, parameters, state, mode if keep else mode | host.INFERENCE, eps,
+                             (step and step[0]) or 0., bound or 0.)
+        if found is not None:
+            return found
     run = _run_triton if kernels == 'triton' else _run_cpp
-    y, kept = run(as_dense(x), parameters, state, step, keep, dict(
+    y, kept = run(x, parameters, state, step, keep, dict(
         eps=eps, bound=bound, batch_shared=batch_shared, standardized=standardized), batch)
+    for t in state if step else ():  # autograd is to notice, as it does an operator's write
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
     return y, kept if keep else x.new_empty(0, dtype=_wide(x))
+
+
+@functools.cache
+def _host_for(kernels, device):
+    """The module that launches the kernels from C++, or None."""
+    if kernels != 'triton' or device != 'cuda':
+        return None
+    from dn_mmdet.functional import gpu_host
+    return gpu_host()
+
+
+def _mode(host, batch, batch_shared, standardized, bound):
+    return ((host.BATCH if batch else 0) | (host.SHARED if batch_shared else 0)
+            | (host.STANDARDIZED if standardized else 0) | (0 if bound is None else host.BOUNDED))
 
 
 def _run_triton(x, parameters, state, step, keep, options, batch):
@@ -145,13 +168,18 @@ def _backward(dy, x, kept, *args):
     parameters, (eps, bound, batch, batch_shared, standardized, _, kernels, x_needs_gradient) = (
         args[:6], args[6:])
     x = as_dense(x)
-    run = _run_triton_backward if kernels == 'triton' else _run_cpp_backward
-    dx, gradients = run(in_layout_of(x, dy), x, kept, parameters, dict(
-        eps=eps, bound=bound, batch_shared=batch_shared, standardized=standardized), batch,
-        x_needs_gradient)
-    return (x.new_empty(0) if dx is None else dx, *(
-        x.new_empty(0) if t is None else d.to(t.dtype)
-        for d, t in zip(gradients, parameters, strict=True)))
+    host = _host_for(kernels, x.device.type)
+    found = host and host.backward(
+        dy, x, kept, parameters, _mode(host, batch, batch_shared, standardized, bound), eps,
+        bound or 0., x_needs_gradient)
+    if found is None:
+        run = _run_triton_backward if kernels == 'triton' else _run_cpp_backward
+        dx, gradients = run(in_layout_of(x, dy), x, kept, parameters, dict(
+            eps=eps, bound=bound, batch_shared=batch_shared, standardized=standardized), batch,
+            x_needs_gradient)
+        found = dx, *(d if t is None else d.to(t.dtype)
+                      for d, t in zip(gradients, parameters, strict=True))
+    return tuple(x.new_empty(0) if d is None else d for d in found)
 
 
 def _run_triton_backward(dy, x, kept, parameters, options, batch, x_needs_gradient):
@@ -219,10 +247,10 @@ def _parts(plan, memory, places):
 
 
 def _launch(launches, tensors, options, momentum=0.):
-    from .triton_ops import _launch
+    from . import triton_ops
     scalars = dict(eps=options['eps'], bound=options['bound'] or 0., momentum=momentum)
     for launch in launches:
-        _launch(launch, tensors, scalars)
+        triton_ops.run_launch(launch, tensors, scalars)
 
 
 def _gradients_like(x, parameters):

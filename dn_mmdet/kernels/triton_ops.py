@@ -36,7 +36,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     shape = shape_of(x)
     launch, splits, split_size = plans.moments(shape)
     m, v = _small(x, (2, splits, *x.shape[:2]))
-    _launch(launch, dict(x=x, m_part=m, v_part=v))
+    run_launch(launch, dict(x=x, m_part=m, v_part=v))
     if splits == 1:
         return m[0], v[0]
     share = m.new_full((splits, 1, 1), split_size / shape.size)  # no copy: graphs capture it
@@ -49,7 +49,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
     x = as_dense(x)
     y = torch.empty_like(x)
-    _launch(plans.affine(shape_of(x)), dict(x=x, y=y, m=m, a=a, c=c))
+    run_launch(plans.affine(shape_of(x)), dict(x=x, y=y, m=m, a=a, c=c))
     return y
 
 
@@ -58,7 +58,7 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     dy = in_layout_of(x, dy)
     launch, splits, _ = plans.reduce(shape_of(x))
     sums = _small(x, (2, splits, *m.shape))
-    _launch(launch, dict(dy=dy, x=x, m=m, da_part=sums[0], dc_part=sums[1]))
+    run_launch(launch, dict(dy=dy, x=x, m=m, da_part=sums[0], dc_part=sums[1]))
     da, dc = sums.sum(1) if splits > 1 else sums[:, 0]
     return da, dc
 
@@ -68,7 +68,7 @@ def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
     x = as_dense(x)
     dy = in_layout_of(x, dy)
     dx = torch.empty_like(x)
-    _launch(plans.input_gradient(shape_of(x)), dict(dy=dy, x=x, dx=dx, m=m, a=a, p=p, q=q))
+    run_launch(plans.input_gradient(shape_of(x)), dict(dy=dy, x=x, dx=dx, m=m, a=a, p=p, q=q))
     return dx
 
 
@@ -123,10 +123,11 @@ class Coefficients:
         return {name: self.m.new_empty(sizes[name]) for name in names}
 
     def _run(self, launch, tensors):
-        _launch(launch, dict(self.given, **tensors), self.scalars)
+        run_launch(launch, dict(self.given, **tensors), self.scalars)
 
 
-def _launch(launch, tensors, scalars=None):
+def run_launch(launch: plans.Launch, tensors: dict[str, Tensor], scalars=None) -> None:
+    """One kernel, on the current stream. tensors: by the names in a plan; scalars: eps, ...."""
     arguments = dict(launch.constants, ACC=ACCUMULATORS[launch.constants['ACC']])
     for name in plans.argument_names(launch):
         if plans.is_pointer(name):

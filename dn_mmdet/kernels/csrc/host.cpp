@@ -4,7 +4,8 @@
 // Compiled by g++ alone: the CUDA driver is reached by dlopen, PyTorch's streams and memory
 // through c10's device-independent registries. What a layer's call needs is read from its
 // modules here; anything out of the ordinary is answered by None, and the caller goes the
-// general way, which also words the errors. See host.py for the plans.
+// general way, which also words the errors. An operator of torch.compile's hands over tensors
+// in their place, and learns what does not fit. See host.py for the plans.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -126,7 +127,7 @@ Handle stream_of(c10::Device device) {
 enum Source {
   X, Y, DY, DX,
   W, B, W_IN, B_IN, W_OUT, B_OUT, RUNNING_MEAN, RUNNING_VAR, TRACKED,
-  KEPT, SCRATCH, BACKWARD_SCRATCH, GRADIENTS, TABLE, DTABLE,
+  KEPT, SCRATCH, BACKWARD_SCRATCH, DW, DB, DW_IN, DB_IN, DW_OUT, DB_OUT, TABLE, DTABLE,
   POINTERS,
   EPS = POINTERS, MOMENTUM, BOUND,
   NUMBER,
@@ -181,6 +182,10 @@ struct Plan {
   int64_t hidden, dtypes;                   // of the key
   at::ScalarType accumulator;
 
+  int64_t values_kept() const {
+    return kept / static_cast<int64_t>(c10::elementSize(accumulator));
+  }
+
   at::ScalarType type_of(int parameter) const {
     return static_cast<at::ScalarType>((dtypes >> 6 * (PARAMETERS + STATE - 1 - parameter) & 63) -
                                        1);
@@ -202,7 +207,9 @@ std::unordered_map<Key, std::shared_ptr<Plan>, KeyHash> plans;  // under the GIL
 constexpr size_t MOST_PLANS = 1 << 14;  // maps of ever new sizes are not to fill the memory
 
 enum Mode { BATCH = 1, UPDATE = 2, CUMULATIVE = 4, SHARED = 8, STANDARDIZED = 16, BOUNDED = 32,
-            CHANNELS_LAST = 64, INFERENCE = 128 };
+            CHANNELS_LAST = 64, INFERENCE = 128, BACKWARD = 256 };
+constexpr int MODES = 9;  // bits; the dtype of the map stands above them
+constexpr int64_t OF_A_GRADIENT = BATCH | SHARED | STANDARDIZED | BOUNDED;
 
 // ---------------------------------------------------------------- tensors, past the dispatcher
 
@@ -271,6 +278,15 @@ Tensor dense(const Tensor& x, bool& channels_last) {
   return channels_last ? x.clone() : x.clone(at::MemoryFormat::Contiguous);
 }
 
+// A gradient of x, laid out as x is.
+Tensor laid_out_as(const Tensor& x, const Tensor& dy) {
+  if (dy.sizes() == x.sizes() && dy.strides() == x.strides() &&
+      dy.scalar_type() == x.scalar_type() && !dy.is_conj() && !dy.is_neg() && is_aligned(dy))
+    return dy;
+  Tensor copy = at::empty_like(x);
+  return copy.copy_(dy);
+}
+
 // ---------------------------------------------------------------- running a plan
 
 void all_reduce(Tensor& t, const std::string& group) {
@@ -292,6 +308,34 @@ void run(const std::vector<Launch>& launches, size_t count, char* const* pointer
   }
 }
 
+// Writes the gradients of the parameters, and gives back that of x where it is needed.
+Tensor run_backward(const Plan& plan, const Tensor& dy, const Tensor& x,
+                    const std::array<Tensor, PARAMETERS>& parameters, const Tensor& kept,
+                    const Tensor& table, const std::array<char*, PARAMETERS>& gradients,
+                    const Scalars& scalars, const std::string& group, bool needs_dx) {
+  Tensor dx, dtable;
+  if (needs_dx) dx = empty(x.sizes(), x.strides(), x.scalar_type(), x);
+  if (plan.table) dtable = empty({plan.table}, {1}, plan.accumulator, x);
+  const Tensor scratch = empty_bytes(plan.backward_scratch, x);
+  char* pointers[POINTERS] = {};
+  pointers[X] = address(x);
+  pointers[DY] = address(dy);
+  pointers[DX] = address(dx);
+  for (int i = 0; i < PARAMETERS; ++i) {
+    pointers[W + i] = address(parameters[i]);
+    pointers[DW + i] = gradients[i];
+  }
+  pointers[KEPT] = address(kept);
+  pointers[BACKWARD_SCRATCH] = address(scratch);
+  pointers[TABLE] = address(table);
+  pointers[DTABLE] = address(dtable);
+  // The last launches make dx alone. Among them is the all-reduce, which other processes
+  // make only for dx too: autograd's on the general path, torch's SyncBatchNorm.
+  const size_t for_dx = needs_dx ? 0 : plan.table ? 3 : 1;
+  run(plan.backward, plan.backward.size() - for_dx, pointers, scalars, x, dtable, group);
+  return dx;
+}
+
 // Batched gradients, say: not a plain tensor with memory of its own.
 bool is_transformed(const Tensor& t) {
   return t.layout() != at::kStrided || !t.has_storage() ||
@@ -307,6 +351,10 @@ void check_saved(const Tensor& t, int64_t numel, at::ScalarType type, c10::Devic
               "expected the saved tensor back from a hook on saved tensors, with ", numel,
               " values of ", type, " on ", device, ", got ", t.sizes(), " values of ",
               t.scalar_type(), " on ", t.device());
+}
+
+PyObject* wrap(const Tensor& t) {
+  return t.defined() ? THPVariable_Wrap(t) : (Py_INCREF(Py_None), Py_None);
 }
 
 PyObject* double_backward = nullptr;  // host.py's, set once
@@ -325,7 +373,7 @@ struct DynamicNormBackward : public torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     variable_list found(1 + PARAMETERS);
-    Tensor dy = grads[0];
+    const Tensor& dy = grads[0];
     if (!dy.defined()) return found;
     Tensor x = x_.unpack();  // says so where it was released or changed
     std::array<Tensor, PARAMETERS> p;
@@ -346,34 +394,13 @@ struct DynamicNormBackward : public torch::autograd::Node {
       Tensor copy = at::empty_strided(x.sizes(), strides, x.options());
       x = copy.copy_(x);
     }
-    if (dy.sizes() != x.sizes() || dy.strides() != x.strides() ||
-        dy.scalar_type() != x.scalar_type() || dy.is_conj() || dy.is_neg() || !is_aligned(dy)) {
-      Tensor copy = at::empty_like(x);
-      copy.copy_(dy);
-      dy = copy;
-    }
     for (auto& t : p)
       if (t.defined() && !t.is_contiguous()) t = t.contiguous();
-    const Tensor dx = empty(x.sizes(), x.strides(), x.scalar_type(), x);
-    const Tensor scratch = empty_bytes(plan->backward_scratch, x);
     const Tensor all = empty_bytes(plan->gradients, x);
-    Tensor dtable;
-    if (plan->table) dtable = empty({plan->table}, {1}, plan->accumulator, x);
-    char* pointers[POINTERS] = {};
-    pointers[X] = address(x);
-    pointers[DY] = address(dy);
-    pointers[DX] = address(dx);
-    for (int i = 0; i < PARAMETERS; ++i) pointers[W + i] = address(p[i]);
-    pointers[KEPT] = address(kept);
-    pointers[BACKWARD_SCRATCH] = address(scratch);
-    pointers[GRADIENTS] = address(all);
-    pointers[TABLE] = address(table);
-    pointers[DTABLE] = address(dtable);
-    // The last launches make dx alone. Among them is the all-reduce, which other processes
-    // make only for dx too: autograd's on the general path, torch's SyncBatchNorm.
-    const size_t for_dx = task_should_compute_output(0) ? 0 : plan->table ? 3 : 1;
-    run(plan->backward, plan->backward.size() - for_dx, pointers, scalars, x, dtable, group);
-    if (task_should_compute_output(0)) found[0] = dx;
+    std::array<char*, PARAMETERS> gradients;
+    for (int i = 0; i < PARAMETERS; ++i) gradients[i] = address(all) + plan->offsets[i];
+    found[0] = run_backward(*plan, laid_out_as(x, dy), x, p, kept, table, gradients, scalars,
+                            group, task_should_compute_output(0));
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i] && task_should_compute_output(i + 1))
         found[i + 1] = part(all, plan->offsets[i], p[i].sizes(), p[i].dtype());
@@ -384,9 +411,6 @@ struct DynamicNormBackward : public torch::autograd::Node {
   variable_list differentiable(const Tensor& dy, const Tensor& x,
                                const std::array<Tensor, PARAMETERS>& p) {
     pybind11::gil_scoped_acquire gil;
-    auto wrap = [](const Tensor& t) {
-      return t.defined() ? THPVariable_Wrap(t) : (Py_INCREF(Py_None), Py_None);
-    };
     THPObjectPtr parameters(PyTuple_New(PARAMETERS)), needed(PyTuple_New(1 + PARAMETERS));
     if (!parameters || !needed) throw python_error();
     for (int i = 0; i < PARAMETERS; ++i)
@@ -421,7 +445,7 @@ struct DynamicNormBackward : public torch::autograd::Node {
   std::string name() const override { return "DynamicNormBackward"; }
 };
 
-// A call as it was read from the layer's modules.
+// A call as it was read from the layer's modules, or as an operator was given it.
 struct Call {
   // Not copies: each would take the GIL to count a reference of the Python object.
   std::array<const Tensor*, PARAMETERS> parameters;
@@ -437,20 +461,24 @@ struct Call {
   }
 };
 
-Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
+struct Made {
+  Tensor y, kept, table;  // kept and table are undefined where there is nothing of it
+};
+
+// Autograd sees nothing of it.
+Made run_forward(const Plan& plan, const Tensor& x, const Call& call) {
   const auto& p = call.parameters;
-  std::optional<pybind11::gil_scoped_release> released(std::in_place);
+  pybind11::gil_scoped_release released;
   c10::OptionalDeviceGuard guard(x.device());
-  Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
-  Tensor kept;
-  if (plan->kept) kept = empty_bytes(plan->kept, x);
-  const Tensor scratch = empty_bytes(plan->scratch, x);
-  Tensor table;
-  if (plan->table) table = empty({plan->table}, {1}, plan->accumulator, x);
+  Made made;
+  made.y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
+  if (plan.kept) made.kept = empty({plan.values_kept()}, {1}, plan.accumulator, x);
+  if (plan.table) made.table = empty({plan.table}, {1}, plan.accumulator, x);
+  const Tensor scratch = empty_bytes(plan.scratch, x);
   char* pointers[POINTERS] = {};
   std::array<Tensor, PARAMETERS> copies;
   pointers[X] = address(x);
-  pointers[Y] = address(y);
+  pointers[Y] = address(made.y);
   for (int i = 0; i < PARAMETERS; ++i) {
     if (p[i]->defined() && !p[i]->is_contiguous()) {
       BelowAutograd below;
@@ -463,14 +491,20 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
     if (t.defined() && call.mode & UPDATE) t.mutable_data_ptr();  // ends a lazy copy
     pointers[RUNNING_MEAN + i] = address(t);
   }
-  pointers[KEPT] = address(kept);
+  pointers[KEPT] = address(made.kept);
   pointers[SCRATCH] = address(scratch);
-  pointers[TABLE] = address(table);
-  run(plan->forward, plan->forward.size(), pointers, call.scalars, x, table, call.group);
+  pointers[TABLE] = address(made.table);
+  run(plan.forward, plan.forward.size(), pointers, call.scalars, x, made.table, call.group);
   if (call.mode & UPDATE)  // autograd is to notice, as it does an operator's write
     for (const Tensor* t : call.state)
       if (t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-  released.reset();  // each of the copies below would take it by itself
+  return made;
+}
+
+Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
+  const auto& p = call.parameters;
+  auto [y, kept, table] = run_forward(*plan, x, call);
+  // with the GIL: each of the copies below would take it by itself
   if (!(call.mode & INFERENCE)) {
     std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
                                               torch::autograd::deleteNode);
@@ -597,15 +631,57 @@ bool is_watched() {
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
+bool is_map(const Tensor& x) {
+  return x.defined() && x.layout() == at::kStrided && is_floating(x.scalar_type()) &&
+         (x.is_cuda() || (accepts_cpu && x.is_cpu())) && !x.is_conj() && !x.is_neg() &&
+         x.numel() != 0 && x.dim() >= 2;
+}
+
 bool fits(const Tensor& x, PyObject* ndims) {
-  if (!x.defined() || x.layout() != at::kStrided || !is_floating(x.scalar_type()) ||
-      !(x.is_cuda() || (accepts_cpu && x.is_cpu())) || x.is_conj() || x.is_neg() ||
-      x.numel() == 0 || x.dim() < 2)
-    return false;
+  if (!is_map(x)) return false;
   const Py_ssize_t n = PyTuple_GET_SIZE(ndims);
   for (Py_ssize_t i = 0; i < n; ++i)
     if (PyLong_AsLong(PyTuple_GET_ITEM(ndims, i)) == x.dim()) return true;
   return n == 0;
+}
+
+const char* const OWN[PARAMETERS + STATE] = {
+    "w", "b", "w_in", "b_in", "w_out", "b_out", "running_mean", "running_var", "tracked"};
+
+// The place in OWN of a tensor that does not fit x, or -1.
+int misfit(const Tensor& x, const Call& call) {
+  const auto& p = call.parameters;
+  const auto& state = call.state;
+  const int64_t c = x.size(1), hidden = p[3]->defined() ? p[3]->numel() : 0;
+  if (hidden == 0 || !has_sizes(*p[3], x, {hidden})) return 3;
+  for (int i = 0; i < 2; ++i) {
+    if (p[i]->defined() && !has_sizes(*p[i], x, {c})) return i;
+    if (state[i]->defined() && !(has_sizes(*state[i], x, {c}) && state[i]->is_contiguous()))
+      return PARAMETERS + i;
+  }
+  if (!p[2]->defined() || !has_sizes(*p[2], x, {hidden, 2 * c})) return 2;
+  if (!p[4]->defined() || !has_sizes(*p[4], x, {2 * c, hidden})) return 4;
+  if (!p[5]->defined() || !has_sizes(*p[5], x, {2 * c})) return 5;
+  const Tensor& tracked = *state[2];
+  if (tracked.defined() && (tracked.numel() != 1 || tracked.scalar_type() != at::kLong ||
+                            tracked.device() != x.device()))
+    return PARAMETERS + 2;
+  return -1;
+}
+
+// False where the kernels' integers cannot hold a size.
+bool make_key(const Tensor& x, const Call& call, int64_t world, int64_t rank, Key& key) {
+  const int64_t n = x.size(0), c = x.size(1), s = x.numel() / (n * c);
+  if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;
+  int64_t dtypes = 0;
+  auto add = [&](const Tensor* t) {
+    dtypes = (dtypes << 6) | (t->defined() ? 1 + (int64_t)t->scalar_type() : 0);
+  };
+  for (const Tensor* t : call.parameters) add(t);
+  for (const Tensor* t : call.state) add(t);
+  key = {x.device().index(), n, c, s, call.parameters[3]->numel(),
+         (int64_t)x.scalar_type() << MODES | call.mode, dtypes, world, rank};
+  return true;
 }
 
 // False: not the plain case. An error of Python's may be set.
@@ -633,19 +709,8 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   for (int i = 0; i < STATE; ++i)
     if (!read_tensor(dicts[1], names->state[i], state[i], *owner++)) return false;
 
-  const int64_t c = x.size(1), hidden = p[3]->numel();
-  for (int i = 0; i < 2; ++i) {
-    if (p[i]->defined() && !has_sizes(*p[i], x, {c})) return false;
-    if (state[i]->defined() && !(has_sizes(*state[i], x, {c}) && state[i]->is_contiguous()))
-      return false;
-  }
-  if (!has_sizes(*p[2], x, {hidden, 2 * c}) || !has_sizes(*p[3], x, {hidden}) ||
-      !has_sizes(*p[4], x, {2 * c, hidden}) || !has_sizes(*p[5], x, {2 * c}) || hidden == 0)
-    return false;
+  if (misfit(x, call) >= 0) return false;
   const Tensor& tracked = *state[2];
-  if (tracked.defined() && (tracked.numel() != 1 || tracked.scalar_type() != at::kLong ||
-                            tracked.device() != x.device()))
-    return false;
 
   bool training, track;
   if (!read_flag(norm.get(names->training), training) ||
@@ -691,19 +756,65 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
       rank = r;
     }
   }
-  const int64_t n = x.size(0), s = x.numel() / (n * c);
-  if (batch && world == 1 && n * s == 1) return false;  // an error in training
-  if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;  // the kernels' integers
-  int64_t dtypes = 0;
-  auto add = [&](const Tensor* t) {
-    dtypes = (dtypes << 6) | (t->defined() ? 1 + (int64_t)t->scalar_type() : 0);
-  };
-  for (const Tensor* t : p) add(t);
-  for (const Tensor* t : state) add(t);
+  if (batch && world == 1 && x.numel() == x.size(1)) return false;  // an error in training
   if (!call.is_differentiable(x)) call.mode |= INFERENCE;
-  key = {x.device().index(), n, c, s, hidden, (int64_t)x.scalar_type() << 8 | call.mode, dtypes,
-         world, rank};
-  return true;
+  return make_key(x, call, world, rank, key);
+}
+
+// ---------------------------------------------------------------- what an operator is given
+
+const Tensor& tensor_of(PyObject* found, const char* name) {
+  TORCH_CHECK_TYPE(THPVariable_Check(found), name, ": expected a tensor, got ",
+                   Py_TYPE(found)->tp_name);
+  const Tensor& t = THPVariable_Unpack(found);
+  TORCH_CHECK_VALUE(!is_transformed(t) && !t.is_conj() && !t.is_neg(), name,
+                    ": expected a plain, dense tensor, got one of ", t.key_set());
+  return t;
+}
+
+const Tensor& map_of(PyObject* found) {
+  const Tensor& x = tensor_of(found, "x");
+  TORCH_CHECK_VALUE(is_map(x), "x: expected a map (N, C, ...) of floating-point values on a GPU, ",
+                    "got ", x.scalar_type(), " of ", x.sizes(), " on ", x.device());
+  return x;
+}
+
+// Raises where anything does not fit. No state: that of a backward pass, which reads none.
+void read_tensors(const Tensor& x, PyObject* parameters, PyObject* state, Call& call, Key& key) {
+  auto read = [](PyObject* tuple, const char* const* names, auto& tensors) {
+    const auto count = static_cast<Py_ssize_t>(tensors.size());
+    TORCH_CHECK_VALUE(PyTuple_GET_SIZE(tuple) == count, "expected ", count, " tensors, ", names[0],
+                      " and so on, got ", PyTuple_GET_SIZE(tuple));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* found = PyTuple_GET_ITEM(tuple, i);
+      tensors[i] = found == Py_None ? &no_tensor : &tensor_of(found, names[i]);
+    }
+  };
+  read(parameters, OWN, call.parameters);
+  const auto& [mean, var, tracked] = call.state;
+  if (state == nullptr) {
+    call.state.fill(&no_tensor);
+  } else {
+    read(state, OWN + PARAMETERS, call.state);
+    const bool needed = call.mode & UPDATE || !(call.mode & BATCH);
+    TORCH_CHECK_VALUE(mean->defined() == var->defined() && (mean->defined() || !needed),
+                      "running_mean, running_var: expected both", needed ? "" : " or none",
+                      ", got ", mean->defined() ? "the first" : var->defined() ? "the second"
+                                                                               : "none");
+    TORCH_CHECK_VALUE(!(call.mode & CUMULATIVE) || tracked->defined(),
+                      "tracked: expected a counter for a cumulative average, got None");
+  }
+  const int i = misfit(x, call);
+  if (i >= 0) {
+    const Tensor& t = i < PARAMETERS ? *call.parameters[i] : *call.state[i - PARAMETERS];
+    TORCH_CHECK_VALUE(t.defined(), OWN[i], ": expected a tensor, got None");
+    TORCH_CHECK_VALUE(false, OWN[i], ": expected sizes, dtype and device that fit a map of ",
+                      x.sizes(), " on ", x.device(), " and ", call.parameters[3]->numel(),
+                      " hidden units (b_in's), got ", t.scalar_type(), " of ", t.sizes(),
+                      " with strides ", t.strides(), " on ", t.device());
+  }
+  TORCH_CHECK_VALUE(make_key(x, call, 1, 0, key), "x: expected less than ", INT32_MAX / 2,
+                    " values in a channel, and channels in a batch, got ", x.sizes());
 }
 
 // ---------------------------------------------------------------- Python
@@ -718,12 +829,38 @@ PyObject* guarded(F&& body) {
     THPObjectPtr torch(PyImport_ImportModule("torch"));
     THPObjectPtr type(torch ? PyObject_GetAttrString(torch, "OutOfMemoryError") : nullptr);
     if (type) PyErr_SetString(type, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
   } catch (const c10::Error& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_RuntimeError, e.what());
   }
   return nullptr;
+}
+
+PyObject* as_tuple(const Key& key) {
+  THPObjectPtr tuple(PyTuple_New(key.size()));
+  if (!tuple) throw python_error();
+  for (size_t i = 0; i < key.size(); ++i)
+    PyTuple_SET_ITEM(tuple.get(), i, PyLong_FromLongLong(key[i]));
+  return tuple.release();
+}
+
+struct Found {
+  Tensor x;  // as kernels read it
+  std::shared_ptr<Plan> plan;  // owned: another thread may add plans. Null where there is none yet
+};
+
+Found find_plan(const Tensor& x, Key& key) {
+  bool channels_last = false;
+  Found found{dense(x, channels_last), nullptr};
+  if (channels_last) key[5] |= CHANNELS_LAST;
+  const auto at = plans.find(key);
+  if (at != plans.end()) found.plan = at->second;
+  return found;
 }
 
 // call(x, bn, sc, batch_shared, ndims) -> y; None: not the plain case; or, where there is no
@@ -743,19 +880,84 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t n) {
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
-    bool channels_last = false;
-    const Tensor x = dense(given, channels_last);
-    if (channels_last) key[5] |= CHANNELS_LAST;
-    const auto at = plans.find(key);
-    if (at == plans.end()) {
-      THPObjectPtr tuple(PyTuple_New(key.size()));
-      if (!tuple) return nullptr;
-      for (size_t i = 0; i < key.size(); ++i)
-        PyTuple_SET_ITEM(tuple.get(), i, PyLong_FromLongLong(key[i]));
-      return tuple.release();
+    const auto [x, plan] = find_plan(given, key);
+    return plan == nullptr ? as_tuple(key) : THPVariable_Wrap(forward(plan, x, found));
+  });
+}
+
+// forward(x, parameters: 6, state: 3, mode, eps, momentum, bound) -> [y, kept]; or, where there is
+// no plan yet, its key. Below autograd.
+PyObject* forward_of_tensors(PyObject*, PyObject* args) {
+  PyObject *map, *parameters, *state;
+  long long mode;
+  Call found;
+  auto& [eps, momentum, bound] = found.scalars;
+  if (!PyArg_ParseTuple(args, "OO!O!Lddd:forward", &map, &PyTuple_Type, &parameters,
+                        &PyTuple_Type, &state, &mode, &eps, &momentum, &bound))
+    return nullptr;
+  return guarded([&]() -> PyObject* {
+    BelowAutograd below;
+    found.mode = mode & (OF_A_GRADIENT | UPDATE | CUMULATIVE | INFERENCE);
+    Key key;
+    const Tensor& given = map_of(map);
+    read_tensors(given, parameters, state, found, key);
+    const auto [x, plan] = find_plan(given, key);
+    if (plan == nullptr) return as_tuple(key);
+    Made made = run_forward(*plan, x, found);
+    if (!made.kept.defined()) made.kept = empty({0}, {1}, plan->accumulator, x);
+    return Py_BuildValue("[NN]", wrap(made.y), wrap(made.kept));
+  });
+}
+
+// backward(dy, x, kept, parameters: 6, mode, eps, bound, x_needs_gradient) -> [dx, gradients],
+// each a tensor of its own, or None; or, where there is no plan yet, its key. Below autograd.
+PyObject* backward_of_tensors(PyObject*, PyObject* args) {
+  PyObject *gradient, *map, *kept_, *parameters;
+  long long mode;
+  int needs_dx;
+  Call found;
+  found.scalars.momentum = 0;
+  if (!PyArg_ParseTuple(args, "OOOO!Lddp:backward", &gradient, &map, &kept_, &PyTuple_Type,
+                        &parameters, &mode, &found.scalars.eps, &found.scalars.bound, &needs_dx))
+    return nullptr;
+  return guarded([&]() -> PyObject* {
+    BelowAutograd below;
+    found.mode = (mode & OF_A_GRADIENT) | BACKWARD;
+    Key key;
+    const Tensor& given = map_of(map);
+    read_tensors(given, parameters, nullptr, found, key);
+    const Tensor& dy = tensor_of(gradient, "dy");
+    TORCH_CHECK_VALUE(dy.sizes() == given.sizes() && dy.device() == given.device(),
+                      "dy: expected the sizes and device of x, ", given.sizes(), " on ",
+                      given.device(), ", got ", dy.sizes(), " on ", dy.device());
+    const auto [x, plan] = find_plan(given, key);
+    if (plan == nullptr) return as_tuple(key);
+    Tensor kept = tensor_of(kept_, "kept");
+    TORCH_CHECK_VALUE(kept.numel() == plan->values_kept() && kept.device() == x.device() &&
+                          kept.scalar_type() == plan->accumulator,
+                      "kept: expected what the forward pass gave, ", plan->values_kept(),
+                      " values of ", plan->accumulator, " on ", x.device(), ", got ",
+                      kept.numel(), " of ", kept.scalar_type(), " on ", kept.device());
+    std::array<Tensor, PARAMETERS> p, made;
+    for (int i = 0; i < PARAMETERS; ++i) p[i] = *found.parameters[i];
+    Tensor dx;
+    {
+      pybind11::gil_scoped_release released;
+      c10::OptionalDeviceGuard guard(x.device());
+      if (!kept.is_contiguous() || !is_aligned(kept))
+        kept = kept.clone(at::MemoryFormat::Contiguous);
+      std::array<char*, PARAMETERS> gradients = {};
+      for (int i = 0; i < PARAMETERS; ++i) {
+        if (!p[i].defined()) continue;
+        if (!p[i].is_contiguous()) p[i] = p[i].contiguous();
+        made[i] = empty(p[i].sizes(), p[i].strides(), p[i].scalar_type(), x);
+        gradients[i] = address(made[i]);
+      }
+      dx = run_backward(*plan, laid_out_as(x, dy), x, p, kept, Tensor(), gradients,
+                        found.scalars, found.group, needs_dx);
     }
-    const std::shared_ptr<Plan> plan = at->second;  // owned: another thread may add plans
-    return THPVariable_Wrap(forward(plan, x, found));
+    return Py_BuildValue("[NNNNNNN]", wrap(dx), wrap(made[0]), wrap(made[1]), wrap(made[2]),
+                         wrap(made[3]), wrap(made[4]), wrap(made[5]));
   });
 }
 
@@ -887,6 +1089,8 @@ PyObject* forget_plans(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
      nullptr},
+    {"forward", forward_of_tensors, METH_VARARGS, nullptr},
+    {"backward", backward_of_tensors, METH_VARARGS, nullptr},
     {"add_plan", add_plan, METH_VARARGS, nullptr},
     {"forget_plans", forget_plans, METH_NOARGS, nullptr},
     {"load", load, METH_VARARGS, nullptr},
