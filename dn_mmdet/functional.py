@@ -802,8 +802,8 @@ def _call(norm, x):
 
     def look(norm, args, keywords):
         running = _running_statistics(norm)
-        x, = (*args, *keywords.values())  # a hook may give it by name
-        seen[:] = x, running and tuple(t.clone() for t in running)
+        given = [*args, *keywords.values()][0]  # a hook may give it by name
+        seen[:] = given, running and tuple(t.clone() for t in running)
 
     if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
         look(norm, (x, ), {})

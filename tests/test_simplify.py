@@ -14,6 +14,7 @@ from dn_mmdet import DNB, DNC
 from dn_mmdet.convert import convert_norm
 from dn_mmdet.deploy import export, simplify
 from dn_mmdet.deploy.simplify import simplified
+from dn_mmdet.experiments.ablation import VariantSC
 from dn_mmdet.experiments.controls import StaticDN
 
 with_extra = pytest.mark.skipif(
@@ -177,7 +178,7 @@ def test_a_norm_and_its_convolution_that_are_used_twice_go_together(close):
 
 
 def test_what_has_no_simpler_form_is_left_and_named(close):
-    model = net(variant=dict(outputs='scale'))
+    model = net(sc=dict(type=VariantSC, outputs='scale'))
     simple = check(model, images(), 'portable', close)
     assert simple.left == ['norm1', 'norm2', 'norm3', 'norm4'] and not simple.dynamic
     flat = nn.Sequential(nn.Flatten(), convert_norm(nn.Sequential(nn.BatchNorm1d(12)))).eval()

@@ -201,7 +201,7 @@ def test_nothing_is_downloaded():
 def test_used_statistics_are_not_those_of_a_fresh_model():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False))
     fresh = copy.deepcopy(model.state_dict())
-    zoo._use(model)
+    zoo._wear_in(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name]) == name.endswith('num_batches_tracked')
 

@@ -60,6 +60,9 @@ class Detector(nn.Module):
         ConfigError: a detector of another kind, or images that the detector would pad.
     """
 
+    head: Any  # of the kinds in `export_heads`
+    raw_names: tuple[str, ...]
+
     def __init__(self, model: nn.Module, size: tuple[int, int]):
         super().__init__()
         kind = kind_of(model)

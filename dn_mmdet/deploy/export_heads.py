@@ -2,6 +2,8 @@
 
 One class for each kind of head: its own outputs ("raw"), and the boxes made of them.
 """
+from typing import Any
+
 import mmcv.ops
 import torch
 import torchvision
@@ -104,7 +106,8 @@ class DenseHead(nn.Module):
     def raw(self, images: Tensor) -> tuple[Tensor, ...]:
         """(N, priors, classes), (N, priors, 4) and so on, of normalised images."""
         levels = self.model(images, mode='tensor')
-        channels = (self.model.bbox_head.cls_out_channels, 4, 1)
+        head: Any = self.model.bbox_head
+        channels = (head.cls_out_channels, 4, 1)
         return tuple(flatten(output, number)
                      for output, number in zip(levels, channels, strict=False))
 

@@ -214,7 +214,7 @@ def models_of(model: nn.Module, size, images: np.ndarray, folded=0.5) -> dict[st
     detector(torch.from_numpy(images[:1]))
     for handle in handles:
         handle.remove()
-    order = sorted(values, key=values.get, reverse=True)
+    order = sorted(values, key=values.__getitem__, reverse=True)
     report = measure(detector, outputs)
     found = {REFERENCE: export.folded_twin(detector), 'dynamic': detector}
     for part in (folded, 1):
@@ -226,7 +226,7 @@ def models_of(model: nn.Module, size, images: np.ndarray, folded=0.5) -> dict[st
 
 
 @torch.no_grad()
-def measured(name: str, models: dict[str, nn.Module], images: np.ndarray, folder: Path,
+def measured(name: str, models: dict[str, export.Detector], images: np.ndarray, folder: Path,
              rounds: int = 40) -> list[Row]:
     """The rows of one runtime: every model in turn, round by round, on one thread.
 

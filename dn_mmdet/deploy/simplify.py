@@ -5,7 +5,7 @@ first linear, so that ``y = (1 + g) u + h`` remains, u being what that convoluti
 BatchNorms and layers whose g and h are constants go into it altogether.
 """
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mmcv.cnn
 import torch
@@ -269,7 +269,7 @@ class PortableDN(nn.Module):
 
     is_one_operator = False
 
-    def __init__(self, layer: nn.Module, k: Tensor, t: Tensor):
+    def __init__(self, layer: Any, k: Tensor, t: Tensor):
         super().__init__()
         sc, (mu, sigma, w, b) = layer.sc, _parts(layer.bn)
         self.bound = sc.bound
