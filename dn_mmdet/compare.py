@@ -1,7 +1,8 @@
 """The grid of tools/compare.py: configs x seeds x learning rates x batches x epochs.
 
-A run is a folder and a training process in it. Everything that is known about a
-run stands in its folder, so that a killed grid goes on with what is there.
+A run is a folder and a training process in it, and then one that evaluates it with its DN
+layers folded. Everything that is known about a run stands in its folder, so that a killed
+grid goes on with what is there.
 """
 import contextlib
 import copy
@@ -27,7 +28,7 @@ from . import preflight
 from .checkpoint import CheckpointError, check_resumable, open_checkpoint
 from .data_checks import metrics_of
 from .preflight import ConfigError
-from .recording import PARENT, read_log
+from .recording import PARENT, nothing_to_fold, read_log
 from .registered import is_of, name_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,8 @@ DIVERGED = re.compile(r'^(.*(become infinite or NaN|contains invalid numeric ent
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'periods', 'restarts')
 RATES = ('eta_max', 'eta_min')
+FOLD = 'dn_mmdet.fold_run'  # the module that evaluates an ended run with its DN layers folded
+LOGS = dict(training='output.log', folding='folding.log')
 TAIL = 15  # lines of a failed run's output that are shown
 
 
@@ -318,8 +321,39 @@ def read_result(folder) -> dict | None:
     return result
 
 
+def read_folded(folder) -> dict | None:
+    """What `fold_run` wrote: metrics by column, or why there are none; None where it did not."""
+    return _read_json(Path(folder, 'folded.json'), None)
+
+
+def awaits_folding(folder) -> bool:
+    """Whether a finished run is still to be evaluated with its DN layers folded, and can be.
+
+    Its checkpoint may be gone.
+    """
+    folder = Path(folder)
+    result = read_result(folder)
+    if result is None or result['status'] != 'finished' or read_folded(folder) is not None:
+        return False
+    return not nothing_to_fold(result['norms']) and last_checkpoint(folder) is not None
+
+
+def keep_as_folded(folder, result) -> None:
+    """A run without DN layers: folded it is what it is."""
+    if result['status'] == 'finished' and read_folded(folder) is None:
+        write_json(Path(folder, 'folded.json'), dict(folded=result['metrics']))
+
+
+def last_checkpoint(folder) -> Path | None:
+    return max(Path(folder).glob('epoch_*.pth'), key=_epoch_of, default=None)
+
+
+def _epoch_of(checkpoint):
+    return int(checkpoint.stem.removeprefix('epoch_'))
+
+
 def _told_divergence(folder):
-    log = folder / 'output.log'
+    log = folder / LOGS['training']
     found = DIVERGED.search(log.read_text(errors='replace')) if log.is_file() else None
     return found and found[1]
 
@@ -335,16 +369,26 @@ def write_json(path, content) -> None:
     os.replace(part, path)
 
 
-def run_grid(runs, jobs, console) -> dict[str, str]:
+def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
     """Trains what has not ended, ``jobs`` runs at once, and shows how far it is.
 
     A run that another process trains at the moment is waited for. However this is
     left, no training stays behind.
 
+    Args:
+        folded (bool): evaluate runs that have finished, now or before, with their DN
+            layers folded too.
+
     Returns:
         the ends of the output of runs that failed, by name.
     """
-    waiting = [run for run in runs if harvest(run.folder) is None]
+    def is_done(run):
+        result = harvest(run.folder)
+        if folded and result is not None and nothing_to_fold(result.get('norms', ())):
+            keep_as_folded(run.folder, result)
+        return result is not None and not (folded and awaits_folding(run.folder))
+
+    waiting = [run for run in runs if not is_done(run)]
     done = len(runs) - len(waiting)
     console.print(f'{len(runs)} runs, {done} of them ended before; {jobs} at once')
     running, failures = {}, {}
@@ -355,21 +399,23 @@ def run_grid(runs, jobs, console) -> dict[str, str]:
         ended = 0
         try:
             while waiting or running:
-                for slot in sorted(set(range(jobs)) - {slot for _, slot, _ in running.values()}):
+                for slot in sorted(set(range(jobs)) - {slot for *_, slot, _ in running.values()}):
                     run = next((run for run in waiting
                                 if not is_reserved(run.folder)), None)
                     if run is None:
                         break
                     waiting.remove(run)
-                    if harvest(run.folder) is not None:  # by the process that held it
+                    if is_done(run):  # by the process that held it
                         ended += 1
                         continue
                     bar = progress.add_task(run.name, total=1, note='')
-                    running[run] = (_start(run, slot, jobs), slot, bar)
+                    task = 'training' if harvest(run.folder) is None else 'folding'
+                    process = _start(run, task, _environment(slot, jobs))
+                    running[run] = (process, task, slot, bar)
                 time.sleep(0.2)
                 shares = 0
-                for run, (process, _, bar) in list(running.items()):
-                    share, note = _how_far(run.folder)
+                for run, (process, task, _, bar) in list(running.items()):
+                    share, note = _how_far(run.folder) if task == 'training' else (1, 'folding')
                     progress.update(bar, completed=share, note=note)
                     if process.poll() is None:
                         shares += share
@@ -377,18 +423,21 @@ def run_grid(runs, jobs, console) -> dict[str, str]:
                     del running[run]
                     progress.remove_task(bar)
                     result = harvest(run.folder)
-                    ended += 1
-                    if result is not None:
+                    if task == 'training' and result is not None:
                         console.print(f'{run.name}: {result["status"]}')
-                    elif _was_taken(run.folder):
+                    if is_done(run):
+                        ended += 1
+                    elif task == 'training' and result is not None:
+                        waiting.insert(0, run)
+                    elif _was_taken(run.folder, task):
                         waiting.append(run)
-                        ended -= 1
                     else:
-                        failures[run.name] = _failure(run.folder, process.returncode)
-                        console.print(f'{run.name}: failed')
+                        ended += 1
+                        failures[run.name] = _failure(run.folder, task, process.returncode)
+                        console.print(f'{run.name}: {task} failed')
                 progress.update(total, completed=ended + shares)
         finally:
-            _end([process for process, _, _ in running.values()])
+            _end([process for process, *_ in running.values()])
     return failures
 
 
@@ -405,21 +454,27 @@ def is_reserved(folder) -> bool:
     return False
 
 
-def _start(run, slot, jobs):
-    """The training process of a run, from its last whole checkpoint where it has one."""
+def _start(run, task, environment):
+    """The process that trains a run, or that folds one that has finished."""
     folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'failure.json').unlink(missing_ok=True)
+    command = _training(run) if task == 'training' else ['-m', FOLD, folder]
+    # A new file: the process of a killed grid may still hold the old one.
+    (folder / LOGS[task]).unlink(missing_ok=True)
+    with open(folder / LOGS[task], 'w') as log:
+        return subprocess.Popen([sys.executable, *map(str, command)], stdout=log,
+                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                env=environment)
+
+
+def _training(run):
+    """The command of a training, from the last whole checkpoint where there is one."""
+    folder = run.folder
     write_json(folder / 'run.json', run.spec)
     write_json(folder / 'starts.json', _read_json(folder / 'starts.json', 0) + 1)
     run.cfg.dump(folder / 'config.py')
-    again = _resume(folder)
-    command = [sys.executable, TRAIN, folder / 'config.py', '--work-dir', folder, *again]
-    # A new file: the process of a killed grid may still hold the old one.
-    (folder / 'output.log').unlink(missing_ok=True)
-    with open(folder / 'output.log', 'w') as log:
-        return subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT,
-                                stdin=subprocess.DEVNULL, env=_environment(slot, jobs))
+    return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder)]
 
 
 def _resume(folder):
@@ -428,9 +483,7 @@ def _resume(folder):
     mmengine's own file last_checkpoint holds a path of the machine that wrote it,
     and a kill can cut a checkpoint off.
     """
-    checkpoints = sorted(folder.glob('epoch_*.pth'), reverse=True,
-                         key=lambda path: int(path.stem.removeprefix('epoch_')))
-    for path in checkpoints:
+    for path in sorted(folder.glob('epoch_*.pth'), reverse=True, key=_epoch_of):
         try:
             check_resumable(open_checkpoint(path), path)
         except CheckpointError:
@@ -466,25 +519,25 @@ def _how_far(folder):
 
 def _keep_last_checkpoint(folder):
     """The weights of a run that has ended; the one before was for the case of a kill."""
-    checkpoints = sorted(folder.glob('epoch_*.pth'),
-                         key=lambda path: int(path.stem.removeprefix('epoch_')))
-    for path in checkpoints[:-1]:
+    for path in sorted(folder.glob('epoch_*.pth'), key=_epoch_of)[:-1]:
         path.unlink()
 
 
-def _was_taken(folder):
-    """Whether a run ended because another process had begun to train it meanwhile."""
-    return 'a training is running in it' in _tail(folder)
+def _was_taken(folder, task):
+    """Whether a process ended because another one had begun to work in its folder meanwhile."""
+    return 'a training is running in it' in _tail(folder / LOGS[task])
 
 
-def _tail(folder):
-    return '\n'.join((folder / 'output.log').read_text(errors='replace').splitlines()[-TAIL:])
+def _tail(log):
+    return '\n'.join(log.read_text(errors='replace').splitlines()[-TAIL:])
 
 
-def _failure(folder, code):
-    tail = _tail(folder)
-    write_json(folder / 'failure.json', dict(exit_code=code, output=tail))
-    return f'exit code {code}; the end of {folder / "output.log"}:\n{tail}'
+def _failure(folder, task, code):
+    log = folder / LOGS[task]
+    tail = _tail(log)
+    if task == 'training':
+        write_json(folder / 'failure.json', dict(exit_code=code, output=tail))
+    return f'exit code {code}; the end of {log}:\n{tail}'
 
 
 def _end(processes):

@@ -213,12 +213,16 @@ class Evaluation:
         self.metric = metric
 
     @torch.no_grad()
-    def __call__(self, model) -> float:
+    def metrics(self, model) -> dict:
+        """All that the evaluator gives."""
         model.eval()
         with quiet():
             for batch in self.loader:
                 self.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-            found = self.evaluator.evaluate(len(self.loader.dataset))
+            return self.evaluator.evaluate(len(self.loader.dataset))
+
+    def __call__(self, model) -> float:
+        found = self.metrics(model)
         if self.metric is None:
             self.metric = next((name for name in METRICS if name in found), next(iter(found)))
         if self.metric not in found:

@@ -31,6 +31,8 @@ from .functional import generate, is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
 
+MOST = 0.75  # of the layers are 'most of them': those that vary least
+
 
 class LayerReport(NamedTuple):
     """What became of a layer; g_std, h_std and share are means over its channels."""

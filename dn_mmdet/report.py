@@ -3,11 +3,12 @@ import html
 from pathlib import Path
 from typing import NamedTuple
 
+from .compare import read_folded
 from .figures import draw, figures, interactive
 from .preflight import ConfigError
 from .results import (
-    COLUMNS,
     SETTING,
+    columns_of,
     csv_text,
     grouped,
     key_of,
@@ -48,7 +49,7 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     table = summarise(runs, baseline)
     rows = [run.row for run in runs if run.row['status'] != 'unfinished']
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'runs.csv').write_text(csv_text(rows, COLUMNS))
+    (out / 'runs.csv').write_text(csv_text(rows, columns_of(rows)))
     (out / 'table.csv').write_text(csv_text(table, list(table[0])))
     head, text = notes(runs), markdown(table, baseline)
     if len(found) > len(runs):
@@ -120,6 +121,17 @@ def notes(runs) -> list[str]:
         reasons = {run.result.get('mult_adds_not_measured') for run in group} - {None}
         if reasons:
             found.append(f'Mult-Adds of {name} could not be counted: {min(reasons)}')
+    reasons = [(run, (read_folded(run.folder) or {}).get('not_folded')) for run in runs
+               if run.folder is not None]
+    for reason, group in grouped([pair for pair in reasons if pair[1]],
+                                 lambda pair: pair[1]).items():
+        found.append(f'{len(group)} runs could not be folded: '
+                     f'{_some([_name(run) for run, _ in group])}: {reason}')
+    unknown = [_name(run) for run in runs if run.row['status'] == 'finished'
+               and run.folder is not None and read_folded(run.folder) is None]
+    if unknown and any(read_folded(run.folder) for run in runs if run.folder is not None):
+        found.append(f'{len(unknown)} finished runs were not evaluated with folded layers, or '
+                     f'their checkpoint is gone: {_some(unknown)}')
     resumed = [_name(run) for run in runs if run.result.get('starts', 1) > 1]
     if resumed:
         found.append(f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '
@@ -161,13 +173,19 @@ def metric_table(rows, baseline) -> tuple[list, list[list]]:
     header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
               f'paired difference to {baseline}', '95 % interval', 'p', 'unpaired difference',
               '95 % interval', 'p']
-    return header, [[
+    lines = [[
         row['config'], row['norm'] or '-', row['seeds'], row['diverged'], _number(row['mean']),
         _range(row['low'], row['high']), _number(row['difference'], '+'),
         _range(row['difference_low'], row['difference_high'], '+'),
         _probability(row['p']), _number(row['unpaired'], '+'),
         _range(row['unpaired_low'], row['unpaired_high'], '+'),
         _probability(row['unpaired_p'])] for row in rows]
+    if any(row['folded_seeds'] for row in rows):
+        at = header.index('95 % interval') + 1
+        header.insert(at, 'folded')
+        for row, line in zip(rows, lines, strict=True):
+            line.insert(at, _folded(row))
+    return header, lines
 
 
 def _cost_table(rows):
@@ -182,6 +200,13 @@ def _cost_table(rows):
 
 def _number(value, sign=''):
     return '-' if value is None else f'{value:{sign}.4g}'
+
+
+def _folded(row):
+    """The mean, and of how many seeds where it is not all of them."""
+    few = row['folded_seeds'] not in (0, row['seeds'])
+    return _number(row['folded']) + (f' ({row["folded_seeds"]} of {row["seeds"]} seeds)'
+                                     if few else '')
 
 
 def _probability(p):

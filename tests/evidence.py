@@ -38,7 +38,7 @@ def tables(question: str, configs: str | None = None, column: str | None = None,
     runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
             if run.row['question'] == question]
     if column:
-        runs = [results.Recorded(dict(run.row, value=run.row[column],
+        runs = [results.Recorded(dict(run.row, value=run.row[column], folded=None,
                                       metric=f'{run.row["metric"]}, {column}')) for run in runs]
     if not runs and question in PLANNED:
         return 'Not run yet.\n'
