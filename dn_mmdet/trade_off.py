@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from . import results
-from .compare import commit_of, data_name
+from .compare import data_name
 from .preflight import ConfigError
 from .recording import hardware
 
@@ -22,12 +22,13 @@ MODEL = ('data', 'config', 'seed', 'changed')  # a table of tools/fold.py
 CURVE = ('data', 'config', 'metric', 'changed')
 
 
-def rows_of(result, cfg, config, checkpoint, changed=None) -> list[dict]:
+def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]:
     """The table of a `deploy.Result`.
 
     Args:
         config (str): name of the config.
         checkpoint (dict): tells the seed.
+        commit (str): of the code.
         changed (dict | None): options of the images that ``value_changed`` is of.
     """
     seed = (checkpoint.get('meta') or {}).get('seed')
@@ -35,7 +36,7 @@ def rows_of(result, cfg, config, checkpoint, changed=None) -> list[dict]:
     return [dict(zip(COLUMNS, (
         data_name(cfg), config, seed, options or None, len(result.report), len(row.kept),
         result.metric, row.value, 'yes' if row.anew else 'no', row.changed, row.parameters,
-        row.mult_adds, round(row.milliseconds, 3), result.images, hardware(), commit_of()),
+        row.mult_adds, round(row.milliseconds, 3), result.images, hardware(), commit),
         strict=True)) for row in result.rows]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from dn_mmdet import command_line, deploy, preflight, trade_off
+from dn_mmdet import command_line, compare, deploy, preflight, trade_off
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.fold import foldable
 
@@ -71,11 +71,12 @@ def run(args):
     if args.csv:
         preflight.make_folder(args.csv.parent, '--csv')
         trade_off.read(args.csv)
+    commit = compare.commit_of()
     result = deploy.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric,
                          changed=changed)
     print(deploy.write(result, cfg, checkpoint, out))
     if args.csv:
-        rows = trade_off.rows_of(result, cfg, Path(args.config).stem, checkpoint,
+        rows = trade_off.rows_of(result, cfg, Path(args.config).stem, checkpoint, commit,
                                  args.changed)
         trade_off.merge(args.csv, rows)
         trade_off.draw(args.csv, args.csv.with_suffix('.png'))
