@@ -43,7 +43,9 @@ DIVERGED = re.compile(r'^(.*(become infinite or NaN|contains invalid numeric ent
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'periods', 'restarts')
 RATES = ('eta_max', 'eta_min')
-FOLD = 'dn_mmdet.fold_run'  # the module that evaluates an ended run with its DN layers folded
+FOLD = f'{__package__}.fold_run'  # the module that evaluates a finished run folded
+# The metric with all or most DN layers folded, and with all folded and new running statistics.
+FOLDED = ('folded', 'folded_most', 'folded_recalibrated')
 LOGS = dict(training='output.log', folding='folding.log')
 TAIL = 15  # lines of a failed run's output that are shown
 
@@ -341,7 +343,7 @@ def awaits_folding(folder) -> bool:
 def keep_as_folded(folder, result) -> None:
     """A run without DN layers: folded it is what it is."""
     if result['status'] == 'finished' and read_folded(folder) is None:
-        write_json(Path(folder, 'folded.json'), dict(folded=result['metrics']))
+        write_json(Path(folder, 'folded.json'), dict.fromkeys(FOLDED, result['metrics']))
 
 
 def last_checkpoint(folder) -> Path | None:

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import nn
 
-from . import command_line, deploy
+from . import command_line, deploy, preflight
 from .checkpoint import check_fits, open_checkpoint
 from .compare import last_checkpoint, read_result, write_json
 from .fold import MOST, most_varying
@@ -75,6 +75,7 @@ def fold_run(folder: Path) -> None:
     model = deploy.built(cfg)
     check_fits(model, checkpoint, path)
     try:
+        preflight.check_parts(cfg, 'val_dataloader', 'val_evaluator')
         found = folded_metrics(cfg, model)
     except ValueError as error:
         check_parent()

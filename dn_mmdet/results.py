@@ -13,15 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .compare import read_folded, read_result
+from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .preflight import ConfigError
 from .recording import read_log
 
 COLUMNS = ('question', 'data', 'config', 'norm', 'seed', 'metric', 'value', 'epochs', 'lr',
            'batch', 'params', 'seconds', 'hardware', 'commit', 'status')
-# The metric with all or most DN layers folded, and with all folded and new running statistics.
-FOLDED = ('folded', 'folded_most', 'folded_recalibrated')
 # Of trainings that measure them: also the metric of averaged weights; the mean loss of the last
 # epoch; the backend of the DN layers.
 EXTRA = ('averaged', *FOLDED, 'train_loss', 'backend')

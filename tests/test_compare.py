@@ -21,7 +21,7 @@ from dn_mmdet import compare
 from dn_mmdet.compare import Point, Variant, configured, differences, plan, product
 from dn_mmdet.preflight import ConfigError, reserved
 from dn_mmdet.recording import read_log
-from dn_mmdet.results import read_rows
+from dn_mmdet.results import FOLDED, read_rows
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'compare.py'
@@ -269,6 +269,8 @@ def test_runs_that_finish_are_folded_once_and_those_that_diverge_are_not(
     runs = runs_of(tmp_path / 'out', 'bn', 'dnb', 'diverging_dnb', 'hopeless_dnb')
     failures = compare.run_grid(runs, 2, Console(file=io.StringIO()), folded=True)
     assert [foldings(run) for run in runs] == [0, 1, 0, 1]
+    assert compare.read_folded(runs[0].folder) == dict.fromkeys(
+        FOLDED, compare.read_result(runs[0].folder)['metrics'])
     assert list(failures) == [runs[3].name] and 'no such images' in failures[runs[3].name]
     assert 'exit code 2; the end of' in failures[runs[3].name]
     assert not (runs[3].folder / 'failure.json').exists()  # its training has not failed

@@ -115,6 +115,15 @@ def test_a_model_that_cannot_be_folded_is_a_result_with_its_reason(tmp_path):
     assert row['folded'] is None and row['value'] is not None
 
 
+def test_a_run_without_validation_has_no_folded_metric(tmp_path):
+    folder, cfg = finished(tmp_path)
+    for name in ('val_dataloader', 'val_evaluator', 'val_cfg'):
+        cfg[name] = None
+    cfg.dump(folder / 'config.py')
+    fold_run.main([str(folder)])
+    assert 'it lacks val_dataloader' in compare.read_folded(folder)['not_folded']
+
+
 def test_a_run_that_has_not_finished_or_lost_its_checkpoint_is_refused(tmp_path, capsys):
     folder, _ = finished(tmp_path)
     (folder / 'epoch_1.pth').rename(tmp_path / 'epoch_1.pth')
