@@ -110,15 +110,17 @@ def draw(path, out) -> None:
     drawn = curves(path)
     figure, axes = plt.subplots(1, len(drawn), squeeze=False, layout='constrained',
                                 figsize=(max(6, 4 * len(drawn)), 3.5))
-    for cell, ((data, config, metric, _), points) in zip(axes[0], drawn.items(), strict=True):
+    for cell, ((data, config, metric, changed), points) in zip(axes[0], drawn.items(),
+                                                               strict=True):
         share = [1 - point['dynamic'] / point['layers'] for point in points]
         cell.plot(share, [point['value'] for point in points], 'o-', label='images as trained')
         if points[0]['value_changed'] is not None:
             cell.plot(share, [point['value_changed'] for point in points], 's--',
-                      label='changed images')
-            cell.legend()
-        cell.set(title=f'{data}, {points[0]["seeds"]} seeds\n{config}', ylabel=metric,
-                 xlabel='share of the layers that is folded')
+                      label=changed)
+            cell.legend(fontsize=6)
+        seeds = points[0]['seeds']
+        cell.set(title=f'{data}, {seeds} seed{"s" if seeds > 1 else ""}\n{config}',
+                 ylabel=metric, xlabel='share of the layers that is folded')
         cell.title.set_fontsize(9)
         cell.grid(alpha=0.3)
     figure.savefig(out, dpi=110)

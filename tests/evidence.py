@@ -137,8 +137,9 @@ def folding(config: str) -> str:
             for point, line in zip(points, lines, strict=True):
                 line.insert(3, f'{point["value_changed"]:.4g}')
         seeds = points[0]['seeds']
-        text.append(f'{data}, {seeds} seed{"s" if seeds > 1 else ""}; time is that of all folded '
-                    f'= 1:\n\n{report.markdown_table(header, lines)}')
+        also = f'; changed images: `{changed}`' if changed else ''
+        text.append(f'{data}, {seeds} seed{"s" if seeds > 1 else ""}, the time of all folded '
+                    f'is 1{also}:\n\n{report.markdown_table(header, lines)}')
     if not text:
         raise ValueError(f'docs/results/folding.csv has no rows of {config!r}')
     return '\n'.join(text)

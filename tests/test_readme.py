@@ -285,11 +285,12 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
     changed = [dict(r, config='dnc', changed='std=2', value_changed=.1) for r in rows]
     monkeypatch.setattr(trade_off, 'read', lambda _: [*rows, *changed])
     made = evidence.with_tables('<!-- folding of dnb -->\nbefore\n<!-- end -->')
-    assert 'before' not in made and 'digits, 1 seed;' in made and 'changed' not in made
+    assert 'before' not in made and 'digits, 1 seed, ' in made and 'changed' not in made
     assert '| all 4 dynamic | 0.5 | +0 | 2.000 M | 3.00 M | 3.00 |' in made
     assert '| 1 of 4 dynamic | 0.4 | -0.1 | 2.000 M | 3.00 M | 2.00 |' in made
     made = evidence.with_tables('<!-- folding of dnc -->\n<!-- end -->')
     assert '| all 4 folded | 0.3 | -0.2 | 0.1 | 2.000 M' in made
+    assert 'changed images: `std=2`' in made
     with pytest.raises(ValueError, match="no rows of 'other'"):
         evidence.with_tables('<!-- folding of other -->\n<!-- end -->')
 
