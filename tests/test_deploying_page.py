@@ -31,8 +31,8 @@ def test_the_commands_are_the_tools():
     commands = re.findall(r'^    python tools/fold.py (.*?)(?: *#.*)?$', PAGE, re.MULTILINE)
     parsed = [parse(shlex.split(command))[1] for command in commands]
     assert [args.keep for args in parsed] == [
-        None, None, 12, ['backbone.conv1', '*.linear_conv.bn'], None, None]
-    for args in parsed[-2:]:  # a contrast of 0.4
-        std = command_line.load_config(CONFIG).model.data_preprocessor.std
-        changed = args.changed['model.data_preprocessor.std']
-        assert changed == pytest.approx([value / 0.4 for value in std])
+        None, None, 12, ['backbone.conv1', '*.linear_conv.bn'], None, None, None]
+    std = command_line.load_config(CONFIG).model.data_preprocessor.std
+    for args, contrast in zip(parsed[4:], (0.4, 0.6, 0.4), strict=True):
+        assert args.changed['model.data_preprocessor.std'] == pytest.approx(
+            [value / contrast for value in std])
