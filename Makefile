@@ -18,6 +18,7 @@ demo: setup
 
 lint: setup
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 test: lint
 	@$(PYTEST) -m 'not slow and not gpu'

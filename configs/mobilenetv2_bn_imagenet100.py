@@ -1,7 +1,7 @@
 _base_ = ['mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
           './_base_/datasets/imagenet100.py']
 
-custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.classification'],
+custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.models.classification'],
                       allow_failed_imports=False)
 
 # mmdet's MobileNetV2, not mmpretrain's, which names its weights otherwise: detectors start

@@ -1,7 +1,8 @@
 _base_ = ['./ssdlite_mbv2_bn_coco.py', './_base_/datasets/digits.py']
 
-custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.ssdlite_head', 'dn_mmdet.digits'],
-                      allow_failed_imports=False)
+custom_imports = dict(
+    imports=['dn_mmdet', 'dn_mmdet.models.ssdlite_head', 'dn_mmdet.datasets.digits'],
+    allow_failed_imports=False)
 
 # SSDLite at half width and for 160 px: the maps are 10, 5, 3 and 2 cells wide, and
 # anchors are as large as the digits (30 to 90 px), upright like them or square.

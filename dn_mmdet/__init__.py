@@ -5,8 +5,10 @@ Importing this package registers the layers, so that a config can say
 ``custom_imports = dict(imports=['dn_mmdet'])``.
 """
 from .environment import check_mmengine
+from .renamed import accept_old_names
 
 check_mmengine()
+accept_old_names()
 
 from .functional import dynamic_norm  # noqa: E402
 from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC  # noqa: E402

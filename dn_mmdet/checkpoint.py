@@ -12,6 +12,7 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import mmengine.runner.checkpoint as mmengine_loaders
@@ -25,13 +26,14 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .layers import _DynamicNorm
+from .messages import UserError
 from .registered import loaded
 
 REMEDY = ('If you trust its author as you trust a program that you run, pass '
           '--trust-checkpoint.')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, refused, or of another model."""
 
 
@@ -68,7 +70,7 @@ def _allowed():
     ]
 
 
-def open_checkpoint(path, map_location='cpu', trust=False) -> dict:
+def open_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict:
     """The content of a checkpoint file. Nothing in it is executed unless ``trust``.
 
     ``meta.config``, a text which mmengine would run as Python code on resume, is
@@ -173,7 +175,7 @@ def safe_loading(trust=False):
             CheckpointLoader.register_scheme(prefixes, theirs, force=True)
 
 
-def is_remote(filename) -> bool:
+def is_remote(filename: str | Path) -> bool:
     return '://' in str(filename)
 
 
@@ -205,7 +207,7 @@ def _fetch(url, path):
                               f'name the file, or leave it out') from error
 
 
-def weights(checkpoint, path) -> dict:
+def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
     """The state dict in a checkpoint, ``module.`` stripped as mmengine does.
 
     Raises:
@@ -216,13 +218,13 @@ def weights(checkpoint, path) -> dict:
                                               for v in state.values()):
         raise CheckpointError(f'{path}: expected weights under "state_dict", found '
                               f'{", ".join(map(str, list(checkpoint)[:8])) or "nothing"}')
-    stripped = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
+    stripped: Any = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
     if hasattr(state, '_metadata'):
         stripped._metadata = state._metadata
     return stripped
 
 
-def check_resumable(checkpoint, path) -> None:
+def check_resumable(checkpoint: dict, path: str | Path) -> None:
     """Raises CheckpointError where the state of training is missing."""
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
     missing += [f'meta.{key}' for key in ('epoch', 'iter')
@@ -233,7 +235,8 @@ def check_resumable(checkpoint, path) -> None:
                               f'load_from={path}')
 
 
-def check_fits(model: nn.Module, checkpoint: dict, path, whole=True) -> None:
+def check_fits(model: nn.Module, checkpoint: dict, path: str | Path,
+               whole: bool = True) -> None:
     """Loads the weights into ``model`` and raises CheckpointError where they do not fit.
 
     A BatchNorm checkpoint fits a DN model of the same shape; that is said in the log.
@@ -289,8 +292,8 @@ def _check_norms(model, checkpoint, state, path, whole):
     elif ours and not theirs and whole:
         print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
                   f'compute what BatchNorm does', logger='current', level=30)
-    trained = _variants(_types((checkpoint.get('meta') or {}).get('cfg')))
-    built = _variants(type(module) for module in modules.values())
+    trained = _kinds(_types((checkpoint.get('meta') or {}).get('cfg')))
+    built = _kinds(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
@@ -298,7 +301,7 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'meaning. Use the config it was trained with{_experiment(checkpoint)}')
 
 
-def _variants(classes):
+def _kinds(classes):
     """'B' where DN-B is among some classes, 'C' where DN-C is."""
     return {'C' if cls.batch_shared else 'B' for cls in classes
             if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)}

@@ -11,7 +11,9 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .config_tree import add_imports
 from .functional import is_torch_batch_norm
 from .layers import (
     BATCH_NORM_KEYS,
@@ -33,6 +36,7 @@ from .layers import (
     SyncDNC,
     _DynamicNorm,
 )
+from .registered import resolve
 from .sc import SC
 
 # A BatchNorm's class says what inputs it takes through this method. Synchronised
@@ -42,14 +46,18 @@ _CHECKS = {nn.BatchNorm1d._check_input_dim: 0, nn.BatchNorm2d._check_input_dim: 
 FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, SyncDNC)}
 
 # The rest of a layer's arguments is the BatchNorm's own.
-ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'variant',
+ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'sc',
              'backend')
 
 # Methods that fold a BatchNorm into a convolution or a linear, as timm, mmpretrain, torchvision
 # and the YOLOs call them.
 _FOLDING_METHOD = re.compile(
-    r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model)\w*|\w*to_deploy'
-    r'|_?re_?param\w*|get_equivalent_\w*')
+    r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model|block|rep)\w*|\w*to_deploy'
+    r'|deploy|_?re_?param\w*|get_equivalent_\w*')
+
+
+class NoBatchNormInConfig(ValueError):
+    """A model has BatchNorms, all of which its classes make whatever the config says."""
 
 
 class DNBAct(DNB):
@@ -69,7 +77,7 @@ class DNCAct(DNC):
 def convert_norm(model: nn.Module, norm: str = 'DNB', *,
                  only: str | Sequence[str] | None = None,
                  skip: str | Sequence[str] | None = None,
-                 sc_requires_grad: bool = True, **args) -> nn.Module:
+                 sc_requires_grad: bool = True, **args: Any) -> nn.Module:
     """Puts Dynamic Normalization in the place of every BatchNorm of a model.
 
     The layer takes the BatchNorm's name and holds the BatchNorm itself: weights,
@@ -154,13 +162,13 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
             if _is_batch_norm(module) and name.rpartition('.')[0] not in inside}
 
 
-def dn_layers(model: nn.Module) -> dict[str, nn.Module]:
+def dn_layers(model: nn.Module) -> dict[str, _DynamicNorm]:
     """The DN layers of a model by name."""
     return {name: module for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, _DynamicNorm)}
 
 
-def swap_norm(cfg: Config, norm: str = 'DNB', **args) -> Config:
+def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
     """Puts Dynamic Normalization in the place of BatchNorm in a config of MMDetection.
 
     Every dict of the model whose ``type`` is a BatchNorm is changed, and where a
@@ -189,54 +197,40 @@ def swap_norm(cfg: Config, norm: str = 'DNB', **args) -> Config:
         raise ValueError(f'expected a config with a model, found only '
                          f'{", ".join(cfg) or "nothing"}')
     cfg = copy.deepcopy(cfg)
-    with _scope(cfg):
-        found = list(_norm_cfgs(cfg.model, 'model'))
+    with in_scope_of(cfg):
+        found = list(batch_norm_cfgs(cfg.model, 'model'))
         for _, node in found:
             _swap(node, family, args)
         model = MODELS.build(copy.deepcopy(cfg.model))
     _report(model, norm, found, cfg.model)
     if found:
-        imports = cfg.get('custom_imports') or dict(allow_failed_imports=False)
-        names = imports.get('imports', [])
-        names = [names] if isinstance(names, str) else list(names)
-        cfg.custom_imports = dict(imports, imports=list(dict.fromkeys([*names, 'dn_mmdet'])))
+        add_imports(cfg, 'dn_mmdet')
     return cfg
 
 
-def _scope(cfg):
+def in_scope_of(cfg: Config) -> AbstractContextManager:
     """Where the types in a config are looked up: mmdet, unless the config says otherwise."""
     return DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmdet')
 
 
-def _norm_cfgs(node, path):
+def batch_norm_cfgs(node: Any, path: str) -> Iterator[tuple[str, dict]]:
     """Path and dict of every BatchNorm in a model's config, its classes' defaults written out."""
     if isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
-            yield from _norm_cfgs(child, f'{path}.{i}')
+            yield from batch_norm_cfgs(child, f'{path}.{i}')
     if not isinstance(node, dict):
         return
-    cls = _class_of(node)
+    cls = resolve(MODELS, node.get('type'))
     if _is_batch_norm_class(cls):
         yield path, node
         return
     for name, default in _defaults(cls):
         if name not in node and isinstance(default, dict) and _is_batch_norm_class(
-                _class_of(default)):
+                resolve(MODELS, default.get('type'))):
             node[name] = copy.deepcopy(default)
     for key, child in node.items():
         if key != 'init_cfg':  # its types are names of layers to initialise
-            yield from _norm_cfgs(child, f'{path}.{key}')
-
-
-def _class_of(node):
-    kind = node.get('type')
-    if not isinstance(kind, str):
-        return kind  # a config in the new style names the class itself
-    with MODELS.switch_scope_and_registry(None) as registry:
-        try:
-            return registry.get(kind)
-        except RuntimeError:  # of another registry, as an assigner
-            return None
+            yield from batch_norm_cfgs(child, f'{path}.{key}')
 
 
 def _is_batch_norm_class(cls):
@@ -260,7 +254,7 @@ def _defaults(cls):
 
 def _swap(node, family, args):
     """Changes one norm_cfg in place."""
-    cls = _class_of(node)
+    cls = resolve(MODELS, node.get('type'))
     synchronised = not issubclass(cls, _BatchNorm) or issubclass(cls, nn.SyncBatchNorm)
     if not synchronised and cls.forward is not _BatchNorm.forward:
         raise ValueError(f'{cls.__module__}.{cls.__qualname__} has a forward of its own, which '
@@ -282,9 +276,12 @@ def _report(model, norm, found, model_cfg):
         print_log(f'already converted: this config builds {len(layers)} DN layers; nothing was '
                   f'changed', logger='current')
     elif not found:
-        raise ValueError('found no BatchNorm that this config could change' + (
-            f': {len(left)} are hard-coded, {hard_coded}; use dn_mmdet.convert.convert_norm on '
-            f'the model' if left else f' in {type(model).__name__}{norms_in_words(model)}'))
+        message = 'found no BatchNorm that this config could change'
+        if left:
+            raise NoBatchNormInConfig(
+                f'{message}: {len(left)} are hard-coded, {hard_coded}; use '
+                f'dn_mmdet.convert.convert_norm on the model')
+        raise ValueError(f'{message} in {type(model).__name__}{norms_in_words(model)}')
     else:
         print_log(f'{norm} in place of BatchNorm in {len(layers)} layers, by '
                   f'{", ".join(path for path, _ in found)}', logger='current')
@@ -515,7 +512,7 @@ def _folding_methods_of(cls):
             and not hasattr(nn.Module, name) and callable(getattr(cls, name))]
 
 
-def misfolded(model: nn.Module):
+def misfolded(model: nn.Module) -> Iterator[str]:
     """Names of BatchNorms that mmcv's fuse_conv_bn folds into a convolution before a DN layer.
 
     It remembers a module's last convolution until a BatchNorm comes, and knows

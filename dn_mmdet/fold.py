@@ -7,18 +7,18 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .controls import _RewrittenBN
 from .convert import (
     DNBAct,
     DNCAct,
@@ -27,9 +27,29 @@ from .convert import (
     misfolded,
     norms_in_words,
 )
-from .functional import generate, is_torch_batch_norm
+from .functional import is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
+from .reference import call_sc
+
+
+class RewrittenBN(nn.Module):
+    """A BatchNorm whose scale and shift are made from other parameters, not from the input.
+
+    ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
+    are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
+    """
+
+    _abbr_ = 'bn'
+    bn: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return functional_call(self.bn, dict(weight=scale, bias=shift), (x, ))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Both (C,)."""
+        raise NotImplementedError
 
 MOST = 0.75  # of the layers are 'most of them': those that vary least
 
@@ -60,7 +80,7 @@ class Outputs:
     sums: Tensor
 
     @classmethod
-    def of(cls, g: Tensor, h: Tensor):
+    def of(cls, g: Tensor, h: Tensor) -> 'Outputs':
         """Of g, h (N, C)."""
         values = torch.stack((g, h)).detach().cpu().double()
         first = values[:, :1]  # subtracted, so that constants have a spread of exactly 0
@@ -85,7 +105,7 @@ class Outputs:
 
         Of z, which they act on, it is taken that it has mean b and std w in every image.
         """
-        w, b = _affine_of(bn, self.mean[0])
+        w, b = affine_of(bn, self.mean[0])
         var_g, var_h, both = self.sums / self.count
         lost = (var_g * (w.square() + b.square()) + 2 * b * both + var_h).sum().item()
         kept = ((1 + self.mean[0]) * w).square().sum().item()
@@ -93,7 +113,8 @@ class Outputs:
 
 
 @torch.no_grad()
-def fold_norm(model: nn.Module, batches=None, *, keep=None,
+def fold_norm(model: nn.Module, batches: Iterable | None = None, *,
+              keep: int | Sequence[str] | None = None,
               max_change: float | None = None) -> list[LayerReport]:
     """Turns DN layers into BatchNorms, g and h frozen at their mean over some images.
 
@@ -148,7 +169,7 @@ def fold_norm(model: nn.Module, batches=None, *, keep=None,
     return replace_layers(model, outputs, report, kept)
 
 
-def foldable(model: nn.Module) -> dict[nn.Module, list[str]]:
+def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
     """The layers that can become BatchNorms, each with all names that it has in the model.
 
     Raises:
@@ -159,7 +180,7 @@ def foldable(model: nn.Module) -> dict[nn.Module, list[str]]:
                          'its .module')
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_DynamicNorm, _RewrittenBN)):
+        if isinstance(module, (_DynamicNorm, RewrittenBN)):
             found.setdefault(module, []).append(name)
     if not found:
         raise ValueError(f'found no DN layer to fold in {type(model).__name__}'
@@ -177,7 +198,7 @@ def _check_foldable(name, layer):
     if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
         raise ValueError(f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
                          f'{type(bn).__qualname__}: leave this layer in a model of its own')
-    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, _RewrittenBN.forward)
+    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
         raise ValueError(f'{name}: {type(layer).__name__} has a forward of its own, which folding '
                          f'would lose')
@@ -187,9 +208,9 @@ def _check_foldable(name, layer):
                          f'which folding would lose: remove them first')
 
 
-def constant(layer: nn.Module) -> Outputs | None:
+def constant(layer: _DynamicNorm | RewrittenBN) -> Outputs | None:
     """The g, h of a layer in eval mode where they are the same for every input."""
-    if isinstance(layer, _RewrittenBN):  # its scale and shift are all of weight and bias
+    if isinstance(layer, RewrittenBN):  # its scale and shift are all of weight and bias
         nothing = torch.zeros(1, layer.bn.num_features)
         return Outputs.of(nothing, nothing)
     bn, sc = layer.bn, layer.sc
@@ -198,7 +219,7 @@ def constant(layer: nn.Module) -> Outputs | None:
     if layer.batch_shared and getattr(bn, 'running_mean', None) is not None:
         mu, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
         eps = getattr(bn, 'eps', 1e-5)
-        return Outputs.of(*generate(sc, None, None, mu, torch.sqrt(var + eps), eps, True))
+        return Outputs.of(*call_sc(sc, mu[None], var[None], mu, torch.sqrt(var + eps), eps, True))
     w_out = getattr(sc, 'w_out', None)
     if w_out is None or w_out.any():
         return None
@@ -207,7 +228,8 @@ def constant(layer: nn.Module) -> Outputs | None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches, forward=None) -> dict[str, Outputs]:
+def calibrate(model: nn.Module, batches: Iterable,
+              forward: Callable | None = None) -> dict[str, Outputs]:
     """What the SCs make of the images in some batches, by layer; the model in eval mode.
 
     A layer that has several names goes by the first.
@@ -286,7 +308,7 @@ def _modes_kept(model):
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches, forward=None) -> None:
+def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = None) -> None:
     """Running statistics anew, as their mean over some batches.
 
     Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
@@ -316,12 +338,14 @@ def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
     for layer, (name, *_) in foldable(model).items():
         exact, seen = constant(layer), outputs.get(name)
         if exact is not None:
-            row = (0, 0., 0., 0.)
+            count, g_std, h_std, share = 0, 0., 0., 0.
         elif seen is not None:
-            row = (seen.count, *seen.std(), seen.share(layer.bn))
+            count, share = seen.count, seen.share(layer.bn)
+            g_std, h_std = seen.std()
         else:
-            row = (0, *[float('nan')] * 3)
-        report.append(LayerReport(name, type(layer).__name__, *row, folded=False))
+            count, g_std, h_std, share = 0, math.nan, math.nan, math.nan
+        report.append(LayerReport(name, type(layer).__name__, count, g_std, h_std, share,
+                                  folded=False))
     return report
 
 
@@ -331,7 +355,7 @@ def most_varying(report: list[LayerReport], number: int) -> list[str]:
     return [row.name for row in sorted(seen, key=lambda row: -row.share)[:number]]
 
 
-def named(layers: dict[nn.Module, list[str]], keep) -> list[str]:
+def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> list[str]:
     """The first names of the layers that `fold_norm` is to keep, as far as ``keep`` has names.
 
     Raises:
@@ -354,7 +378,7 @@ def named(layers: dict[nn.Module, list[str]], keep) -> list[str]:
 
 @torch.no_grad()
 def replace_layers(model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport],
-                   kept) -> list[LayerReport]:
+                   kept: Collection[str]) -> list[LayerReport]:
     """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
 
     Returns:
@@ -386,10 +410,10 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.no_grad()
 def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
     """The BatchNorm that computes what a layer does where its SC gives g, h (C,)."""
-    if isinstance(layer, _RewrittenBN):
+    if isinstance(layer, RewrittenBN):
         weight, bias = layer.scale_and_shift()
     else:
-        w, b = _affine_of(layer.bn, g.double())
+        w, b = affine_of(layer.bn, g.double())
         weight, bias = w * (1 + g), b * (1 + g) + h
     bn = _with_affine(layer, weight, bias)
     if isinstance(layer, (DNBAct, DNCAct)):
@@ -397,7 +421,7 @@ def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
     return bn
 
 
-def _affine_of(bn, like):
+def affine_of(bn, like):
     """Weight and bias (C,) of a BatchNorm, ones and zeros where it has none."""
     return [torch.full_like(like, fill) if t is None else t.detach().to(like)
             for t, fill in ((bn.weight, 1), (bn.bias, 0))]

@@ -1,25 +1,20 @@
-"""The maths of Dynamic Normalization, and how it meets the state of a BatchNorm.
+"""Dynamic Normalization, fast: what to run on which input, and the state of the BatchNorm.
 
-Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. Only its
-abstract is public as text; what it leaves open is this project's own design.
+Equations (1) to (6) are `reference.dynamic_norm`. A fused pass reads x twice and writes y once.
+Between the two passes everything is (N, C) small, and makes the a and c of ::
 
-For x of shape (N, C, ...), with ``m, v`` (N, C) the mean and population variance
-of each sample's channel and ``s = sqrt(v + eps)``::
+    y  = a (x - m) + c,       a = (1 + g) w / sigma,    c = (1 + g) b + h + a (m - mu)    (7)
 
-    mu  = mean_n m                                                          (1)
-    var = mean_n v + mean_n (m - mu)^2                                      (2)
-    z   = w (x - mu) / sigma + b,  sigma = sqrt(var + eps)    BatchNorm     (3)
-    g, h = SC(m', s')                            DN-B, (N, C) each          (4)
-    g, h = SC(mu, sigma)                         DN-C, (1, C) each          (5)
-    y   = (1 + g) z + h                                                     (6)
+The backward pass reduces dy to da and dc, takes them through that small graph to dm and dv,
+and needs one more pass over dy and x, with S the values behind each m::
 
-``m', s'`` are ``m, s`` themselves (``inputs='raw'``) or ``(m - mu) / sigma`` and
-``s / sigma - 1`` (``'standardized'``). Where the inner BatchNorm would use its
-running statistics, they stand for mu and var.
+    dx = a dy + p (x - m) + q,       p = 2 dv / S,            q = (dm - a dc) / S         (8)
 """
 import functools
 import logging
+import os
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -30,18 +25,18 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.nn.functional import all_reduce
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .kernels import torch_ops
+from .kernels import Backend, operators, torch_ops  # noqa: F401 (operators are registered)
 from .sc import SC
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**30  # the kernels' integers
 # What of a norm has one value per channel.
 PER_CHANNEL = ('weight', 'bias', 'running_mean', 'running_var')
 SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
@@ -53,9 +48,10 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     """Normalises x by equations (1) to (6) and updates bn's running averages.
 
     Every backend computes the same. The fused ones keep only x for the backward
-    pass and read it as often as BatchNorm does. The reference runs in their place
-    wherever autograd has to see each operation (`torch.compile`, tracing, export,
-    `torch.func` transforms, double backward). The inner norm is called for
+    pass and read it as often as BatchNorm does. `torch.compile` keeps them as one
+    operator each way. The reference runs in their place wherever autograd has to
+    see each operation (tracing, export, `torch.func` transforms, double backward),
+    and is what `torch.compile` takes with backend ``'torch'``. The inner norm is called for
     equation (3) where it is not a torch BatchNorm, where something is registered
     on it (hooks, pruning, parametrizations, a forward of its own), and where
     `torch.jit.trace` or `make_fx` records what is called.
@@ -96,23 +92,26 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     seen = _autograd_must_see(x)
     if not is_torch_batch_norm(bn) or has_registered(bn) or seen and _is_recorded(bn):
         return _around_the_inner_norm(x, bn, sc, batch_shared)
-    check_eps(bn.eps)
+    check_eps(bn.eps)  # type: ignore[arg-type]
     w, b, mean, var = norm_parts = _parts_of_norm(bn)
     sc_parts = _parts_of_sc(sc)
     plain = _check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
     running = None if bn.training or mean is None else (mean, var)
     call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     _check_count(x, call)
-    ops = _primitives(x, backend) if plain and not seen else None
-    if ops is None:
+    kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
+    ops = _backend_for(x, backend) if plain and not seen else None
+    if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
-    planes = (x if x.dim() > 2 else x.unsqueeze(2)).resolve_neg()
-    if torch.is_grad_enabled():
+    planes = x if x.dim() > 2 else x.unsqueeze(2)
+    if kernels:
+        y = _by_operator(kernels, call, planes, w, b)
+    elif torch.is_grad_enabled():
         names, parameters = ((SC_PARAMETERS, sc_parts) if sc_parts else
                              zip(*sc.named_parameters(), strict=True))
-        y = _FusedNorm.apply(call, ops, names, planes, w, b, *parameters)
+        y = _FusedNorm.apply(call, ops, names, planes.resolve_neg(), w, b, *parameters)
     else:
-        y = _without_gradients(call, ops, planes, w, b)
+        y = _without_gradients(call, ops, planes.resolve_neg(), w, b)
     return y if x.dim() > 2 else y.squeeze(2)
 
 
@@ -124,7 +123,11 @@ def check_backend(backend: str) -> None:
 
 def check_eps(eps: float) -> None:
     """Raises ValueError where torch's BatchNorm would not run."""
-    if not eps > 0:
+    try:
+        positive = eps > 0
+    except TypeError:  # no number
+        positive = False
+    if not positive:
         raise ValueError(f'eps must be positive, but got {eps!r}')
 
 
@@ -135,7 +138,9 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     subclass without a forward of its own, mmdet's and torchvision's freezing by
     another class.
     """
-    return type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    cls = type(bn)
+    return (cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+            and cls.__call__ is nn.Module.__call__)
 
 
 def has_registered(module: nn.Module) -> bool:
@@ -155,7 +160,7 @@ def has_registered(module: nn.Module) -> bool:
 
 class _Call(NamedTuple):
     """What a call read from the layer's modules, for a backward that comes later."""
-    bn: nn.Module
+    bn: Any  # a BatchNorm, or what a conversion put in its place
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
     sc: nn.Module
@@ -164,17 +169,10 @@ class _Call(NamedTuple):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """``y = a (x - m) + c``, which keeps x and what is (N, C) small.
+    """Equations (7) and (8), which keep x and what is (N, C) small.
 
-    Forward computes a and c from m, v and the parameters under autograd; backward
-    reduces dy to da and dc, lets autograd take them through that small graph, and
-    needs one more pass for
-
-        dx = a dy + p (x - m) + q,    p = 2 dv / S,    q = (dm - a dc) / S    (8)
-
-    with dm, dv the gradients of m and v through a and c, and S the values behind
-    each of them. A backward that is itself to be differentiated, or transformed
-    (batched gradients), goes through the reference.
+    A backward that is itself to be differentiated, or transformed (batched gradients), goes
+    through the reference.
     """
 
     @staticmethod
@@ -183,10 +181,10 @@ class _FusedNorm(torch.autograd.Function):
             call = call._replace(running=tuple(t.clone() for t in call.running))
         m, v = _moments(call, ops, x)
         if _small_part_is_fused(call, w, b):
-            small = _fused_coefficients(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
+            small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
-            small = _Coefficients(call, names, m, v, x, ctx.needs_input_grad[3:],
-                                  (w, b, *sc_parameters))
+            small = _CoefficientsByAutograd(call, names, m, v, x, ctx.needs_input_grad[3:],
+                                            (w, b, *sc_parameters))
         ctx.save_for_backward(x, w, b, *sc_parameters)
         ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
         return ops.affine(x, m, small.a, small.c)
@@ -211,7 +209,7 @@ class _FusedNorm(torch.autograd.Function):
                                        for d, needs in zip(rest, needed[1:], strict=True))
 
 
-class _Coefficients:
+class _CoefficientsByAutograd:
     """a, c of equation (7), the small graph behind them, and a step of the averages.
 
     Args:
@@ -235,11 +233,12 @@ class _Coefficients:
         self.m, self.a, self.c = m, a.detach(), c.detach()
         self.size = x.numel() // m.numel()
 
-    def backward(self, da: Tensor, dc: Tensor):
+    def backward(self, da: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
         """p, q of equation (8), where x needs a gradient, and the gradients of parameters."""
         through = [(t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True)
                    if t.requires_grad]
-        dm, dv, *rest = _gradients(*zip(*through, strict=True), self.leaves)
+        outputs, gradients = zip(*through, strict=True)
+        dm, dv, *rest = _gradients(outputs, gradients, self.leaves)
         if not self.leaves[0].requires_grad:
             return None, None, *rest
         p = torch.zeros_like(dm) if dv is None else dv * (2 / self.size)
@@ -284,7 +283,7 @@ def _small_part_is_fused(call, w, b):
             and call.sc_parts is not None)
 
 
-def _fused_coefficients(call, ops, m, v, x, parameters, keep):
+def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
     w, b, *sc_parameters = parameters
     bn = call.bn
     averages = None
@@ -309,7 +308,7 @@ def _without_gradients(call, ops, x, w, b):
             return y
     m, v = _moments(call, ops, x)
     if fused:
-        small = _fused_coefficients(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
+        small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *call.sc_parts), keep=False)
         a, c = small.a, small.c
     else:
         a, c, *observed = coefficients(call, m, v, x, w, b)
@@ -334,9 +333,10 @@ class _StatelessSC(SC):
         pass
 
 
-def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, parameters, needed, *,
+def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor,
+                      parameters: Sequence[Tensor | None], needed: Sequence[bool], *,
                       batch: bool, batch_shared: bool, standardized: bool, eps: float,
-                      bound: float | None, group: str):
+                      bound: float | None, group: str) -> tuple[Tensor | None, ...]:
     """A differentiable backward pass for the compiled GPU host, which keeps no modules.
 
     Args:
@@ -349,14 +349,15 @@ def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor, paramete
         A tuple: the gradient, or None, of x and of each parameter.
     """
     w_in, b_in = parameters[2:4]
+    assert w_in is not None and b_in is not None
     channels = x.shape[1]
     sc = _StatelessSC(channels, channels, len(b_in), 'standardized' if standardized else 'raw',
                       bound, device='meta', dtype=w_in.dtype)
     names = [name for name, _ in sc.named_parameters()]
-    if group:
-        group = dist.distributed_c10d._resolve_process_group(group)
+    resolve = dist.distributed_c10d._resolve_process_group
+    processes = resolve(group) if group else None  # type: ignore[arg-type]
     call = _Call(SimpleNamespace(eps=eps), None if batch else (mu, sigma.square() - eps),
-                 group or None, sc, None, batch_shared)
+                 processes, sc, None, batch_shared)
     return tuple(_backward_by_the_reference(call, names, needed, dy, x, *parameters))
 
 
@@ -371,8 +372,8 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _primitives(x, backend):
-    """The module with the fused primitives to run on x, or None for the reference."""
+def _backend_for(x: Tensor, backend: str) -> Backend | None:
+    """What runs on x under this name, or None for the reference."""
     if backend == 'reference' or x.numel() == 0:
         return None
     fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
@@ -447,7 +448,7 @@ def gpu_host():
         return None
 
 
-def _on_gpu(index: int):
+def _on_gpu(index):
     """The Triton kernels launched from Python, or None where they do not run on this GPU."""
     host = gpu_host()
     if host is not None and not host.kernels_run_on(index):  # which may turn out at any call
@@ -504,33 +505,36 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
     The step comes before most tensors are saved for backward: gradient checkpointing
     stops its second forward pass at the last one, and BatchNorm steps in both passes.
     """
-    m, v = reference.moments(x)
-    mu, var, count = statistics(call, m, v, x)
-    if step:
-        update_running_averages(call.bn, mu, var, count)
-    sigma = torch.sqrt(var + call.bn.eps)
-    z = reference.normalize(x, mu, sigma, *_affine_parameters(w, b, like=mu))
-    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
-    return reference.modulate(z, g, h).to(x.dtype)
+
+    def observed(m, v):
+        mu, var, count = statistics(call, m, v, x)
+        if step:
+            update_running_averages(call.bn, mu, var, count)
+        return mu, var
+
+    return reference.dynamic_norm(x, w, b, call.sc, eps=call.bn.eps,
+                                  batch_shared=call.batch_shared, statistics=observed,
+                                  sc_parameters=sc_parameters)
 
 
 def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
-                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None):
-    """a, c (N, C) with which equation (6) reads ``y = a (x - m) + c`` (7); mu, var, count.
+                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None) -> tuple:
+    """a, c (N, C) of equation (7); mu, var, count.
 
     Of x only the shape is used.
     """
     mu, var, count = statistics(call, m, v, x)
     sigma = torch.sqrt(var + call.bn.eps)
-    w, b = _affine_parameters(w, b, like=mu)
-    g, h = generate(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters)
+    w, b = reference.affine_parameters(w, b, like=mu)
+    g, h = reference.call_sc(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared,
+                             sc_parameters)
     scale = 1 + g
     a = scale * (w / sigma)
     c = torch.addcmul(h, scale, b) + a * (m - mu)
     return a.expand_as(m), c, mu, var, count
 
 
-def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
+def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor) -> tuple:
     """mu, var (C,) that the inner BatchNorm uses, and the number of values behind them.
 
     The count is None where the statistics are the running ones, and a tensor
@@ -541,18 +545,11 @@ def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor):
     count = _values_per_channel(x)
     if call.group is not None:
         return synchronized_statistics(m, v, count, call.group)
-    return *batch_statistics(m, v), count
+    return *reference.batch_statistics(m, v), count
 
 
-def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """mu, var (C,) by equations (1) and (2); zeros, not NaN, of an empty batch."""
-    if m.numel() == 0:
-        return m.sum(0), v.sum(0)
-    mu = m.mean(0)
-    return mu, (v + (m - mu).square()).mean(0)
-
-
-def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
+def synchronized_statistics(m: Tensor, v: Tensor, count: int,
+                            group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (1) and (2) over all processes of a group, weighted by their counts.
 
     Every process writes (count, mean, variance) into its own row of a table of
@@ -564,7 +561,7 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     Returns:
         mu (C,), var (C,), count (0-d tensor).
     """
-    row = torch.cat((m.new_full((1, ), count), *batch_statistics(m, v)))
+    row = torch.cat((m.new_full((1, ), count), *reference.batch_statistics(m, v)))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     table = torch.zeros(world_size, len(row), dtype=row.dtype, device=row.device)
     table = torch.cat((table[:rank], row[None], table[rank + 1:]))
@@ -576,23 +573,10 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int, group):
     return mu, (share * (variances + (means - mu).square())).sum(0), total
 
 
-def generate(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps: float,
-             batch_shared: bool, parameters: dict[str, Tensor] | None = None):
-    """g, h by equation (4), (N, C) each, or (5), (1, C) each.
-
-    ``parameters``, where given, stand in for SC's own.
-    """
-    if batch_shared:
-        inputs = mu[None], sigma[None]
-    else:
-        s = torch.sqrt(v + eps)
-        inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
-    return sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
-
-
-def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> None:
+def update_running_averages(bn: Any, mu: Tensor, var: Tensor,
+                            count: Any) -> None:
     """One step of bn's running averages, by torch's rule: the unbiased variance."""
-    if not (bn.training and bn.track_running_stats):
+    if not _steps(bn):
         return  # before no_grad, which in eval mode would be a region of its own to torch.export
     with torch.no_grad():
         momentum = _count_batch(bn)
@@ -607,6 +591,10 @@ def update_running_averages(bn: nn.Module, mu: Tensor, var: Tensor, count) -> No
             unbiased = var * (count / (count - 1))
         for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
             running.copy_(running + momentum * (value - running))
+
+
+def _steps(bn):
+    return bn.training and bn.track_running_stats
 
 
 def _count_batch(bn):
@@ -704,12 +692,6 @@ def _values_per_channel(x):
     return x.numel() // x.shape[1]
 
 
-def _affine_parameters(w, b, like):
-    """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
-    return (torch.ones_like(like) if w is None else w.to(like.dtype),
-            torch.zeros_like(like) if b is None else b.to(like.dtype))
-
-
 def _running_statistics(bn):
     """The running mean and variance where bn normalises by them, or None."""
     never_updates = not hasattr(bn, 'momentum')  # mmdet's and torchvision's FrozenBatchNorm2d
@@ -723,7 +705,7 @@ def _is_synchronised(bn):
             and dist.is_initialized())
 
 
-def process_group(bn: nn.Module):
+def process_group(bn: Any) -> dist.ProcessGroup | None:
     """The group over which bn's batch statistics are to be reduced, or None."""
     if not _is_synchronised(bn):
         return None
@@ -731,11 +713,70 @@ def process_group(bn: nn.Module):
     return group if dist.get_world_size(group) > 1 else None
 
 
+def _kernels_of_operator(call, x, w, b, backend):
+    """Which kernels torch.compile is to keep this layer for as one operator, or ''.
+
+    See `kernels.operators`.
+    """
+    if not torch.compiler.is_compiling():
+        return ''
+    state = [t for t in (call.bn.running_mean, call.bn.running_var, call.bn.num_batches_tracked)
+             if t is not None]
+    if (x.dtype not in FUSED_DTYPES or call.group is not None or call.sc_parts is None
+            or (w is None) != (b is None) or (_steps(call.bn) and call.bn.running_mean is None)
+            or not all(t.is_contiguous() and t.device == x.device for t in state)
+            or x.numel() == 0 or x.shape[0] * x.shape[1] >= LARGEST
+            or x.numel() >= x.shape[0] * x.shape[1] * LARGEST):
+        return ''
+    return _kept_by_compile(backend, x.device.type, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # nothing in it is for Dynamo to trace
+def _kept_by_compile(backend, device, index):
+    """'triton' or 'cpp', the kernels of an operator; '' for the reference.
+
+    That goes into what torch.export makes, which is to run where this package is not installed.
+    """
+    if (torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0 or backend in ('reference', 'torch')):
+        return ''
+    if device == 'cpu' and backend == 'triton':
+        return 'triton' if os.environ.get('TRITON_INTERPRET') == '1' else ''
+    if device == 'cpu':
+        return 'cpp' if compiled_kernels() else ''
+    return 'triton' if device == 'cuda' and _on_gpu(index) else ''
+
+
+def _by_operator(kernels, call, x, w, b):
+    bn, sc = call.bn, call.sc
+    parts = x, w, b, *call.sc_parts, bn.running_mean, bn.running_var
+    options = (float(bn.eps), None if sc.bound is None else float(sc.bound),
+               call.running is None, call.batch_shared,
+               sc.inputs == 'standardized' and not call.batch_shared, torch.is_grad_enabled(),
+               kernels)
+    if not _steps(bn):
+        return torch.ops.dn_mmdet.dynamic_norm(*parts, *options)[0]
+    momentum = bn.momentum
+    if momentum is not None:
+        momentum = float(momentum)
+    elif bn.num_batches_tracked is None:
+        momentum = 0.  # torch's rule
+    return torch.ops.dn_mmdet.dynamic_norm_step(*parts, bn.num_batches_tracked, momentum,
+                                                *options)[0]
+
+
 def _around_the_inner_norm(x, norm, sc, batch_shared):
     """Equation (6) with z from a call of the inner norm, and SC by the statistics it used."""
+    if isinstance(norm, nn.Identity):
+        raise TypeError('the inner norm is an Identity: something has folded it into a '
+                        'convolution, and SC would get the statistics of another map. Make '
+                        'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm')
     if not torch.jit.is_tracing():  # where sizes are no numbers
         _check_called(x, norm, sc)
     z, x, running = _call(norm, x)
+    if not isinstance(z, Tensor):
+        raise TypeError(f'expected the inner {type(norm).__name__} to give a tensor, got a '
+                        f'{type(z).__name__}; see the hooks that are registered on it')
     if not torch.jit.is_tracing() and z.shape != x.shape:
         raise ValueError(f'expected the inner {type(norm).__name__} to keep the shape '
                          f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it')
@@ -743,7 +784,7 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
     m, v = reference.moments(x)
     mu, var, _ = statistics(call, m, v, x)
     eps = getattr(norm, 'eps', 1e-5)
-    g, h = generate(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
+    g, h = reference.call_sc(sc, m, v, mu, torch.sqrt(var + eps), eps, batch_shared)
     return reference.modulate(reference.widen(z), g, h).to(x.dtype)
 
 
@@ -759,12 +800,13 @@ def _call(norm, x):
     """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
     seen = []
 
-    def look(norm, inputs):
+    def look(norm, args, keywords):
         running = _running_statistics(norm)
-        seen[:] = inputs[0], running and tuple(t.clone() for t in running)
+        given = [*args, *keywords.values()][0]  # a hook may give it by name
+        seen[:] = given, running and tuple(t.clone() for t in running)
 
     if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
-        look(norm, (x, ))
+        look(norm, (x, ), {})
         return norm(x), *seen
-    with norm.register_forward_pre_hook(look):  # the last one
+    with norm.register_forward_pre_hook(look, with_kwargs=True):  # the last one
         return norm(x), *seen

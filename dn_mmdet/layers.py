@@ -1,14 +1,14 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
 import re
 import sys
-from functools import partial
+import warnings
+from typing import Any
 
 import torch
 import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .ablation import VariantSC
 from .functional import check_backend, check_eps, dynamic_norm
 from .sc import SC
 
@@ -22,6 +22,17 @@ BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
 FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
                      '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
+# By which of these the code of such functions, whatever they are called, takes the root of the
+# variance and eps.
+ROOTS = {'sqrt', 'rsqrt', 'pow', 'float_power', 0.5, -0.5}
+
+
+def _build_sc(cfg, arguments):
+    if cfg is None:
+        return SC(**arguments)
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise TypeError(f"sc: expected the config of a module, as dict(type='SC'), got {cfg!r}")
+    return MODELS.build(cfg, default_args=arguments)
 
 
 class _DynamicNorm(nn.Module):
@@ -33,6 +44,9 @@ class _DynamicNorm(nn.Module):
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
+    bn: Any  # a BatchNorm, or what a conversion put in its place
+    sc: SC  # or a module with its interface
+    backend: str
     bn_type: type[nn.Module]
     batch_shared: bool
     ndims: tuple[int, ...]
@@ -42,15 +56,16 @@ class _DynamicNorm(nn.Module):
                  min_channels: int = 8, inputs: str = 'raw', bound: float | None = 0.25,
                  bn_requires_grad: bool = True, backend: str = 'auto',
                  device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None, variant: dict | None = None):
+                 dtype: torch.dtype | None = None, sc: dict | None = None):
         super().__init__()
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
                              f"the batch statistics themselves: expected 'raw', got "
                              f'{inputs!r}')
-        make_sc = SC if variant is None else partial(VariantSC, **variant)
-        self.sc = make_sc(num_features, reduction, min_channels, inputs, bound, device, dtype)
+        self.sc = _build_sc(sc, dict(num_features=num_features, reduction=reduction,
+                                     min_channels=min_channels, inputs=inputs, bound=bound,
+                                     device=device, dtype=dtype))
         self.bn = self.bn_type(self.sc.num_features, eps, momentum, affine, track_running_stats,
                                device=device, dtype=dtype)
         check_backend(backend)
@@ -59,7 +74,8 @@ class _DynamicNorm(nn.Module):
         self.bn.requires_grad_(bn_requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self._modules  # as attributes, both cost as much as the whole compiled call
+        # As attributes, both would cost as much as the whole compiled call.
+        parts: dict[str, Any] = self._modules
         return dynamic_norm(x, parts['bn'], parts['sc'], batch_shared=self.batch_shared,
                             ndims=self.ndims, backend=self.backend)
 
@@ -123,20 +139,29 @@ class _DynamicNorm(nn.Module):
 
     @property
     def running_var(self):
-        """The inner norm's. Code that would fold it, and so lose SC, gets an error instead."""
+        """The inner norm's. Code that would fold it, and so lose SC, is told or refused."""
         if not torch.compiler.is_compiling():
             self._refuse_to_be_folded(sys._getframe(1))
         return self.bn.running_var
 
     def _refuse_to_be_folded(self, frame):
+        codes = [frame.f_code]
         while frame.f_code.co_name.startswith('<') and frame.f_back:  # a lambda, a comprehension
             frame = frame.f_back
-        name = frame.f_code.co_name
-        if FOLDING.search(name) and not self.sc.is_identity():
-            raise TypeError(f'{name}: expected a BatchNorm to fold, got {type(self).__name__}, '
-                            f'whose scale and shift follow the input and would be lost: make '
-                            f'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or '
-                            f'leave this one as it is')
+            codes.append(frame.f_code)
+        name = codes[-1].co_name
+        named = FOLDING.search(name)
+        if not (named or any(map(_seems_to_fold, codes))) or self.sc.is_identity():
+            return
+        kind = type(self).__name__
+        remedy = ('make BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or leave this '
+                  'one as it is. Code that only reads it finds the inner BatchNorm as .bn')
+        if named:
+            raise TypeError(f'{name}: expected a BatchNorm to fold, got {kind}, whose scale and '
+                            f'shift follow the input and would be lost: {remedy}')
+        warnings.warn(f'{name} reads what functions read that fuse a BatchNorm into a '
+                      f'convolution. Of a {kind} they would lose the scale and shift that follow '
+                      f'the input: {remedy}', stacklevel=3)
 
     @property
     def eps(self):
@@ -164,6 +189,18 @@ class _DynamicNorm(nn.Module):
         self.bn.track_running_stats = value
 
 
+def _seems_to_fold(code):
+    """Whether a function that reads a norm's attributes takes the root of its variance and eps.
+
+    Or hands both to a function that folds. One that knows of ``sc`` computes the layer.
+    """
+    called = code.co_names + code.co_freevars
+    names = {*called, *code.co_consts}
+    return (code.co_name != '<module>' and {'running_var', 'eps'} <= names
+            and 'sc' not in names
+            and (not names.isdisjoint(ROOTS) or any(map(FOLDING.search, called))))
+
+
 def _register(cls):
     """Registers in mmengine's root registry, which every OpenMMLab scope falls back to.
 
@@ -174,6 +211,9 @@ def _register(cls):
     own = existing is not None and existing.__module__ == cls.__module__
     MODELS.register_module(module=cls, force=own)
     return cls
+
+
+_register(SC)
 
 
 class _DNB(_DynamicNorm):
@@ -216,8 +256,9 @@ class DNB(_DNB):
             no batch to be relative to and takes only ``'raw'``.
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
             bound, which diverges at high learning rates.
-        variant (dict | None): for ablations: arguments of
-            `dn_mmdet.ablation.VariantSC`, which takes SC's place.
+        sc (dict | None): the config of a registered module in the place of `SC`, as
+            ``dict(type='MySC', depth=2)``. It is given SC's arguments, those of this
+            layer, unless the config has others; see `SC` for what it has to do.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see `dynamic_norm`. All

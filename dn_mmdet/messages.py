@@ -6,7 +6,12 @@ import re
 from mmengine.logging import print_log
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What the user can put right; a tool says it in one message."""
+    exit_code = 2  # of the tool
+
+
+class ConfigError(UserError):
     """A config, an option or a folder that a tool cannot go on with."""
 
 

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import math
 import operator
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
@@ -23,7 +24,7 @@ def no_autocast(device_type):
     return torch.autocast(device_type, enabled=False)
 
 
-def in_dtype_of(like: Tensor, tensors) -> list[Tensor]:
+def in_dtype_of(like: Tensor, tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if t.dtype == like.dtype else t.to(like.dtype) for t in tensors]
 
 
@@ -72,6 +73,11 @@ class SC(nn.Module):
     Shape:
         - mean, std: (N, C), floating point of one dtype (float32 or wider)
         - output: two tensors (N, C) of that dtype
+
+    A layer takes another module in its place (its argument ``sc``). Such a module is
+    given the same arguments, has the attributes ``num_features`` and ``inputs``, and the
+    methods `reset_parameters`, `is_identity` and `identity_state_dict`. A subclass of SC has
+    them; one with a ``forward`` of its own is called in every backend.
 
     Raises:
         ValueError: an argument is out of range.
@@ -123,16 +129,21 @@ class SC(nn.Module):
             out = F.linear(hidden, w_out, b_out)
         if self.bound is not None:
             out = self.bound * torch.tanh(out)
-        return out.chunk(2, dim=1)
+        g, h = out.chunk(2, dim=1)
+        return g, h
 
     def is_identity(self) -> bool:
         """Whether g = h = 0 whatever the input: not trained yet, or reset."""
         return not any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS)
 
-    def identity_state_dict(self, prefix: str = '', device=None) -> dict[str, Tensor]:
+    def identity_state_dict(self, prefix: str = '',
+                            device: torch.device | None = None) -> dict[str, Tensor]:
         """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0.
 
         Where it has no values, on meta, those of a fresh module on ``device``, if given.
+
+        Raises:
+            ValueError: a parametrization computes one of them.
         """
         sc = self
         if device is not None and any(p.is_meta for p in self.parameters()):
@@ -140,7 +151,12 @@ class SC(nn.Module):
             sc.reset_parameters()
         state = {prefix + name: tensor.clone() for name, tensor in sc.state_dict().items()}
         for name in self.OUTPUT_PARAMETERS:
-            state[prefix + name].zero_()
+            pruned = f'{prefix}{name}_orig'
+            if prefix + name not in state and pruned not in state:
+                raise ValueError(f'{prefix}{name} is computed from other parameters, which cannot '
+                                 f'be set so that g = h = 0: remove its parametrization first, by '
+                                 f'torch.nn.utils.parametrize.remove_parametrizations')
+            state[pruned if pruned in state else prefix + name].zero_()
         return state
 
     def extra_repr(self):

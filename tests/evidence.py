@@ -1,6 +1,6 @@
 """The tables of evidence in README and docs, made of docs/results/runs.csv.
 
-    python tests/evidence.py    # writes them again
+    python tests/evidence.py    # writes them again, and docs/results/causes.png
 
 A page says where: ``<!-- runs of QUESTION -->`` to ``<!-- end -->``, or ``<!-- runs of
 QUESTION: CONFIG, CONFIG -->`` for some of the configs. ``<!-- folded runs of QUESTION -->`` takes
@@ -14,13 +14,17 @@ one setting. The first config is the baseline; intervals are those of the unpair
 ``<!-- trade-off in QUESTION: CONFIG against CONFIG -->`` what the runs of a config are folded,
 beside those of its twin with BN.
 
-``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- seeds needed at
-SPREAD -->`` is a power calculation.
+``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- fit in
+QUESTION -->`` is how well they fit the training images, and what averaged weights do.
+``<!-- settings of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` has a column for each rate
+and batch. ``<!-- seeds needed at SPREAD -->`` is a power calculation.
 """
 import re
+import statistics
 from pathlib import Path
 
-from dn_mmdet import report, results, trade_off
+from dn_mmdet.deploy import trade_off
+from dn_mmdet.experiments import figures, report, results
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
@@ -36,17 +40,29 @@ COLUMNS_IN_WORDS = dict(
     value='all dynamic', folded_most='the quarter that varies most dynamic',
     folded_recalibrated='all folded, statistics anew', folded='all folded')
 FOLDED = ('folded', 'folded_recalibrated', 'folded_most')
+FIT = re.compile(r'(?s)<!-- fit in ([^>]+?) -->\n.*?<!-- end -->')
+SETTINGS = re.compile(r'(?s)<!-- settings of ([^:]+?): ([^>]+?) -->\n.*?<!-- end -->')
 POWER = re.compile(r'(?s)<!-- seeds needed at ([\d.]+) -->\n.*?<!-- end -->')
 DIFFERENCES = (0.5, 0.75, 1., 1.5, 2.)
 PLANNED = ('Stability, on a GPU', )  # and not run yet
 BASELINE = re.compile(r'(mobilenetv2|ssdlite_mbv2)_bn_')
 
 
+def _runs(question):
+    return [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
+            if run.row['question'] == question]
+
+
+def _labelled(labels):
+    """{config: label} of ``LABEL = CONFIG, LABEL = CONFIG``."""
+    return {config: label for label, config in (
+        pair.split(' = ') for pair in labels.split(', '))}
+
+
 def tables(question: str, configs: str | None = None, column: str | None = None,
            baseline: str | None = None) -> str:
     """A table for each setting: the metric over seeds, against BatchNorm's or another's."""
-    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
-            if run.row['question'] == question]
+    runs = _runs(question)
     if column:
         runs = [results.Recorded(dict(run.row, value=run.row[column], folded=None,
                                       metric=f'{run.row["metric"]}, {column}')) for run in runs]
@@ -74,11 +90,9 @@ def tables(question: str, configs: str | None = None, column: str | None = None,
 
 def summary(question: str, labels: str) -> str:
     """One row for each config under the label that a page gives it, in two digits."""
-    configs = {config: label for label, config in (
-        pair.split(' = ') for pair in labels.split(', '))}
+    configs = _labelled(labels)
     baseline = next(iter(configs))
-    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
-            if run.row['question'] == question and run.row['config'] in configs]
+    runs = [run for run in _runs(question) if run.row['config'] in configs]
     rows = {row['config']: row for row in results.summarise(runs, baseline)}
     if len(rows) < len(configs) or len({run.row['lr'] for run in runs}) > 1:
         raise ValueError(f'{question!r}: expected runs of one setting for {sorted(configs)}, '
@@ -96,10 +110,25 @@ def summary(question: str, labels: str) -> str:
                                   f'difference to {configs[baseline]} (95 % interval)'], lines)
 
 
+def differences(question: str, baseline: str | None = None) -> dict:
+    """{(config, column): difference to BatchNorm's or another's, and its Welch interval}."""
+    runs = [run for run in _runs(question) if run.row['value'] is not None]
+    baseline = baseline or next(run.row['config'] for run in runs
+                                if BASELINE.match(run.row['config']))
+    found = {}
+    for column in ('value', 'folded', 'train_loss'):
+        measured = [results.Recorded(dict(run.row, value=run.row.get(column)))
+                    for run in runs]
+        for row in results.summarise(measured, baseline):
+            if row['config'] != baseline and row['unpaired'] is not None:
+                found[row['config'], column] = (
+                    row['unpaired'], row['unpaired_low'], row['unpaired_high'])
+    return found
+
+
 def adaptation(question: str) -> str:
     """What each model with DN layers loses when they are folded: dynamic - folded, over seeds."""
-    runs = [run for run in results.read([ROOT / 'docs' / 'results' / 'runs.csv'])
-            if run.row['question'] == question and run.row['value'] is not None]
+    runs = [run for run in _runs(question) if run.row['value'] is not None]
     if not runs and question in PLANNED:
         return 'Not run yet.\n'
     text = []
@@ -184,6 +213,51 @@ def _with_interval(found, sign=''):
         '' if found.low is None else f' ({found.low:{sign}.2f} to {found.high:{sign}.2f})')
 
 
+def fit(question: str) -> str:
+    """The last epoch's training loss and top-1, and top-1 of averaged weights, over seeds."""
+    runs = [run for run in _runs(question) if run.row['value'] is not None]
+    if not runs and question in PLANNED:
+        return 'Not run yet.\n'
+    lines = []
+    for config, found in results.grouped(runs, lambda run: run.row['config']).items():
+        both = [run.row for run in found if run.row['averaged'] is not None]
+        lines.append([config, len(found),
+                      f'{statistics.mean(run.row["train_loss"] for run in found):.3f}',
+                      _mean_and_spread([run.row['value'] for run in found]), len(both),
+                      _mean_and_spread([row['value'] for row in both]),
+                      _mean_and_spread([row['averaged'] for row in both])])
+    return report.markdown_table(
+        ['config', 'seeds', 'training loss', 'top-1', 'seeds with averaged weights',
+         'top-1 of these', 'their top-1 with averaged weights'], lines)
+
+
+def _mean_and_spread(values):
+    """Mean and standard deviation over seeds."""
+    if len(values) < 2:
+        return f'{values[0]:.2f}' if values else '-'
+    return f'{statistics.mean(values):.2f} ({statistics.stdev(values):.2f})'
+
+
+def settings(question: str, labels: str) -> str:
+    """A row for each config under its label, a column for each learning rate and batch."""
+    configs, runs = _labelled(labels), _runs(question)
+    if not runs and question in PLANNED:
+        return 'Not run yet.\n'
+    found = results.grouped(runs, lambda run: (run.row['batch'], run.row['lr']))
+    columns = sorted(found, key=lambda column: (-column[0], column[1]))
+    lines = []
+    for config, label in configs.items():
+        lines.append([label])
+        for column in columns:
+            rows = [run.row for run in found[column] if run.row['config'] == config]
+            values = [row['value'] for row in rows if row['value'] is not None]
+            cell = [f'{statistics.mean(values):.2f}'] if values else []
+            cell += [row['status'] for row in rows if row['value'] is None]
+            lines[-1].append(', '.join(cell) or 'not run')
+    return report.markdown_table(
+        ['', *(f'lr {lr:g}, batch {batch}' for batch, lr in columns)], lines)
+
+
 def seeds_needed(spread: float) -> str:
     return report.markdown_table(
         ['true difference', *(f'{difference:g}' for difference in DIFFERENCES)],
@@ -201,10 +275,27 @@ def with_tables(page: str) -> str:
         question, configs, column, baseline)), page)
     page = FOLDING.sub(written_by(folding), page)
     page = TRADE_OFF.sub(written_by(trade_off_of_runs), page)
+    page = SETTINGS.sub(written_by(settings), page)
+    page = FIT.sub(written_by(fit), page)
     page = ADAPTATION.sub(written_by(adaptation), page)
     return POWER.sub(written_by(lambda spread: seeds_needed(float(spread))), page)
+
+
+def figure(question: str) -> tuple[str, list[figures.Panel]]:
+    """What each config's top-1 and training loss are, less BatchNorm's."""
+    panels, found = [], differences(question)
+    for column, title in (('value', 'top-1'), ('train_loss', 'training loss, last epoch')):
+        configs = [config for config, of in found if of == column]
+        names = [config.removeprefix('mobilenetv2_').removesuffix('_tinyin100')
+                 for config in configs]
+        sides = zip(*(found[config, column] for config in configs), strict=True)
+        line = figures.Line("over seeds, with Welch's 95 % interval", names,
+                            *(list(side) for side in sides), bars=True)
+        panels.append(figures.Panel(title, '', 'difference to BN', [line]))
+    return question, panels
 
 
 if __name__ == '__main__':
     for path in PAGES:
         path.write_text(with_tables(path.read_text()))
+    figures.draw(dict(causes=figure('Causes, on a GPU')), ROOT / 'docs' / 'results')

@@ -1,9 +1,10 @@
-"""The table of speed on a GPU in docs/speed.md, made of docs/results/benchmark_gpu.csv.
+"""The tables of speed on a GPU in docs/speed.md and docs/gpu.md, made of files in docs/results.
 
-    python tests/speed.py    # writes it again
+    python tests/speed.py    # writes them again
 
-A page says where: ``<!-- speed on a GPU, written by tests/speed.py -->`` to ``<!-- end -->``.
-Without the file the table says that nothing was measured.
+A page says where: ``<!-- speed on a GPU, written by tests/speed.py -->`` to ``<!-- end -->``, and
+in docs/gpu.md ``<!-- tile sizes, train, channels_last -->``, ``<!-- torch.compile -->``.
+Without the file a table says that nothing was measured.
 """
 import re
 from pathlib import Path
@@ -15,6 +16,10 @@ from dn_mmdet.benchmark import bars
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'speed.md'
 ROWS = ROOT / 'docs' / 'results' / 'benchmark_gpu.csv'
+TUNING_PAGE = ROOT / 'docs' / 'gpu.md'
+TUNING_ROWS = ROOT / 'docs' / 'results' / 'tuning_gpu.csv'
+TUNING = re.compile(r'(?s)(<!-- tile sizes, (\w+), (\w+) -->\n).*?(?=<!-- end -->)')
+COMPILED = re.compile(r'(?s)(<!-- torch.compile -->\n).*?(?=<!-- end -->)')
 BEGIN, END = '<!-- speed on a GPU, written by tests/speed.py -->', '<!-- end -->'
 
 
@@ -81,8 +86,8 @@ def _source(rows):
             f'CUDA graph, which leaves the host out. `tools/gpu_check.sh` measures it.')
 
 
-def read() -> list[dict]:
-    return benchmark.read_rows(ROWS) if ROWS.exists() else []
+def read(path=ROWS) -> list[dict]:
+    return benchmark.read_rows(path) if path.exists() else []
 
 
 def with_table(page: str, rows) -> str:
@@ -91,5 +96,31 @@ def with_table(page: str, rows) -> str:
     return f'{before}{BEGIN}\n{table(rows)}\n{END}{after}'
 
 
+def with_tuning_tables(page: str, rows) -> str:
+    """A page with each table of tile sizes written again, in the row before it its source."""
+    def written(match):
+        begin, task, layout = match.groups()
+        chosen = [row for row in rows if row['memory_format'] == layout]
+        text = MISSING
+        if chosen:
+            first = chosen[0]
+            text = (f"{first['device']}, commit `{first['commit']}`, {layout}, {first['dtype']}, "
+                    f"batch {first['batch']}:\n\n{benchmark.tuning_table(chosen, task)}")
+        return f'{begin}{text}\n'
+    return TUNING.sub(written, page)
+
+
+def with_compiled_table(page: str, rows) -> str:
+    """A page with the table of compiled models written again."""
+    chosen = [row for row in rows if row['part'] == 'compiled']
+    text = MISSING
+    if chosen:
+        text = (f"{chosen[0]['device']}, commit `{chosen[0]['commit']}`:\n\n"
+                f'{benchmark.compiled_table(chosen)}')
+    return COMPILED.sub(lambda match: f'{match[1]}{text}\n', page)
+
+
 if __name__ == '__main__':
+    TUNING_PAGE.write_text(with_compiled_table(with_tuning_tables(
+        TUNING_PAGE.read_text(), read(TUNING_ROWS)), read()))
     PAGE.write_text(with_table(PAGE.read_text(), read()))

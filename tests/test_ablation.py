@@ -4,7 +4,7 @@ import torch
 from conftest import awake
 
 from dn_mmdet import DNB, DNC, SC
-from dn_mmdet.ablation import CHOICES, VariantSC
+from dn_mmdet.experiments.ablation import CHOICES, VariantSC
 
 CHANGES = [{name: value} for name, values in CHOICES.items() for value in values[1:]]
 
@@ -82,7 +82,7 @@ def test_a_stopped_gradient_leaves_sc_to_train_and_the_statistics_alone():
 
 
 def test_default_init_does_not_start_at_batch_norm():
-    layer = DNB(16, variant=dict(init='default'))
+    layer = DNB(16, sc=dict(type=VariantSC, init='default'))
     limit = layer.sc.w_out.shape[1]**-0.5
     assert 0.9 * limit < layer.sc.w_out.abs().max() <= limit
     x = torch.randn(4, 16, 5, 5)
@@ -95,7 +95,7 @@ def test_trains_the_same_in_every_backend(kind, variant, close):
     x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
     found = []
     for backend in ('reference', 'auto'):
-        layer = kind(8, backend=backend, dtype=torch.float64, variant=variant)
+        layer = kind(8, backend=backend, dtype=torch.float64, sc=dict(variant, type=VariantSC))
         if 'init' not in variant:
             close(layer(x), layer.bn(x))  # fresh
         torch.manual_seed(0)
@@ -110,7 +110,7 @@ def test_trains_the_same_in_every_backend(kind, variant, close):
 @pytest.mark.parametrize('variant', CHANGES, ids=lambda v: '-'.join(*v.items()))
 def test_a_batch_norm_checkpoint_loads_as_batch_norm(variant, close):
     bn = torch.nn.BatchNorm2d(16)
-    layer = awake(DNB(16, variant=variant))
+    layer = awake(DNB(16, sc=dict(variant, type=VariantSC)))
     layer.load_state_dict(bn.state_dict())
     x = torch.randn(4, 16, 5, 5)
     close(layer(x), bn(x))
@@ -119,12 +119,12 @@ def test_a_batch_norm_checkpoint_loads_as_batch_norm(variant, close):
 @pytest.mark.parametrize('name', CHOICES)
 def test_an_unknown_choice_is_named(name):
     with pytest.raises(ValueError, match=f'{name}: expected one of'):
-        DNB(16, variant={name: 'none'})
+        DNB(16, sc={'type': VariantSC, name: 'none'})
 
 
 def test_an_argument_that_does_not_exist_is_named():
     with pytest.raises(TypeError, match='outputz'):
-        DNB(16, variant=dict(outputz='scale'))
+        DNB(16, sc=dict(type=VariantSC, outputz='scale'))
 
 
 def test_repr_shows_what_was_changed():

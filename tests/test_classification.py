@@ -16,9 +16,9 @@ from tiny_detector import make_coco, write_config  # noqa: E402
 from tool_process import succeed  # noqa: E402
 
 from dn_mmdet.checkpoint import open_checkpoint  # noqa: E402
-from dn_mmdet.classification import ListedImageFolder, StridedMobileNetV2  # noqa: E402
+from dn_mmdet.checks.preflight import ConfigError, check_data, check_model  # noqa: E402
 from dn_mmdet.layers import _DynamicNorm  # noqa: E402
-from dn_mmdet.preflight import ConfigError, check_data, check_model  # noqa: E402
+from dn_mmdet.models.classification import ListedImageFolder, StridedMobileNetV2  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DATA = ('imagenet100', 'tinyin100', 'tinyin100_32px')

@@ -8,8 +8,8 @@ from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dn_mmdet import coco
-from dn_mmdet.coco import CocoError
+from dn_mmdet.checks import coco
+from dn_mmdet.checks.coco import CocoError
 
 CLASSES = ('kite', 'vase')
 NAN, INFINITE = float('nan'), float('inf')
@@ -279,6 +279,44 @@ def test_masks_are_asked_for_where_they_are_evaluated(content):
         content['annotations'][2]['segmentation'] = empty
         with pytest.raises(CocoError, match='^annotations: id 3 has no segmentation'):
             coco.check_evaluation(content, CLASSES, masks=True)
+
+
+@pytest.mark.parametrize('mask', [
+    [[0, 0, 9, 9]], [[0, 0, 9, 0, 9]], [0, 0, 9, 0, 9, 9], [['0', 0, 9, 0, 9, 9]], 'abc',
+    dict(counts=[4])], ids=str)
+def test_a_mask_that_is_none_is_told(content, mask):
+    content['annotations'][0]['segmentation'] = mask
+    with pytest.raises(CocoError, match='^annotations: id 1 has the segmentation .*Write poly'):
+        coco.check_masks(content['annotations'])
+
+
+def test_pycocotools_cannot_read_a_polygon_of_two_points(content):
+    file = COCO()
+    file.dataset = content
+    content['annotations'][0]['segmentation'] = [[0, 0, 9, 9]]
+    file.createIndex()
+    with pytest.raises(TypeError):
+        file.annToMask(content['annotations'][0])
+
+
+@pytest.mark.parametrize('mask', [
+    [[0, 0, 9, 0, 9, 9]], [[0, 0, 9, 0, 9, 9.5], [1, 1]], dict(counts=[4], size=[2, 2])], ids=str)
+def test_masks_of_all_kinds_pass(content, mask):
+    for annotation in content['annotations']:
+        annotation['segmentation'] = mask
+    coco.check_masks(content['annotations'])
+
+
+@pytest.mark.parametrize('box', [[9, 9, 0, 4], [9, 9, 4, 0], [64, 0, 4, 4], [-9, 0, 9, 4]])
+def test_boxes_that_no_detection_can_match(content, box):
+    assert coco.never_found(content, CLASSES) == []
+    content['annotations'][0]['bbox'] = box
+    assert coco.never_found(content, CLASSES) == content['annotations'][:1]
+    coco.check_evaluation(content, CLASSES)
+    for annotation in content['annotations']:
+        annotation['bbox'] = box
+    with pytest.raises(CocoError, match='all 3 boxes of kite, vase have no size.*id 1, is .*AP'):
+        coco.check_evaluation(content, CLASSES)
 
 
 USES = [

@@ -10,9 +10,10 @@ import torch
 from mmengine.config import Config
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import DNB, command_line
+from dn_mmdet import DNB
 from dn_mmdet.checkpoint import CheckpointError
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.cli import command_line
 
 MODEL = "model = dict(type='Net', norm_cfg=dict(type='{}'))\n"
 
@@ -64,7 +65,7 @@ def test_a_norm_with_its_scope_needs_the_import_too(config):
 
 def test_our_ssd_head_is_found_without_an_import(config):
     cfg = command_line.load_config(config(MODEL.format('BN').replace('Net', 'SSDLiteHead')))
-    assert cfg.custom_imports.imports == ['dn_mmdet.ssdlite_head']
+    assert cfg.custom_imports.imports == ['dn_mmdet.models.ssdlite_head']
 
 
 @pytest.mark.parametrize('text', [

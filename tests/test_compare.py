@@ -17,11 +17,13 @@ from mmengine.dataset import RepeatDataset
 from rich.console import Console
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import compare
-from dn_mmdet.compare import Point, Variant, configured, differences, plan, product
-from dn_mmdet.preflight import ConfigError, reserved
-from dn_mmdet.recording import read_log
-from dn_mmdet.results import FOLDED, read_rows
+from dn_mmdet.checks import preflight
+from dn_mmdet.checks.preflight import ConfigError, reserved
+from dn_mmdet.experiments import compare
+from dn_mmdet.experiments.compare import Point, Variant, configured, differences, plan, product
+from dn_mmdet.experiments.recording import read_log
+from dn_mmdet.experiments.results import FOLDED, read_rows
+from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'compare.py'
@@ -121,7 +123,7 @@ def test_every_class_is_asked_for_and_two_checkpoints_are_kept():
     # mmengine removes the oldest before it writes: of one, a kill could leave none
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
     assert cfg.custom_hooks[-1].type == 'RecordRun'
-    assert 'dn_mmdet.recording' in cfg.custom_imports.imports
+    assert 'dn_mmdet.experiments.recording' in cfg.custom_imports.imports
 
 
 @pytest.mark.parametrize('changes', [dict(train_cfg=dict(max_iters=100)),
@@ -180,6 +182,8 @@ def test_a_folder_with_a_run_of_another_config_is_not_taken_for_this_one(tmp_pat
 TRAINER = '''
 import fcntl, json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index('--work-dir') + 1])
+if 'taken' in str(folder) and (folder / 'starts.json').read_text() == '1':
+    sys.exit(75)
 with open(folder / '.train.lock', 'a+') as lock:
     fcntl.lockf(lock, fcntl.LOCK_EX)
     log = folder / 'log.jsonl'
@@ -301,7 +305,7 @@ def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatc
             return 0, ''
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, '_how_far', interrupt)
+    monkeypatch.setattr(compare, '_share_done', interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare.run_grid([run], 1, Console(file=io.StringIO()))
     assert not compare.is_reserved(run.folder)
@@ -325,10 +329,18 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
     assert not (run.folder / 'starts.json').exists()
 
 
+def test_a_run_whose_folder_another_process_took_first_is_tried_again(tmp_path, trainer):
+    assert preflight.FolderInUse.exit_code == 75  # as the trainer ends
+    run, = runs_of(tmp_path / 'out', 'taken')
+    assert compare.run_grid([run], 1, Console(file=io.StringIO())) == {}
+    assert compare.read_result(run.folder)['status'] == 'finished'
+    assert json.loads((run.folder / 'starts.json').read_text()) == 2
+
+
 @pytest.mark.slow
 def test_a_lock_ends_with_its_holder(tmp_path):
     assert not compare.is_reserved(tmp_path)
-    code = f'from dn_mmdet.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n' \
+    code = f'from dn_mmdet.checks.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n' \
         '    print("held", flush=True)\n    input()'
     with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -357,7 +369,7 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
 
 
 def test_where_git_cannot_tell_the_commit_is_unknown(tmp_path):
-    assert compare.commit_of(tmp_path) == 'unknown'
+    assert commit_of(tmp_path) == 'unknown'
 
 
 # --- the real thing ---

@@ -9,7 +9,8 @@ from tiny_detector import write_config
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dn_mmdet import DNB, DNC, DNB1d, SyncDNB, command_line
+from dn_mmdet import DNB, DNC, DNB1d, SyncDNB
+from dn_mmdet.cli import command_line
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from dn_mmdet import DNB
-from dn_mmdet.ablation import VariantSC
-from dn_mmdet.controls import ScaledBN, StaticDN
 from dn_mmdet.convert import batch_norms, dn_layers
-from dn_mmdet.recording import norm_counts
+from dn_mmdet.experiments.ablation import VariantSC
+from dn_mmdet.experiments.controls import ScaledBN, StaticDN
+from dn_mmdet.experiments.recording import norm_counts
 
 STATIC = [dict(rank='full'), dict(rank='low'), dict(rank='full', bound=None),
           dict(rank='low', affine=False)]
@@ -156,7 +156,7 @@ def test_initialisers_leave_the_controls_as_they_are():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_the_other_samples_statistics_are_used_in_training_and_in_eval(training, close):
-    layer = awake(DNB(6, variant=dict(sample='other'))).double().train(training)
+    layer = awake(DNB(6, sc=dict(type=VariantSC, sample='other'))).double().train(training)
     own = DNB(6, backend='reference').double().train(training)
     own.load_state_dict(layer.state_dict())
     x = torch.randn(5, 6, 5, 3, dtype=torch.float64)

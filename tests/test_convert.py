@@ -358,6 +358,9 @@ def test_methods_of_every_module_around_a_norm_are_found():
         def switch_to_deploy(self):
             pass
 
+        def fuse_repvgg_block(self):  # of YOLOv7
+            pass
+
         def _make_fuse_layers(self):  # of HRNet: another matter
             pass
 
@@ -367,7 +370,7 @@ def test_methods_of_every_module_around_a_norm_are_found():
     with pytest.warns(UserWarning) as caught:
         convert_norm(build(), 'DNB')
     assert [str(w.message).partition(' can fold')[0] for w in caught] == [
-        'RepConv.switch_to_deploy (0.0), Yolo.fuse (the model)']
+        'RepConv.fuse_repvgg_block (0.0), RepConv.switch_to_deploy (0.0), Yolo.fuse (the model)']
     convert_norm(build()[2], 'DNB')  # nothing that folds
 
 

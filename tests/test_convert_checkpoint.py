@@ -10,8 +10,8 @@ from mmengine.registry import MODELS
 from test_convert import used
 from tiny_detector import write_config
 
-from dn_mmdet import command_line
 from dn_mmdet.checkpoint import open_checkpoint
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_norm
 
 main = runpy.run_path(str(Path(__file__).parents[1] / 'tools/convert_checkpoint.py'))['main']

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dn_mmdet import DNB, DNC
-from dn_mmdet.controls import BNSE
-from dn_mmdet.cost import ELEMENT_WISE, mult_adds, peak_memory
+from dn_mmdet.experiments.controls import BNSE
+from dn_mmdet.experiments.cost import ELEMENT_WISE, mult_adds, peak_memory
 
 
 def counted(model, x):

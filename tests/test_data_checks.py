@@ -13,8 +13,8 @@ from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import coco, data_checks, preflight
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks import coco, data_checks, preflight
+from dn_mmdet.checks.preflight import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -225,6 +225,46 @@ def test_a_wrapper_or_a_class_for_a_name_hides_nothing(cfg, model, annotations, 
     cfg.train_dataloader.dataset.type = kind
     cfg.train_dataloader.dataset = wrap(cfg.train_dataloader.dataset)
     with pytest.raises(ConfigError, match=f'^{path}: categories: .* order'):
+        preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+@pytest.mark.parametrize('wrap', [
+    lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
+    lambda inner: dict(type=RepeatDataset, times=2, dataset=inner),
+    lambda inner: dict(type='mmengine.ClassBalancedDataset', oversample_thr=0.1, dataset=inner),
+    lambda inner: dict(type='ConcatDataset', datasets=[
+        dict(type='RepeatDataset', times=2, dataset=inner)]),
+], ids=['Repeat', 'class', 'ClassBalanced', 'Concat'])
+def test_images_that_would_be_evaluated_several_times_are_told(cfg, model, split, wrap):
+    cfg[f'{split}_dataloader'].dataset = wrap(cfg[f'{split}_dataloader'].dataset)
+    with pytest.raises(ConfigError, match=f'^{split}_dataloader.dataset.*: .*(Repeat|Balanced)'
+                                          'Dataset gives images several times.*Set '):
+        preflight.check_data(cfg, split, model)
+
+
+def test_a_wrapper_that_repeats_nothing_may_be_evaluated(cfg, model):
+    cfg.val_dataloader.dataset = dict(type='RepeatDataset', times=1,
+                                      dataset=cfg.val_dataloader.dataset)
+    preflight.check_data(cfg, 'val', model)
+
+
+@pytest.mark.parametrize('change, expected', [
+    (lambda data: data.update(dataset=None), 'dataset: expected a data set.*none. Set it'),
+    (lambda data: data.pop('dataset'), 'dataset: expected a data set.*none. Set it'),
+    (lambda data: data.update(dataset=dict(type='ConcatDataset', datasets=[])),
+     r'dataset\.datasets: expected at least one'),
+    (lambda data: data.update(dataset=dict(type='RepeatDatset', times=1, dataset=data.dataset)),
+     r"dataset\.type: there is no data set 'RepeatDatset'"),
+    (lambda data: data.dataset.update(ann_file=''), r'dataset\.ann_file: expected.*Set it'),
+    (lambda data: data.dataset.update(data_prefix='images/'),
+     r"dataset\.data_prefix: expected.*dict\(img='images/'\)"),
+    (lambda data: data.dataset.update(indices=[0, 9]),
+     r'dataset\.indices: expected.*among the 4 .*\[0, 9\]'),
+], ids=['None', 'absent', 'empty', 'wrapper', 'ann_file', 'prefix', 'indices'])
+def test_a_data_set_that_cannot_be_read_is_told(cfg, model, change, expected):
+    change(cfg.train_dataloader)
+    with pytest.raises(ConfigError, match=f'^train_dataloader.{expected}'):
         preflight.check_data(cfg, 'train', model)
 
 
@@ -499,7 +539,8 @@ def evaluator(request, cfg, root, tmp_path):
     (lambda content: content['annotations'][0].update(bbox=[0, 0, 8, 8]), 'annotation id 1 is'),
     (lambda content: content['images'].pop(), '1 images of the data are not in it'),
     (lambda content: content['annotations'][0].update(iscrowd=1), 'annotation id 1 is'),
-], ids=['box', 'image', 'crowd'])
+    (lambda content: content['annotations'][0].update(area=5), 'annotation id 1 is'),
+], ids=['box', 'image', 'crowd', 'area'])
 def test_an_evaluator_of_other_data_is_told(cfg, model, evaluator, split, change, expected):
     path = evaluator(change)
     with pytest.raises(ConfigError, match=f'^{path}: the evaluator reads this file, .*{expected}.*'
@@ -515,11 +556,27 @@ def test_an_evaluator_of_other_data_is_told(cfg, model, evaluator, split, change
     (lambda content: content.update(annotations=[]), 'no box of cat, dog to compare with'),
     (lambda content: content['categories'].reverse(), 'order'),
     (lambda content: content['annotations'][0].update(bbox=[]), 'bbox'),
-], ids=['iscrowd', 'id', 'crowds', 'none', 'order', 'bbox'])
+    (lambda content: change_all(content, bbox=[99, 99, 9, 9]), 'all 4 boxes of cat, dog have no'),
+], ids=['iscrowd', 'id', 'crowds', 'none', 'order', 'bbox', 'outside'])
 def test_what_pycocotools_cannot_evaluate_is_told(cfg, model, evaluator, change, expected):
     path = evaluator(change)
     with pytest.raises(ConfigError, match=rf'^{path}: .*{expected}.* The file is set by '
                                           r'val_evaluator[.a-z0-9]*\.ann_file$'):
+        preflight.check_data(cfg, 'val', model)
+
+
+def test_a_box_that_no_detection_can_match_is_told_and_no_error(cfg, model, evaluator, told):
+    path = evaluator(lambda content: content['annotations'][1].update(bbox=[99, 9, 9, 9]))
+    cfg.val_dataloader.dataset.ann_file = str(path)
+    preflight.check_data(cfg, 'val', model)
+    assert [line for line in told if 'no detection can match them (the first has the id 2)' in line
+            and line.startswith(f'{path}: 1 boxes')] == told
+
+
+def test_a_metric_that_does_not_exist_is_told(cfg, model):
+    cfg.val_evaluator = [cfg.val_evaluator, dict(type='CocoMetrik')]
+    with pytest.raises(ConfigError, match=r"^val_evaluator\.1\.type: there is no metric "
+                                          "'CocoMetrik'; did you mean 'CocoMetric'"):
         preflight.check_data(cfg, 'val', model)
 
 

@@ -16,11 +16,14 @@ from tiny_detector import make_coco, write_config
 from tool_process import succeed
 from torch import nn
 
-from dn_mmdet import DNB, command_line, deploy, trade_off
+from dn_mmdet import DNB
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import batch_norms, dn_layers
+from dn_mmdet.deploy import folding as deploy
+from dn_mmdet.deploy import trade_off
 from dn_mmdet.fold import fold_norm
-from dn_mmdet.preflight import ConfigError
 
 ROOT = Path(__file__).parents[1]
 main = runpy.run_path(str(ROOT / 'tools/fold.py'))['main']

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dn_mmdet import command_line
+from dn_mmdet.cli import command_line
 
 TESTS = Path(__file__).parent
 CONFIG = TESTS.parent / 'configs' / 'ssdlite_mbv2_dnb_digits.py'

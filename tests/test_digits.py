@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mmdet.registry import DATASETS
 
-from dn_mmdet import digits
-from dn_mmdet.digits import CLASSES, IMAGE_SIZE, VERSION, DigitsDataset, make_digits
+from dn_mmdet.datasets import digits
+from dn_mmdet.datasets.digits import CLASSES, IMAGE_SIZE, VERSION, DigitsDataset, make_digits
 
 FEW = dict(num_train=4, num_val=2)
 

@@ -61,7 +61,7 @@ def test_tools_name_a_missing_mmdet_or_missing_operators(tool, module, sentence)
 @pytest.mark.slow
 @pytest.mark.parametrize('module', ['mmcv', 'mmdet'])
 def test_so_does_the_head_which_configs_import(module):
-    error = run(hide(module, 'import dn_mmdet.ssdlite_head'))
+    error = run(hide(module, 'import dn_mmdet.models.ssdlite_head'))
     assert error.strip().splitlines()[-1].startswith((OPERATORS, MMDET))
 
 
@@ -70,7 +70,7 @@ def test_an_mmdet_that_refuses_its_mmcv_is_told(tmp_path):
     fake = tmp_path / 'mmdet'
     fake.mkdir()
     (fake / '__init__.py').write_text("assert False, 'MMCV==9.9 is incompatible'")
-    error = run('import dn_mmdet.ssdlite_head', path=tmp_path)
+    error = run('import dn_mmdet.models.ssdlite_head', path=tmp_path)
     assert f'{MMDET} (MMCV==9.9 is incompatible)' in error
 
 
@@ -83,7 +83,7 @@ def test_operators_built_against_another_torch_are_told(tmp_path, error):
     fake.mkdir()
     (fake / '__init__.py').touch()
     (fake / 'ops.py').write_text(f'raise {error}')
-    last = run('import dn_mmdet.ssdlite_head', path=tmp_path).strip().splitlines()[-1]
+    last = run('import dn_mmdet.models.ssdlite_head', path=tmp_path).strip().splitlines()[-1]
     assert last.startswith(OPERATORS)
     assert '--no-build-isolation' in last and 'mmcv==2.' in last
 

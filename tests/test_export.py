@@ -15,8 +15,10 @@ from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
 from tiny_detector import write_config
 
-from dn_mmdet import command_line, export, preflight
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import swap_norm
+from dn_mmdet.deploy import export
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / 'shared' / 'data' / 'coco_mini_320' / 'coco_mini_320.tar'

@@ -12,8 +12,9 @@ from test_convert import used
 from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
-from dn_mmdet.controls import ScaledBN, StaticDN
 from dn_mmdet.convert import convert_norm, dn_layers
+from dn_mmdet.experiments.ablation import VariantSC
+from dn_mmdet.experiments.controls import ScaledBN, StaticDN
 from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate
 
 SHAPES = {DNB: (4, 6, 5, 3), DNC: (4, 6, 5, 3), DNB1d: (4, 6, 7), DNC1d: (4, 6, 7),
@@ -116,10 +117,11 @@ def test_a_control_folds_into_a_batch_norm_exactly(layer, close):
 
 
 def test_variants_of_sc_fold(close):
-    model = nn.Sequential(awake(DNB(6, variant=dict(hidden='channelwise', outputs='scale'))))
+    sc = dict(type=VariantSC, hidden='channelwise')
+    model = nn.Sequential(awake(DNB(6, sc=dict(sc, outputs='scale'))))
     x = torch.randn(5, 6, 4, 4)
     assert fold_norm(model.eval(), [x])[0].g_std > 0
-    assert fold_norm(nn.Sequential(DNB(6, variant=dict(hidden='channelwise'))))[0].folded
+    assert fold_norm(nn.Sequential(DNB(6, sc=sc)))[0].folded
 
 
 def test_dnc_by_batch_statistics_needs_images():

@@ -7,10 +7,13 @@ from conftest import awake
 from test_convert import used
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import command_line, compare, deploy, fold_run, results
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import dn_layers
+from dn_mmdet.deploy import fold_run
+from dn_mmdet.deploy import folding as deploy
+from dn_mmdet.experiments import compare, results
+from dn_mmdet.experiments.recording import PARENT, Orphaned
 from dn_mmdet.fold import fold_norm, recalibrate
-from dn_mmdet.recording import PARENT, Orphaned
 
 
 def finished(tmp_path, norm='DNB', std=0.1):
@@ -113,6 +116,10 @@ def test_a_model_that_cannot_be_folded_is_a_result_with_its_reason(tmp_path):
     assert not compare.awaits_folding(folder)
     row = results.read([folder])[0].row
     assert row['folded'] is None and row['value'] is not None
+
+
+def test_the_grid_starts_this_module():
+    assert compare.FOLD == fold_run.__name__
 
 
 def test_a_run_without_validation_has_no_folded_metric(tmp_path):

@@ -26,10 +26,12 @@ from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.runner import load_checkpoint
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 from torch.utils.flop_counter import FlopCounterMode
 
 from dn_mmdet import DNB, DNC, SyncDNB
+from dn_mmdet.experiments.ablation import VariantSC
 
 norms = pytest.mark.parametrize('norm', ['DNB', 'DNC'])
 
@@ -463,6 +465,20 @@ class TestBatchNormCheckpoint:
         x = images()
         close(dn(x), bn(x))
 
+    def test_into_a_layer_whose_sc_is_pruned(self, close):
+        bn, dn = used(nn.BatchNorm2d(3)).double(), used(DNB(3)).double()
+        prune.l1_unstructured(dn.sc, 'w_out', amount=0.5)
+        prune.l1_unstructured(dn.sc, 'w_in', amount=0.5)
+        dn.load_state_dict(bn.state_dict())
+        x = images()
+        close(dn(x), bn(x))
+
+    def test_an_sc_that_cannot_be_set_to_identity_is_told(self):
+        dn = used(DNB(3))
+        parametrizations.spectral_norm(dn.sc, 'w_out')
+        with pytest.raises(ValueError, match=r'^sc\.w_out is computed from.*remove_parametrizat'):
+            dn.load_state_dict(nn.BatchNorm2d(3).state_dict())
+
     @pytest.mark.parametrize('key', ['weight', 'bias', 'running_mean', 'running_var'])
     def test_an_incomplete_set_is_reported(self, twins, key):
         bn, dn = twins
@@ -512,11 +528,12 @@ class TestBatchNormCheckpoint:
         with pytest.raises(RuntimeError, match='Missing key.*bn.weight'):
             DNB(8).load_state_dict(bn.state_dict())
 
-    @pytest.mark.parametrize('variant', [None, dict(hidden='channelwise'), dict(outputs='scale')])
-    def test_assigned_to_a_layer_on_meta(self, variant, close):
+    @pytest.mark.parametrize('sc', [None, dict(type=VariantSC, hidden='channelwise'),
+                                    dict(type=VariantSC, outputs='scale')])
+    def test_assigned_to_a_layer_on_meta(self, sc, close):
         bn = used(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).double().eval()
         with torch.device('meta'):
-            dn = nn.Sequential(nn.Conv2d(3, 8, 3), DNB(8, variant=variant)).double().eval()
+            dn = nn.Sequential(nn.Conv2d(3, 8, 3), DNB(8, sc=sc)).double().eval()
         result = dn.load_state_dict(bn.state_dict(), assign=True)
         assert not result.missing_keys and not result.unexpected_keys
         assert not any(t.is_meta for t in (*dn.parameters(), *dn.buffers()))
@@ -524,7 +541,7 @@ class TestBatchNormCheckpoint:
         x = images()
         close(dn(x), bn(x))
         dn.train()(x).square().sum().backward()
-        assert dn[1].sc.w_out.grad.any() and (variant or dn[1].sc.w_in.any())
+        assert dn[1].sc.w_out.grad.any() and (sc or dn[1].sc.w_in.any())
 
     def test_what_a_layer_on_meta_is_not_assigned_stays_missing(self):
         with torch.device('meta'):

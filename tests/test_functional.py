@@ -124,12 +124,13 @@ def test_triton_without_a_gpu_or_without_triton(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_auto_on_a_gpu_is_the_torch_backend_until_the_kernels_have_passed_there():
+def test_auto_on_a_gpu_is_the_fastest_backend_that_runs_there():
     layer = trained(DNB(3)).cuda()
     x = torch.randn(2, 3, 4, 4, device='cuda')
     auto = layer.eval()(x)
-    layer.backend = 'torch'
+    layer.backend = functional.fused_backends('cuda')[-1]
     assert torch.equal(auto, layer(x))
+    assert auto.grad_fn.name() == layer(x).grad_fn.name()
 
 
 BACKENDS = pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
@@ -198,6 +199,42 @@ def test_also_where_a_hook_has_the_norm_called(backend):
         layer(torch.randn(2, CHANNELS, 2, 2))
 
 
+class Narrow(SC):
+    """An SC that gives less than it has to: one number for all channels, or one row."""
+
+    def forward(self, mean, std):
+        g, h = super().forward(mean, std)
+        return (g, h[:1]) if self.inputs == 'raw' else (g[:, :1], h)
+
+
+@BACKENDS
+@MODES
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
+@pytest.mark.parametrize('inputs, said', [
+    ('raw', r'h, made by Narrow, should have the shape \(2, 3\) not \(1, 3\)'),
+    ('standardized', r'g, made by Narrow, should have the shape \(2, 3\) not \(2, 1\)')])
+def test_what_another_sc_makes_is_not_broadcast(backend, training, grad, inputs, said):
+    layer = DNB(3, backend=backend).train(training)
+    layer.sc = Narrow(3, inputs=inputs)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=said):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+@BACKENDS
+@MODES
+def test_an_sc_that_has_lost_all_its_hidden_units(backend, training, close):
+    layer = DNB(3, backend=backend, bound=None).double().train(training)
+    for name, shape in (('w_in', (0, 6)), ('b_in', (0, )), ('w_out', (6, 0))):
+        setattr(layer.sc, name, nn.Parameter(torch.empty(shape, dtype=torch.float64)))
+    nn.init.normal_(layer.sc.b_out)
+    g, h = layer.sc.b_out.detach().view(2, 3, 1, 1)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = (1 + g) * copy.deepcopy(layer.bn)(x) + h
+    close(copy.deepcopy(layer)(x), expected)
+    with torch.no_grad():
+        close(layer(x), expected)
+
+
 @BACKENDS
 @pytest.mark.parametrize('part', ['bn', 'sc'])
 def test_parts_on_another_device_are_named(backend, part):
@@ -226,7 +263,7 @@ def test_only_floating_point_maps_are_taken(backend, dtype):
         DNB(1, backend=backend)(torch.ones(2, 1, 2, 2).to(dtype))
 
 
-@pytest.mark.parametrize('eps', [0, -1., float('nan')])
+@pytest.mark.parametrize('eps', [0, -1., float('nan'), '1e-5', None])
 def test_eps_is_above_zero(eps):
     with pytest.raises(ValueError, match='eps must be positive, but got'):
         DNB(3, eps=eps)
@@ -269,11 +306,25 @@ def everywhere(hook):
         lambda module, inputs, output: hook(output) if module is bn else None)
 
 
+class Doubled(nn.BatchNorm2d):
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def call_of_its_own(bn):
+    bn.__class__ = Doubled
+
+
 REGISTERED = {
     'forward hook': lambda bn: bn.register_forward_hook(lambda m, i, output: 2 * output),
+    'forward hook that is always called': lambda bn: bn.register_forward_hook(
+        lambda m, i, output: 2 * output, always_call=True),
     'forward hook with keywords': lambda bn: bn.register_forward_hook(
         lambda m, i, k, output: 2 * output, with_kwargs=True),
     'forward pre-hook': lambda bn: bn.register_forward_pre_hook(lambda m, i: (3 * i[0].tanh(), )),
+    'pre-hook that gives the input by name': lambda bn: bn.register_forward_pre_hook(
+        lambda m, i, k: ((), dict(input=3 * i[0].tanh())), with_kwargs=True),
     'pre-hook that sets the averages': lambda bn: bn.register_forward_pre_hook(set_averages),
     'full backward hook': lambda bn: bn.register_full_backward_hook(
         lambda m, dx, dy: (dx[0] * 2, )),
@@ -281,6 +332,7 @@ REGISTERED = {
         lambda m, dy: (dy[0] * 2, )),
     'hook on all modules': everywhere(lambda output: 2 * output),
     'forward of its own': own_forward,
+    'call of its own': call_of_its_own,
     'pruning': lambda bn: prune.l1_unstructured(bn, 'weight', amount=0.5),
     'parametrization': lambda bn: parametrize.register_parametrization(bn, 'weight', Absolute()),
     'parametrization with a state': lambda bn: parametrize.register_parametrization(
@@ -342,6 +394,23 @@ def test_sc_sees_what_the_norm_saw_after_a_pre_hook(kind, training, close):
     hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(), ))
     x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
     close(hooked.train(training)(x), layer.train(training)(2 * x.exp()))
+
+
+@BACKENDS
+def test_what_a_hook_makes_of_the_norms_output_has_to_be_a_map(backend):
+    layer = DNB(4, backend=backend)
+    layer.bn.register_forward_hook(lambda bn, inputs, output: (output, inputs))
+    with pytest.raises(TypeError, match='inner BatchNorm2d to give a tensor, got a tuple; see.*h'):
+        layer(torch.randn(2, 4, 3, 3))
+
+
+@BACKENDS
+@MODES
+def test_an_inner_norm_that_was_folded_away_is_told(backend, training):
+    layer = DNB(4, backend=backend).train(training)
+    layer.bn = nn.Identity()
+    with pytest.raises(TypeError, match='inner norm is an Identity: something has folded it'):
+        layer(torch.randn(2, 4, 3, 3))
 
 
 @torch.no_grad()

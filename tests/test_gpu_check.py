@@ -93,3 +93,11 @@ def test_stages_can_be_chosen(tmp_path):
     done, asked = check(tmp_path, STAGES='detector')
     assert done.returncode == 0
     assert len(asked) == 1 + 2 + 1  # a look, two layouts, the table
+
+
+def test_torch_compile_is_timed_where_asked_for(tmp_path):
+    done, asked = check(tmp_path, STAGES='compiled')
+    assert done.returncode == 0
+    timed = [line for line in asked if '--parts compiled' in line]
+    assert ['--compile-only' in line for line in timed] == [True] * 3 + [False]
+    assert '--csv' in timed[-1]

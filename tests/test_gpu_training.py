@@ -20,12 +20,12 @@ pytest.importorskip('mmpretrain', reason="needs the extra 'cls'", exc_type=Impor
 import cv2  # noqa: E402
 from tool_process import succeed  # noqa: E402
 
-from dn_mmdet import gpu_plan, gpu_training, results  # noqa: E402
-from dn_mmdet.compare import Variant  # noqa: E402
+from dn_mmdet.checks.preflight import ConfigError, check_model  # noqa: E402
 from dn_mmdet.convert import dn_layers  # noqa: E402
-from dn_mmdet.gpu_training import Classifier, Grid, Training, build  # noqa: E402
-from dn_mmdet.preflight import ConfigError, check_model  # noqa: E402
-from dn_mmdet.presets import causes  # noqa: E402
+from dn_mmdet.experiments import gpu_plan, gpu_training, results  # noqa: E402
+from dn_mmdet.experiments.compare import Variant  # noqa: E402
+from dn_mmdet.experiments.gpu_training import Classifier, Grid, Training, build  # noqa: E402
+from dn_mmdet.experiments.presets import causes  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'mobilenetv2_bn_tinyin100.py'
 SIZE, CLASSES = 16, 3

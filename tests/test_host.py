@@ -710,6 +710,143 @@ def test_autocast(device):
         check(layer, twin_of(layer), x.float())
 
 
+# ---------------------------------------------------------------- by the sample
+
+
+@DEVICES
+@pytest.mark.skipif(not INTERPRETED, reason='launches are counted where they are emulated')
+def test_how_many_kernels_a_forward_takes(device):
+    def launched_by(layer, x):
+        with emulated_gpu.launches() as launched:
+            layer(x)
+        return tuple(launched)
+
+    small, large = values(device, 2, 3, 2, 2), values(device, 1, 3, 41, 40)
+    assert launched_by(pair(device)[0], small) == IN_THREE
+    assert launched_by(pair(device, training=False)[0], small) == IN_THREE
+    assert launched_by(pair(device)[0], large) == IN_FOUR
+    standardized, _ = pair(device, inputs='standardized')
+    assert launched_by(standardized, small) == IN_FOUR
+    assert launched_by(standardized.eval(), small) == IN_THREE
+    assert launched_by(pair(device, momentum=None)[0], small) == IN_FOUR
+    assert launched_by(pair(device, DNC)[0], small) == IN_FOUR
+
+
+@DEVICES
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('shape', [(35, 5, 2, 1), (2, 70, 2, 2), (3, 40, 5, 7)], ids=str)
+def test_steps_by_the_sample(shape, training, memory_format, device):
+    """More samples than a program takes at once, more channels, several steps of columns."""
+    layer, twin = pair(device, DNB, shape[1], training)
+    check(layer, twin, values(device, *shape).to(memory_format=memory_format), steps=2)
+
+
+# ---------------------------------------------------------------- inference
+
+
+def check_inference(layer, twin, x, kernels):
+    """y without a gradient, and by which kernels; in another process's GPU, y alone."""
+    with torch.no_grad():
+        expected = twin(x.double())
+        if INTERPRETED:
+            with emulated_gpu.launches() as launched:
+                y = layer(x)
+            assert launched == list(kernels)
+        y = layer(x)
+    assert not y.requires_grad and y.dtype == x.dtype and y.stride() == x.stride()
+    torch.testing.assert_close(y.double(), expected, **TOLERANCE[x.dtype])
+    assert taken(layer, x)
+
+
+BY_SAMPLE = 'sample_moments_kernel', 'sample_affine_kernel'
+IN_THREE = 'sample_moments_kernel', 'coefficients_kernel', 'affine_kernel'
+IN_FOUR = 'moments_kernel', 'statistics_kernel', 'coefficients_kernel', 'affine_kernel'
+SAMPLES = {  # what each is there for: batch, channels, height, width
+    'one block': (2, 3, 2, 3),
+    '1 x 1': (3, 5, 1, 1),
+    'blocks of channels, the last not full': (2, 70, 2, 2),
+    'more hidden units than a block': (1, 90, 2, 1),
+    'several parts': (1, 65, 5, 7),
+    'steps within a part': (140, 3, 18, 18),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('inputs', ['raw', 'standardized'])
+@pytest.mark.parametrize('name', [*(n for n in SAMPLES if 'steps' not in n), pytest.param(
+    'steps within a part', marks=slow)])
+def test_inference_of_small_maps_takes_two_launches(name, inputs, memory_format, device):
+    shape = SAMPLES[name]
+    layer, twin = pair(device, DNB, shape[1], training=False, inputs=inputs,
+                       min_channels=70 if 'hidden' in name else 2)
+    x = values(device, *shape).to(memory_format=memory_format)
+    check_inference(layer, twin, x, BY_SAMPLE)
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('layout', ['plain', 'channels_last', 'sliced', 'not aligned', '1 x 1'])
+def test_inference_in_every_dtype_and_layout(layout, dtype, device):
+    x = MAPS[layout](device).to(dtype)
+    layer, twin = pair(device, training=False, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), twin(x.double()), **TOLERANCE[dtype])
+
+
+@DEVICES
+@pytest.mark.parametrize('name', [n for n in OPTIONS if n != 'no averages'])
+def test_inference_with_every_option(name, device):
+    layer, twin = pair(device, DNB, training=False, **OPTIONS[name])
+    check_inference(layer, twin, values(device, 2, 3, 2, 2), BY_SAMPLE)
+
+
+@DEVICES
+def test_inference_that_takes_more_than_two_launches(device):
+    """Large maps, statistics of the batch, DN-C, whose g and h no map changes."""
+    large = values(device, 1, 2, 41, 40)
+    small = values(device, 2, 3, 2, 2)
+    check_inference(*pair(device, DNB, 2, training=False), large, IN_FOUR)
+    layer, twin = pair(device, track_running_stats=False, training=False)
+    check_inference(layer, twin, small, IN_THREE)
+    check_inference(*pair(device, DNC, training=False), small, IN_FOUR[1:])
+
+
+@DEVICES
+def test_a_step_of_the_averages_without_a_gradient(device):
+    layer, twin = pair(device)
+    x = values(device, 2, 3, 2, 2)
+    with torch.no_grad():
+        y, expected = layer(x), twin(x)
+    assert_same(dict(y=y, **dict(layer.named_buffers())),
+                dict(y=expected, **dict(twin.named_buffers())), x)
+
+
+@DEVICES
+def test_a_frozen_layer_needs_no_backward_pass(device):
+    """Nothing that it is given needs a gradient, though gradients are on."""
+    layer, twin = pair(device, training=False)
+    for each in (layer, twin):
+        each.requires_grad_(False)
+    x = values(device, 2, 3, 2, 2)
+    y = layer(x)
+    assert y.grad_fn is None
+    torch.testing.assert_close(y, twin(x).detach())
+    check(layer, twin, x)  # x needs one now
+
+
+@DEVICES
+def test_nan_stays_in_its_sample(device):
+    layer, twin = pair(device, training=False)
+    x = values(device, 3, 3, 2, 2)
+    x[1, 2, 0, 0] = float('nan')
+    with torch.no_grad():
+        y, expected = layer(x), twin(x)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
 # ---------------------------------------------------------------- copies and transforms
 
 
@@ -929,7 +1066,8 @@ def test_another_norm_or_sc(device):
     layer.bn = frozen
     assert not taken(layer, x)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    layer, _ = pair(device, dtype=torch.float32, variant=dict(squash='sigmoid'))
+    layer, _ = pair(device, dtype=torch.float32, sc=dict(
+        type='dn_mmdet.experiments.ablation.VariantSC', squash='sigmoid'))
     assert not taken(layer, x)
     twin = copy.deepcopy(layer)
     twin.backend = 'reference'
@@ -1123,6 +1261,25 @@ if INTERPRETED:
         assert (functional._on_gpu(0) is not None) == by_python
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
+
+    def test_a_full_memory_is_no_fault_of_the_gpu(refusing, monkeypatch):
+        """It is told as torch tells it, and the next call runs."""
+        binary = SimpleNamespace(hash='hash', asm=dict(cubin=b''),
+                                 metadata=SimpleNamespace(name='kernel', shared=1 << 10))
+        monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
+        monkeypatch.setattr(host, '_unusable', {})
+        monkeypatch.setattr(host, '_loaded', {})
+        monkeypatch.setattr(host, 'compile_kernel', lambda *args: binary)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+        layer, twin = pair('cpu')
+        x = values('cpu', 2, 3, 1, 17)  # nobody else's
+        refusing(2)
+        with pytest.raises(torch.OutOfMemoryError, match='no memory left for the kernels'):
+            layer(x)
+        assert host.kernels_run_on(0)
+        refusing(0)
+        monkeypatch.setattr(host, '_load', emulated_gpu.load)
+        check(layer, twin, x)
 
     def test_kernels_are_loaded_once(monkeypatch):
         binary = SimpleNamespace(hash='some', asm=dict(cubin=b'\0'),

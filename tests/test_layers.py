@@ -18,7 +18,7 @@ from conftest import awake
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import mobilenet_v2
 
@@ -332,16 +332,45 @@ class Block(nn.Sequential):
         return conv.weight * (bn.weight / std).reshape(-1, 1, 1, 1)
 
 
+def by_another_name(conv, bn):
+    return conv.weight * (bn.weight / (bn.running_var + bn.eps)**0.5)[:, None, None, None]
+
+
+def scale(bn):
+    return bn.weight * (bn.running_var + bn.eps).rsqrt()
+
+
+def by_a_part(conv, bn):
+    return conv.weight * scale(bn)[:, None, None, None]
+
+
+def by_a_call(conv, bn):
+    return fuse_conv_bn_weights(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps,
+                                bn.weight, bn.bias)
+
+
 @pytest.mark.parametrize('fold', [fuse_conv_bn_eval, fuse_conv_and_bn, to_bn_fold,
                                   lambda conv, bn: Block(conv, bn).switch_to_deploy()],
                          ids=['torch', 'yolo', 'nested', 'method'])
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_that_folds_by_attributes_is_refused(cls, fold):
-    conv, layer = nn.Conv2d(3, 6, 3).eval(), awake(cls(6)).eval()
+    conv, layer = nn.Conv2d(6, 6, 3).eval(), awake(cls(6)).eval()
     with pytest.raises(TypeError, match=f'expected a BatchNorm to fold, got {cls.__name__}.*lost'):
         fold(conv, layer)
     fold(conv, cls(6).eval())  # a fresh layer is BatchNorm: nothing is lost
     fold(conv, layer.bn)  # on purpose
+
+
+@pytest.mark.parametrize('fold', [by_another_name, by_a_part, by_a_call])
+@pytest.mark.parametrize('cls', [DNB, DNC])
+def test_code_of_any_name_that_looks_as_if_it_folded_is_warned(cls, fold):
+    conv, layer = nn.Conv2d(6, 6, 3).eval(), awake(cls(6)).eval()
+    with pytest.warns(UserWarning, match=f'(by_another_name|scale|by_a_call) reads .* fuse a '
+                                         f'BatchNorm.* Of a {cls.__name__} they would') as caught:
+        fold(conv, layer)
+    assert {warning.filename for warning in caught} == {__file__}
+    fold(conv, cls(6).eval())
+    fold(conv, layer.bn)
 
 
 def test_code_that_only_looks_goes_on_to_work():
@@ -353,7 +382,11 @@ def test_code_that_only_looks_goes_on_to_work():
     def is_refused(layer):
         return {name: getattr(layer, name) for name in dir(layer) if 'running' in name}
 
+    def observe(layer):
+        return layer.running_var.sqrt(), layer.running_var
+
     assert is_refused(layer)['running_var'] is diffuse(layer) is layer.bn.running_var
+    assert observe(layer)[1] is layer.bn.running_var
 
 
 def test_a_deleted_layer_is_freed_at_once():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from dn_mmdet import DNB, DNC, DNB1d, DNC1d, SyncDNB, SyncDNC
+from dn_mmdet.experiments.ablation import VariantSC
 
 VARIANTS = [(DNB, 'raw'), (DNB, 'standardized'), (DNC, 'raw')]
 variants = pytest.mark.parametrize('cls, inputs', VARIANTS)
@@ -340,7 +341,7 @@ def test_running_statistics_may_move_between_forward_and_backward(cls, inputs, b
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(momentum=None), dict(variant=dict(hidden='normalized'))], ids=str)
+    {}, dict(momentum=None), dict(sc=dict(type=VariantSC, hidden='normalized'))], ids=str)
 @pytest.mark.parametrize('cls', [DNB, DNC])
 @pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
 @pytest.mark.parametrize('through', ['backward', 'forward'])

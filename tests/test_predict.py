@@ -9,9 +9,9 @@ from mmengine.config import Config
 from tiny_detector import CLASSES, make_coco, write_config
 from tool_process import refuse, succeed
 
-from dn_mmdet import preflight
-from dn_mmdet.predict import find_images
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks import preflight
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.cli.predict import find_images
 
 # The weights are random: each class has about a third. Drawing many boxes takes time.
 ALL = ('--score-thr', '0.1', '--cfg-options', 'model.test_cfg.max_per_img=5')

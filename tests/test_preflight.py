@@ -13,9 +13,10 @@ from mmengine.registry import init_default_scope
 from tiny_detector import make_coco, write_config
 from torch import nn
 
-from dn_mmdet import DNB, preflight
+from dn_mmdet import DNB
+from dn_mmdet.checks import preflight
+from dn_mmdet.checks.preflight import ConfigError
 from dn_mmdet.layers import _DynamicNorm
-from dn_mmdet.preflight import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -84,6 +85,8 @@ def test_a_right_norm_passes(norm_cfg):
     (dict(type='DNB', reduction=0), 'reduction'),
     (dict(type='DNB', bound='x'), 'bound'),
     (dict(type='DNB', backend='cuda'), 'backend'),
+    (dict(type='DNB', sc=dict(type='MySC')), 'MySC is not in'),
+    (dict(type='DNB', sc=dict(type='SC', bounds=1)), 'bounds'),
 ])
 def test_a_value_out_of_range_is_told_with_its_option(norm_cfg, expected):
     with pytest.raises(ConfigError, match=f'^model.norm_cfg: .*{expected}'):
@@ -120,7 +123,8 @@ def test_mmdets_ssd_head_is_refused_where_it_cannot_be_evaluated(cfg, model):
     preflight.check_evaluation(model)
     cfg.model.bbox_head.type = 'SSDHead'
     init_default_scope('mmdet')
-    with pytest.raises(ConfigError, match="bbox_head.type='SSDLiteHead'.*dn_mmdet.ssdlite_head"):
+    expected = "bbox_head.type='SSDLiteHead'.*dn_mmdet.models.ssdlite_head"
+    with pytest.raises(ConfigError, match=expected):
         preflight.check_evaluation(MODELS.build(cfg.model))
 
 
@@ -165,7 +169,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 HOLD = '''
 import sys, time
-from dn_mmdet import preflight
+from dn_mmdet.checks import preflight
 with preflight.reserved(sys.argv[1]):
     print('reserved', flush=True)
     time.sleep(60)

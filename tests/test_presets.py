@@ -6,13 +6,13 @@ from tiny_detector import make_coco, write_config
 from torch import nn
 
 from dn_mmdet import DNB, DNC
-from dn_mmdet.compare import Variant, check, configured, differences
-from dn_mmdet.controls import BNSE, ScaledBN, StaticDN
+from dn_mmdet.checks.preflight import ConfigError, check_model
 from dn_mmdet.convert import batch_norms, dn_layers
+from dn_mmdet.experiments.compare import Variant, check, configured, differences
+from dn_mmdet.experiments.controls import BNSE, ScaledBN, StaticDN
+from dn_mmdet.experiments.presets import CONTROLS, PRESETS, SC_FACTORS, widened
+from dn_mmdet.experiments.recording import norm_counts
 from dn_mmdet.functional import compiled_kernels
-from dn_mmdet.preflight import ConfigError, check_model
-from dn_mmdet.presets import CONTROLS, PRESETS, SC_FACTORS, widened
-from dn_mmdet.recording import norm_counts
 
 
 @pytest.fixture(scope='module')

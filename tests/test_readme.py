@@ -15,8 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torchvision.models import mobilenet_v2
 
-from dn_mmdet import DNB, results, trade_off
-from dn_mmdet.cost import mult_adds
+from dn_mmdet import DNB
+from dn_mmdet.deploy import trade_off
+from dn_mmdet.experiments import results
+from dn_mmdet.experiments.cost import mult_adds
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -169,8 +171,27 @@ def test_the_speed_table_is_the_benchmarks():
 
 
 def test_the_gain_is_that_of_the_runs():
-    gain = re.search(r"\| DN-B \| .+ \| \+([\d.]+) \(", README).group(1)
-    assert f'{float(gain):.1f} points of top-1' in README
+    """The claim in one sentence, as trained and folded, with Welch's intervals."""
+    found = evidence.differences('Causes, on a GPU')
+    gain, low, high = found['mobilenetv2_dnb_tinyin100', 'value']
+    assert f'{gain:.1f} points of top-1' in README
+    text = README.replace('\n', ' ')
+    assert f'DN-B gains {gain:.2f} points of top-1 (95 %: {low:.2f} to {high:.2f})' in text
+    lost, low, high = (-x for x in found['mobilenetv2_dnb_tinyin100', 'folded'])
+    assert f'it is {lost:.2f} points behind BN ({high:.2f} to {low:.2f})' in text
+
+
+def test_what_the_page_on_causes_says_is_what_the_runs_say():
+    text = one_line('why.md').split('## What the runs say')[1].split('## The questions')[0]
+    number = r'[+-]\d+\.\d\d'
+    said = re.findall(rf'{number} \({number} to {number}\)', text)
+    assert len(said) > 10
+    tables = evidence.adaptation('Causes, on a GPU')
+    for baseline in (None, 'mobilenetv2_dnb_tinyin100'):
+        for found in evidence.differences('Causes, on a GPU', baseline).values():
+            tables += '\n{:+.2f} ({:+.2f} to {:+.2f})'.format(*found)
+    folding = {triple for triple in said if triple not in tables}
+    assert not folding, folding
 
 
 def test_the_speed_on_a_gpu_is_the_benchmarks():
@@ -179,15 +200,30 @@ def test_the_speed_on_a_gpu_is_the_benchmarks():
         'python tests/speed.py writes the table again')
 
 
+def test_the_tables_of_tile_sizes_are_the_benchmarks():
+    text = speed.TUNING_PAGE.read_text()
+    assert len(speed.TUNING.findall(text)) == 3
+    assert speed.with_tuning_tables(text, speed.read(speed.TUNING_ROWS)) == text, (
+        'python tests/speed.py writes the tables again')
+    assert len(speed.COMPILED.findall(text)) == 1
+    assert speed.with_compiled_table(text, speed.read()) == text
+    assert f'-->\n{speed.MISSING}\n<!-- end' in speed.with_compiled_table(text, [])
+    assert speed.with_tuning_tables(text, []).count(f'-->\n{speed.MISSING}\n<!-- end') == 3
+
+
 def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
     measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
                 for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'
                 and row['unit'] == 'of BN'}
+    step, = (row['median'] for row in speed.read() if (
+        row['part'], row['task'], row['norm'], row['measure'], row['unit']) == (
+        'detector', 'train', 'DNB', 'time', 'of BN'))
     contiguous, channels_last, inference = (measured[key] for key in (
         ('train', 'sum of times', 'contiguous'), ('train', 'sum of times', 'channels_last'),
         ('inference', 'sum of times', 'contiguous')))
     assert (f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
-            f'{channels_last:.2f} in channels_last; inference {inference:.2f}') in README
+            f'{channels_last:.2f} in channels_last; inference {inference:.2f}; a whole training '
+            f'step of SSDLite {step:.2f}') in README
 
 
 def gpu_row(line, layout, measure, median, **others):
@@ -293,6 +329,45 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
     assert 'changed images: `std=2`' in made
     with pytest.raises(ValueError, match="no rows of 'other'"):
         evidence.with_tables('<!-- folding of other -->\n<!-- end -->')
+
+
+def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 8, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True),
+               averaged=None, train_loss=2.)
+    rows = [row, dict(row, seed=1, value=43., averaged=44., train_loss=1.),
+            dict(row, seed=2, value=43., averaged=46., train_loss=1.5),
+            dict(row, seed=3, value=None, status='diverged', train_loss=None)]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables('<!-- fit in q -->\nold\n<!-- end -->')
+    assert '| bn_x | 3 | 1.500 | 42.00 (1.73) | 2 | 43.00 (0.00) | 45.00 (1.41) |' in made
+    rows[:] = rows[:1]
+    assert '| bn_x | 1 | 2.000 | 40.00 | 0 | - | - |' in evidence.fit('q')
+
+
+def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 128, 9, 3.,
+                                     'GPU', 'c', 'finished'), strict=True))
+    rows = [dict(row, lr=.4, value=None, status='diverged'), dict(row, lr=.025, batch=32), row,
+            dict(row, config='dnb_x', value=41.), dict(row, config='dnb_x', lr=.4, value=3.)]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    made = evidence.with_tables(
+        '<!-- settings of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+    assert '|  | lr 0.1, batch 128 | lr 0.4, batch 128 | lr 0.025, batch 32 |' in made
+    assert '| BN | 40.00 | diverged | 40.00 |\n| DN-B | 41.00 | 3.00 | not run |' in made
+
+
+def test_the_figure_has_the_differences_of_the_runs(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'mobilenetv2_bn_x', 'BN', 0, 'top1', 40., 2, .1, 8,
+                                     9, 3., 'GPU', 'c', 'finished'), strict=True), train_loss=2.)
+    rows = [row, dict(row, seed=1, value=43., train_loss=2.5),
+            dict(row, config='dnb', value=44., train_loss=1.),
+            dict(row, config='dnb', seed=1, value=46., train_loss=1.5),
+            dict(row, config='dnb', seed=2, value=None, status='diverged')]
+    monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
+    top1, loss = evidence.figure('q')[1]
+    assert (top1.lines[0].x, top1.lines[0].y, loss.lines[0].y) == (['dnb'], [3.5], [-1.])
+    assert top1.lines[0].low[0] < 0 < 4 < top1.lines[0].high[0]
 
 
 def test_questions_that_are_planned_have_no_runs_yet():

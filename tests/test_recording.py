@@ -14,8 +14,8 @@ from torch import nn
 
 from dn_mmdet import DNB
 from dn_mmdet.checkpoint import safe_loading
-from dn_mmdet.controls import BNSE
-from dn_mmdet.recording import (
+from dn_mmdet.experiments.controls import BNSE
+from dn_mmdet.experiments.recording import (
     PARENT,
     Diverged,
     Orphaned,

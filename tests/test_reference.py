@@ -1,10 +1,11 @@
-"""The three plain lines, against numpy in float64 and against torch."""
+"""The specification, against numpy in float64 and against torch."""
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import awake
 
-from dn_mmdet import reference
+from dn_mmdet import SC, reference
 
 
 @pytest.mark.parametrize('shape', [(3, 5), (3, 5, 7), (3, 5, 4, 7), (2, 3, 2, 3, 4), (2, 3, 1, 1)])
@@ -59,3 +60,40 @@ def test_modulate_takes_coefficients_of_each_sample_or_of_the_batch(samples, clo
             i = n % samples
             expected[n, c] = (1 + g[i, c].item()) * z[n, c].numpy() + h[i, c].item()
     close(reference.modulate(z, g, h), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize('batch_shared, inputs', [(False, 'raw'), (False, 'standardized'),
+                                                  (True, 'raw')])
+@pytest.mark.parametrize('affine', [True, False])
+def test_dynamic_norm_is_the_equations_written_as_loops(batch_shared, inputs, affine, close):
+    N, C, eps = 4, 3, 1e-3
+    x = torch.randn(N, C, 5, 6, dtype=torch.float64) * 2 + 1
+    sc = awake(SC(C, inputs=inputs, dtype=torch.float64))
+    w, b = torch.randn(2, C, dtype=torch.float64) if affine else (None, None)
+    y = reference.dynamic_norm(x, w, b, sc, eps=eps, batch_shared=batch_shared)
+
+    values = x.numpy()
+    mu, var = values.mean((0, 2, 3)), values.var((0, 2, 3))  # of the whole batch at once
+    sigma = np.sqrt(var + eps)
+    weights = [getattr(sc, name).detach().numpy() for name in ('w_in', 'b_in', 'w_out', 'b_out')]
+    for n in range(N):
+        m, s = values[n].mean((1, 2)), np.sqrt(values[n].var((1, 2)) + eps)
+        if batch_shared:
+            m, s = mu, sigma
+        elif inputs == 'standardized':
+            m, s = (m - mu) / sigma, s / sigma - 1
+        hidden = np.maximum(weights[0] @ np.concatenate((m, s)) + weights[1], 0)
+        made = sc.bound * np.tanh(weights[2] @ hidden + weights[3])
+        for c in range(C):
+            z = (values[n, c] - mu[c]) / sigma[c]
+            if affine:
+                z = w[c].item() * z + b[c].item()
+            close(y[n, c], torch.from_numpy((1 + made[c]) * z + made[C + c]))
+
+
+def test_dynamic_norm_by_given_statistics(close):
+    x, sc = torch.randn(4, 3, 5, 6, dtype=torch.float64), SC(3, dtype=torch.float64)
+    mean, var = torch.rand(2, 3, dtype=torch.float64)
+    y = reference.dynamic_norm(x, None, None, sc, eps=1e-5, batch_shared=False,
+                               statistics=lambda m, v: (mean, var))
+    close(y, F.batch_norm(x, mean, var))  # a fresh SC

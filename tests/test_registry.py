@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import awake
 from mmcv.cnn import ConvModule, build_norm_layer
 from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
@@ -55,6 +58,37 @@ def test_every_argument_reaches_the_layer():
 def test_a_misspelt_argument_is_refused():
     with pytest.raises(TypeError, match='momentun'):
         build_norm_layer(dict(type='DNB', momentun=0.1), 8)
+
+
+class HalfSC(dn_mmdet.SC):
+    """As somebody's own module: g and h half as large."""
+
+    def __init__(self, *args, factor=0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def forward(self, mean, std):
+        return tuple(self.factor * t for t in super().forward(mean, std))
+
+
+@pytest.mark.parametrize('cls', [dn_mmdet.DNB, dn_mmdet.SyncDNC])
+def test_a_registered_module_takes_the_place_of_sc(cls, monkeypatch, close):
+    monkeypatch.setitem(MODELS.module_dict, 'HalfSC', HalfSC)
+    norm = dict(type=cls.__name__, reduction=2, eps=1e-3)
+    half = build_norm_layer(dict(norm, sc=dict(type='HalfSC', factor=0.25, bound=1.)), 8)[1]
+    whole = build_norm_layer(dict(norm, sc=dict(type='SC', bound=1.)), 8)[1]
+    assert type(half.sc) is HalfSC and type(whole.sc) is dn_mmdet.SC
+    assert len(half.sc.b_in) == 8 and half.sc.bound == whole.sc.bound == 1. and half.eps == 1e-3
+    half.load_state_dict(awake(whole).state_dict())
+    x = torch.randn(4, 8, 5, 5)
+    z = F.batch_norm(x, None, None, training=True, eps=1e-3)
+    close(half.eval().train()(x) - z, 0.25 * (whole(x) - z))
+
+
+@pytest.mark.parametrize('sc', ['SC', dict(bound=1.), dn_mmdet.SC])
+def test_what_is_no_config_of_an_sc_is_refused(sc):
+    with pytest.raises(TypeError, match=r"sc: expected the config of a module, .* got "):
+        dn_mmdet.DNB(8, sc=sc)
 
 
 def test_conv_module_calls_it_bn():

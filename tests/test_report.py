@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dn_mmdet import report, results
-from dn_mmdet.preflight import ConfigError
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.experiments import report, results
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
                                                 'google-chrome'))), None)
@@ -251,6 +251,18 @@ def test_curves_show_training_accuracy_where_the_log_has_it(tmp_path):
     panels = report.figures(results.read([tmp_path]), 'bn')['learning_curves'][1]
     assert [panel.y for panel in panels] == ['training loss', 'training top-1', 'coco/bbox_mAP']
     assert panels[1].lines[0].y == [10, 20, 30, 40] and not panels[1].log_y
+
+
+def test_names_stand_on_an_axis_of_names():
+    import matplotlib.pyplot as plt
+
+    from dn_mmdet.experiments import figures
+    cell, axes = plt.subplots()
+    line = figures.Line('a', ['cat', 'dog'], [1., 2.], [None] * 2, [None] * 2, True)
+    figures._draw_panel(axes, figures.Panel('', 'class', 'AP', [line]), {})
+    cell.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog']
+    plt.close(cell)
 
 
 def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):

@@ -7,7 +7,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from dn_mmdet.ssdlite_head import SSDLiteHead
+from dn_mmdet.models.ssdlite_head import SSDLiteHead
 
 HEAD = dict(
     num_classes=3, in_channels=(8, 8), use_depthwise=True,

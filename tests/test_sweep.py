@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-from dn_mmdet.sweep import (
+from dn_mmdet.zoo.check import FAIL, NOT_APPLICABLE, PASS, Stage
+from dn_mmdet.zoo.sweep import (
     BEGIN,
     END,
     FIELDS,
+    Ended,
     append_row,
     bounded,
     by_architecture,
@@ -20,7 +22,6 @@ from dn_mmdet.sweep import (
     with_table,
     write_rows,
 )
-from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS
 
 ROOT = Path(__file__).parents[1]
 TOOL = runpy.run_path(str(ROOT / 'tools' / 'check_zoo.py'))
@@ -32,8 +33,8 @@ def run(fn, tmp_path, seconds=30, gigabytes=64):
 
 def test_the_result_comes_back_and_what_is_printed_goes_to_the_log(tmp_path):
 
-    def fn(say):
-        say('working')
+    def fn(enter):
+        enter(Stage.COMPARING)
         print('hello', flush=True)
         return dict(status=PASS)
 
@@ -43,27 +44,31 @@ def test_the_result_comes_back_and_what_is_printed_goes_to_the_log(tmp_path):
 
 def test_one_that_never_ends_is_ended(tmp_path):
 
-    def busy(say):
-        say('turning')
+    def busy(enter):
+        enter(Stage.COMPARING)
         while True:
             pass
 
-    def asleep(say):
-        say('waiting')
+    def asleep(enter):
+        enter(Stage.BUILDING_WITH_BN)
         time.sleep(600)
 
-    assert run(busy, tmp_path, 1) in ('ended after 1 s of processor time while turning',
-                                      'ended after 20 s while turning')  # on a busy machine
-    assert run(asleep, tmp_path, 0.1) == 'ended after 2.0 s while waiting'
+    doing = 'while comparing the outputs of DN-B and BatchNorm'
+    assert run(busy, tmp_path, 1) in [  # the second on a busy machine
+        Ended(f'ended after {time} {doing}', Stage.COMPARING)
+        for time in ('1 s of processor time', '20 s')]
+    assert run(asleep, tmp_path, 0.1) == (
+        'ended after 2.0 s while building with BatchNorm', Stage.BUILDING_WITH_BN)
 
 
 def test_one_that_wants_too_much_memory_is_ended_alone(tmp_path):
 
-    def fn(say):
-        say('growing')
+    def fn(enter):
+        enter(Stage.TRAINING_WITH_DN)
         return dict(size=np.empty(40 << 30, np.uint8).size)
 
-    assert run(fn, tmp_path, gigabytes=32) == 'the process ended with code 1 while growing'
+    assert run(fn, tmp_path, gigabytes=32) == (
+        'the process ended with code 1 while training with DN-B', Stage.TRAINING_WITH_DN)
     assert 'MemoryError' in (tmp_path / 'log.txt').read_text()
 
 
@@ -75,14 +80,15 @@ ROWS = [
     row('yolox/a.py', dict(status=PASS, reason='', replaced=3, left=0, difference=2e-6,
                            train_step='yes', prediction='yes', image_size=64), configs=3),
     row('yolox/b.py', dict(status=FAIL, reason='ValueError: x | y', replaced=3, left=1)),
-    row('swin/c.py', 'ended after 90 s while building with BatchNorm'),
+    row('swin/c.py', Ended('ended after 90 s', Stage.BUILDING_WITH_BN)),
 ]
 
 
 def test_what_had_to_be_ended_counts_against_what_it_was_doing():
     assert ROWS[2]['status'] == NOT_APPLICABLE
-    assert row('d', 'ended after 9 s while training with DN-B')['status'] == FAIL
-    assert row('d', 'ended after 9 s while comparing the outputs')['status'] == FAIL
+    assert row('d', Ended('ended', Stage.TRAINING_WITH_DN))['status'] == FAIL
+    assert row('d', Ended('ended', Stage.COMPARING))['status'] == FAIL
+    assert row('d', Ended('ended', Stage.STARTING))['status'] == NOT_APPLICABLE
 
 
 def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -131,7 +137,7 @@ def test_the_docs_are_of_the_rows_that_lie_beside_them():
 
 def test_the_table_by_architecture():
     assert by_architecture({each['config']: each for each in ROWS}).splitlines()[2:] == [
-        '| swin | 0 | 0 | 1 |  | ended after 90 s while building with BatchNorm |',
+        '| swin | 0 | 0 | 1 |  | ended after 90 s |',
         '| yolox | 1 | 1 | 0 | 0 | ValueError: x \\| y |']
 
 

@@ -17,6 +17,8 @@ from mmengine.config import Config
 from tiny_detector import make_coco, write_config
 from tool_process import TOOLS, Tool, refuse, succeed
 
+from dn_mmdet.checks.preflight import FolderInUse
+
 EACH_STEP = ('--cfg-options', 'default_hooks.logger.interval=1')
 
 
@@ -229,7 +231,8 @@ def test_a_folder_in_which_a_training_runs_is_refused(user):
     try:
         first.wait_for(r'Saving checkpoint at 1 epochs')
         for more in (['--overwrite'], ['--resume']):
-            message = refuse('train', 'tiny_dnb.py', '--work-dir', 'new', *more, cwd=user)
+            message = refuse('train', 'tiny_dnb.py', '--work-dir', 'new', *more, cwd=user,
+                             exit_code=FolderInUse.exit_code)
             assert f'a training is running in it (process {first.process.pid} on ' in message
         assert (user / 'new' / 'epoch_1.pth').stat().st_size > 0
         assert first.process.is_alive()
@@ -520,7 +523,7 @@ def test_a_config_written_by_somebody_else_trains_tests_and_predicts(user, root)
     succeed('predict', 'new/theirs.py', 'new/epoch_1.pth', root / 'images', '--score-thr', 0.9,
             cwd=user)
     written = Config.fromfile(user / 'new' / 'theirs.py')
-    assert written.custom_imports.imports == ['dn_mmdet', 'dn_mmdet.ssdlite_head']
+    assert written.custom_imports.imports == ['dn_mmdet', 'dn_mmdet.models.ssdlite_head']
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The rows of tools/fold.py --csv, and their means over seeds."""
 import pytest
 
-from dn_mmdet import trade_off
+from dn_mmdet.deploy import trade_off
 
 
 def row(seed=0, dynamic=4, value=0.5, took=2., config='dnb', changed=None, value_changed=None):

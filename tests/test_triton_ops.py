@@ -248,14 +248,14 @@ if not INTERPRETED:
         m_last, v_last = triton_ops.moments(last)
         torch.testing.assert_close(m[-1:], m_last)
         torch.testing.assert_close(v[-1:], v_last)
-        torch.testing.assert_close(y_last, triton_ops.affine(last, m_last, v_last, m_last))
+        assert_ends_close(y_last, triton_ops.affine(last, m_last, v_last, m_last))
         alone = triton_ops.reduce(y_last, last, m_last)
         torch.testing.assert_close((da[-1:], dc[-1:]), alone, rtol=1e-4, atol=1)
         del last
         y = triton_ops.input_gradient(y, x, m, v, m, m)
         expected = triton_ops.input_gradient(y_last, x[-1:].clone(), m_last, v_last, m_last,
                                              m_last)
-        torch.testing.assert_close(y[-1:], expected)
+        assert_ends_close(y[-1:], expected)
 
     @slow
     @pytest.mark.skipif(not HOST, reason='the compiled host was not built')
@@ -276,6 +276,12 @@ if not INTERPRETED:
         assert compiled == {name for name in vars(triton_kernels) if name.endswith('_kernel')}
 
 
+def assert_ends_close(actual, expected):
+    """First and last rows of huge maps: to compare all takes several times their memory."""
+    for rows in (slice(8), slice(-8, None)):
+        torch.testing.assert_close(actual[..., rows, :], expected[..., rows, :])
+
+
 def plan(shape, dtype=torch.float32, missing=(), layer_dtype=torch.float32, channels_last=False,
          **options):
     n, c, s = shape
@@ -294,6 +300,10 @@ PLANS = [plan((24, 96, 160 * 160), torch.float16, channels_last=True),
          plan((40, 70, 6), missing=('w', 'b', 'tracked'), bounded=False, shared=True),
          plan((1, 1, 2), torch.float16, layer_dtype=torch.float16, cumulative=True, hidden=1),
          plan((3, 70, 6), hidden=100, world=2, rank=1),
+         plan((24, 384, 400), torch.float16, channels_last=True, batch=False, update=False,
+              inference=True),
+         plan((2, 70, 6), missing=('w', 'b'), batch=False, update=False, inference=True,
+              standardized=True, bounded=False),
          plan((3, 70, 6), torch.float64, layer_dtype=torch.float64, batch=False, update=False)]
 
 

@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from tiny_detector import make_coco, write_config
 
-from dn_mmdet import tta
-from dn_mmdet.preflight import ConfigError
-from dn_mmdet.tta import augmented
+from dn_mmdet.checks.preflight import ConfigError
+from dn_mmdet.cli import tta
+from dn_mmdet.cli.tta import augmented
 
 
 @pytest.fixture(scope='module')

@@ -10,8 +10,9 @@ from mmengine.registry import MODELS
 from tiny_detector import write_config
 from torch import nn
 
-from dn_mmdet import command_line, zoo
-from dn_mmdet.zoo import FAIL, NOT_APPLICABLE, PASS, SHIPPED, check, distinct
+from dn_mmdet.cli import command_line
+from dn_mmdet.zoo import check as zoo
+from dn_mmdet.zoo.check import FAIL, NOT_APPLICABLE, PASS, SHIPPED, Stage, check, distinct
 
 # A fixed sample: other backbones, necks, heads and tasks in each.
 SAMPLE = {
@@ -52,7 +53,8 @@ def test_a_detector_passes_with_all_that_is_counted(tiny):
     assert (row.pop('status'), row.pop('reason')) == (PASS, '')
     assert row.pop('difference') < 1e-4
     assert row == dict(replaced=66, left=0, image_size=64, train_step='yes', prediction='yes')
-    assert stages[0] == 'building with BatchNorm' and stages[-1] == 'predicting with DN-B'
+    assert stages == [Stage.BUILDING_WITH_BN, Stage.BUILDING_WITH_DN, Stage.COMPARING,
+                      Stage.TRAINING_WITH_DN, Stage.PREDICTING_WITH_DN]
     assert tiny.pretty_text == before
 
 
@@ -199,7 +201,7 @@ def test_nothing_is_downloaded():
 def test_used_statistics_are_not_those_of_a_fresh_model():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False))
     fresh = copy.deepcopy(model.state_dict())
-    zoo._use(model)
+    zoo._wear_in(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name]) == name.endswith('num_batches_tracked')
 

@@ -8,7 +8,7 @@ CLASSES = ('cat', 'dog')
 
 CONFIG = '''
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
-custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.ssdlite_head'])
+custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.models.ssdlite_head'])
 norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
 model = dict(
     backbone=dict(widen_factor=0.1, norm_cfg=norm_cfg),

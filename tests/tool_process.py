@@ -17,8 +17,8 @@ from unittest import mock
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['dn_mmdet.command_line', 'dn_mmdet.predict',
-                                'dn_mmdet.ssdlite_head', 'mmdet.evaluation'])
+CONTEXT.set_forkserver_preload(['dn_mmdet.cli.command_line', 'dn_mmdet.cli.predict',
+                                'dn_mmdet.models.ssdlite_head', 'mmdet.evaluation'])
 
 
 class Tool:
@@ -75,11 +75,11 @@ def succeed(name, *argv, cwd, **kwargs):
     return tool.output
 
 
-def refuse(name, *argv, cwd, **kwargs):
-    """The one message of a tool that has to end with exit code 2 and no traceback."""
+def refuse(name, *argv, cwd, exit_code=2, **kwargs):
+    """The one message of a tool that has to end with this exit code and no traceback."""
     tool = Tool(name, *argv, cwd=cwd, **kwargs)
     code = tool.wait()
-    assert code == 2, tool.output
+    assert code == exit_code, tool.output
     assert 'Traceback' not in tool.output, tool.output
     before, *messages = tool.output.split(f'{name}.py: error: ')
     assert len(messages) == 1, tool.output

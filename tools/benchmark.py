@@ -17,7 +17,7 @@ import torch
 from dn_mmdet import benchmark
 from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
 
-PARTS = 'layers', 'step', 'host', 'detector'
+PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 
 
 def parse(argv):
@@ -25,7 +25,8 @@ def parse(argv):
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure: layers one '
                         'by one; all layers in one training step; the host time of one call; '
-                        'SSDLite (default: layers detector; on a GPU all)')
+                        'SSDLite; nine layers under torch.compile; tile sizes of the GPU kernels '
+                        '(default: layers detector; on a GPU all but the last two)')
     parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
                         help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
                         '(default: BN, GN, and both DN layers with every backend)')
@@ -47,8 +48,9 @@ def parse(argv):
                         '(default: no limit)')
     parser.add_argument('--compile-only', metavar='I/N',
                         help='measure nothing, but compile and cache the kernels: run each layer '
-                        'once in float16 and float32, contiguous and channels_last. The shapes '
-                        'are split into N shares; this run takes share I, counted from 1')
+                        'once in float16 and float32, contiguous and channels_last; with '
+                        '--parts compiled those layers as they will be measured. The shapes are '
+                        'split into N shares; this run takes share I, counted from 1')
     parser.add_argument('--commit', help='commit of this code, if this is not a git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
@@ -58,7 +60,7 @@ def parse(argv):
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')
     if args.parts is None:
-        args.parts = ['layers', 'detector'] if args.device == 'cpu' else list(PARTS)
+        args.parts = ['layers', 'detector'] if args.device == 'cpu' else list(PARTS[:4])
     if args.compiled is None:
         args.compiled = 0 if args.norms else 3
     if args.norms and BN not in args.norms:
@@ -117,6 +119,9 @@ def main(argv=None):
     shapes = benchmark.ssdlite_shapes(args.size)
     if args.compile_only:
         i, n = args.compile_only
+        if args.parts == ['compiled']:
+            benchmark.run_blocks(setting, args.batch, benchmark.sizes(args.size)[i::n], dn)
+            return 0
         for dtype, channels_last in product((torch.float16, torch.float32), (False, True)):
             setting = Setting(args.device, dtype, channels_last)
             benchmark.run_layers(setting, args.batch, benchmark.by_size(shapes)[i::n], dn)
@@ -125,7 +130,8 @@ def main(argv=None):
     detectors = None
     norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
     try:
-        if set(args.parts) - {'detector'} or args.amp:  # see Detectors.check
+        if set(args.parts) - {'detector', 'tuning', 'compiled'} or (
+                args.amp and 'detector' in args.parts):  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
             if args.compiled:
                 benchmark.check_layers(setting, args.batch,
@@ -145,6 +151,9 @@ def main(argv=None):
         'layers': lambda: benchmark.measure_layers(
             setting, args.batch, shapes, [*norms, *single], args.compiled, deadline,
             run.failures),
+        'compiled': lambda: benchmark.measure_compiled(
+            setting, args.batch, norms, args.size, deadline, run.failures),
+        'tuning': lambda: tunings(setting, args.batch),
         'detector': lambda: detectors.measure('train', args.batch, run.failures)}
     for part, measure in parts.items():
         if part in args.parts:
@@ -155,6 +164,13 @@ def main(argv=None):
                         lambda batch=batch: detectors.measure('inference', batch, run.failures),
                         deadline)
     return run.finish()
+
+
+def tunings(setting, batch):
+    if setting.device == 'cuda':
+        major, minor = torch.cuda.get_device_capability()
+        benchmark.compile_tunings(setting, batch, 10 * major + minor)
+    return benchmark.measure_tunings(setting, batch)
 
 
 class Run:
@@ -181,7 +197,7 @@ class Run:
             return
         try:
             rows = [{**self.provenance, **row} for row in measure()]
-        except RuntimeError as error:  # of CUDA or of a full memory: the other parts may do
+        except (RuntimeError, benchmark.ParityError) as error:  # the other parts may do
             self.failures.append(f'{what}: {error}')
             return
         if self.args.csv and rows:
@@ -191,6 +207,12 @@ class Run:
     def finish(self):
         if self.rows:
             print(benchmark.table(self.rows, self.args.device))
+            compiled = [row for row in self.rows if row['part'] == 'compiled']
+            if compiled:
+                print(benchmark.compiled_table(compiled))
+            if 'tuning' in self.args.parts:
+                for task in ('train', 'inference'):
+                    print(f'\n{task}, us of the GPU\n{benchmark.tuning_table(self.rows, task)}')
             if self.args.plot:
                 benchmark.plot(self.rows, self.args.plot)
         for failure in self.failures:

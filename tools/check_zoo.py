@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, preflight
-from dn_mmdet.sweep import (
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.zoo.check import check, distinct, shipped_configs
+from dn_mmdet.zoo.sweep import (
     append_row,
     bounded,
     by_architecture,
@@ -25,7 +27,6 @@ from dn_mmdet.sweep import (
     with_table,
     write_rows,
 )
-from dn_mmdet.zoo import check, distinct, shipped_configs
 
 
 def parse(argv):
@@ -62,7 +63,7 @@ def sweep(args):
     for number, name in enumerate(chosen, 1):
         cfg, names = models[name]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = bounded(lambda say, cfg=cfg: check(cfg, say), args.time_limit, args.memory,
+        result = bounded(lambda enter, cfg=cfg: check(cfg, enter), args.time_limit, args.memory,
                          logs / f'{name.replace("/", "_")}.txt')
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

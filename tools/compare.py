@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dn_mmdet import command_line, compare, preflight, presets, report, results
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.experiments import compare, presets, report, results
+from dn_mmdet.provenance import commit_of
 
 
 def parse(argv):
@@ -110,7 +113,7 @@ def main(argv=None):
         folders = args.report_only
         if not folders:
             runs = compare.plan(grid(args), args.out, args.question,
-                                args.commit or compare.commit_of())
+                                args.commit or commit_of())
             preflight.make_folder(args.out, '--out')
             jobs = args.jobs or torch.cuda.device_count() or compare.cores()
             failures = compare.run_grid(runs, jobs, console, args.folded)

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 """Turns a BatchNorm checkpoint into one with Dynamic Normalization that computes the same."""
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_checkpoint, dn_layers
+from dn_mmdet.files import replacing
 
 
 def parse(argv):
@@ -48,9 +49,8 @@ def convert(args):
         if 'meta' in converted:
             converted['meta'] = dict(converted['meta'], cfg=cfg.pretty_text)
     preflight.make_folder(out.parent, 'out')
-    part = out.with_name(f'{out.name}.part')
-    torch.save(converted, part)
-    os.replace(part, out)
+    with replacing(out) as part:
+        torch.save(converted, part)
     keys = list(converted.get('state_dict', converted))
     layers = sum(key.endswith('.sc.w_in') for key in keys)
     left = sum(key.endswith('running_mean') for key in keys) - layers

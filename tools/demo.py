@@ -17,8 +17,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from rich.console import Console
 
-from dn_mmdet import command_line, compare, deploy, report
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.cli import command_line
+from dn_mmdet.deploy import folding
+from dn_mmdet.experiments import compare, report
+from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ROOT / 'tools' / 'predict.py'
@@ -43,7 +46,7 @@ def train(configs, out, seed, console):
     variants = [compare.Variant(path.stem, str(path), command_line.load_config(path))
                 for path in configs]
     points = compare.check(compare.product(variants, [seed]))
-    runs = compare.plan(points, out / 'runs', 'demo', compare.commit_of())
+    runs = compare.plan(points, out / 'runs', 'demo', commit_of())
     failures = compare.run_grid(runs, len(runs), console)
     if failures:
         raise ChildFailed('\n'.join(f'{name}: {text}' for name, text in failures.items()))
@@ -123,19 +126,19 @@ def fold(runs, out):
     models, checkpoints = [], []
     for run, cfg in zip(runs, configs, strict=True):
         path, = run.folder.glob('epoch_*.pth')
-        models.append(deploy.built(cfg).eval())
+        models.append(folding.built(cfg).eval())
         checkpoints.append(open_checkpoint(path))
         check_fits(models[-1], checkpoints[-1], path)
-    result = deploy.fold(configs[-1], models[-1], curve=False, say=lambda text: None)
-    deploy.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
-    with deploy.quiet():
-        evaluation = deploy.Evaluation(configs[0], result.metric)
+    result = folding.fold(configs[-1], models[-1], curve=False, say=lambda text: None)
+    folding.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
+    with folding.quiet():
+        evaluation = folding.Evaluation(configs[0], result.metric)
     bn, dnb, folded = (model.to(get_device()) for model in (*models, result.model))
     values = [evaluation(bn), result.rows[0].value, result.chosen.value]
-    deployed = [deploy.fused(model) for model in (bn, dnb, folded)]
-    times = deploy.milliseconds(deployed, evaluation.one_image(bn))
+    deployed = [folding.fused(model) for model in (bn, dnb, folded)]
+    times = folding.milliseconds(deployed, evaluation.one_image(bn))
     rows = [[name, f'{value:.3f}', f'{took:.2f}'] for name, value, took in zip(
-        ('BN', 'DN-B', f'DN-B, {deploy.row_name(result.chosen, result)}'), values, times,
+        ('BN', 'DN-B', f'DN-B, {folding.row_name(result.chosen, result)}'), values, times,
         strict=True)]
     return report.markdown_table(['model', result.metric, 'ms per image'], rows)
 
@@ -160,7 +163,7 @@ def run(configs, out, seed, console):
     console.print(f'Learning curves: {out}/report/learning_curves.png\n'
                   f'Detections:      {out}/detections.png\n'
                   f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint; times are of the '
-                  f'network alone, BatchNorms folded into convolutions, {deploy.timed_on()}\n'
+                  f'network alone, BatchNorms folded into convolutions, {folding.timed_on()}\n'
                   f'\nThis is one run of each norm (seed {seed}): its AP differs by up to 0.1 '
                   f'between two machines.\n\n'
                   f'What to try next:\n{NEXT}', markup=False, soft_wrap=True)

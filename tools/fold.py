@@ -10,9 +10,12 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from dn_mmdet import command_line, compare, deploy, preflight, trade_off
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.deploy import folding, trade_off
 from dn_mmdet.fold import foldable
+from dn_mmdet.provenance import commit_of
 
 
 def parse(argv):
@@ -57,7 +60,7 @@ def run(args):
         args.config, {**(args.cfg_options or {}), **args.changed})
     preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
     out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
-    model = deploy.built(cfg)
+    model = folding.built(cfg)
     foldable(model)
     preflight.check_evaluation(model)
     for split in ('train', 'val'):
@@ -66,15 +69,15 @@ def run(args):
     check_fits(model, checkpoint, args.checkpoint)
     if changed:
         preflight.check_data(changed, 'val', model)
-    deploy.check_twin(cfg, model)
-    deploy.check_out(out)
+    folding.check_twin(cfg, model)
+    folding.check_out(out)
     if args.csv:
         preflight.make_folder(args.csv.parent, '--csv')
         trade_off.read(args.csv)
-    commit = compare.commit_of()
-    result = deploy.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric,
-                         changed=changed)
-    print(deploy.write(result, cfg, checkpoint, out))
+    commit = commit_of()
+    result = folding.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric,
+                          changed=changed)
+    print(folding.write(result, cfg, checkpoint, out))
     if args.csv:
         rows = trade_off.rows_of(result, cfg, Path(args.config).stem, checkpoint, commit,
                                  args.changed)

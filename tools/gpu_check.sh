@@ -97,7 +97,7 @@ fi
 # Python 3.12 warns of escapes in the strings of MMDetection where it compiles the files first.
 if wanted tests; then
     tests=()
-    for file in tests/test_gpu_*.py tests/test_kernels.py tests/test_functional.py tests/test_triton_ops.py; do
+    for file in tests/test_gpu_*.py tests/test_{host,kernels,functional,triton_ops,tuning}.py; do
         [ "$file" != tests/test_gpu_check.py ] && [ -f "$file" ] && tests+=("$file")
     done
     [ -z "${TESTS:-}" ] || read -ra tests <<< "$TESTS"
@@ -146,6 +146,17 @@ fi
 if wanted backends; then
     bench "other backends, float16, contiguous" 30 --batch $batch --amp --parts layers host \
         --norms BN DNB:auto "${others[@]}"
+fi
+if wanted compiled; then  # torch.compile, where asked for: a process for each block compiles kernels first
+    compiling=()
+    for ((i = 1; i <= 3; i++)); do
+        limited "compiled, kernels $i" 60 "$python" -W ignore tools/benchmark.py --device "$device" "${sizes[@]}" \
+            --batch $batch --amp --channels-last --parts compiled "${fast[@]}" --compile-only $i/3 \
+            >> "$folder/log.txt" 2>&1 &
+        compiling+=($!)
+    done
+    for pid in "${compiling[@]}"; do wait "$pid" || true; done
+    bench "torch.compile, float16, channels_last" 60 --batch $batch --amp --channels-last --parts compiled "${fast[@]}"
 fi
 if wanted float32; then  # what matters least
     bench "layers, float32, contiguous, batch $large" 25 --batch $large --parts layers "${fast[@]}"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from dn_mmdet import gpu_training
+from dn_mmdet.experiments import gpu_training
 
 
 def parse(argv):
@@ -64,7 +64,8 @@ def main(argv=None):
     parser, args = parse(argv)
     if args.prepare:
         # Here: they need MMDetection.
-        from dn_mmdet import command_line, gpu_plan
+        from dn_mmdet.cli import command_line
+        from dn_mmdet.experiments import gpu_plan
         with command_line.one_message(parser):
             runs = gpu_plan.prepare(args.prepare, args.runs, args.folder, args.images,
                                     args.epochs, args.question, args.commit, args.append)

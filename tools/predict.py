@@ -3,9 +3,10 @@
 import argparse
 import sys
 
-from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
-from dn_mmdet.predict import find_images, predict
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.cli.predict import find_images, predict
 
 
 def parse(argv):

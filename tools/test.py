@@ -4,10 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.cli.tta import augmented
 from dn_mmdet.registered import is_of
-from dn_mmdet.tta import augmented
 
 # After dn_mmdet, which says what to install where mmdet is missing.
 # isort: split

@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from dn_mmdet import command_line, preflight
 from dn_mmdet.checkpoint import (
     check_fits,
     check_resumable,
@@ -14,6 +13,8 @@ from dn_mmdet.checkpoint import (
     open_checkpoint,
     safe_loading,
 )
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
 from dn_mmdet.convert import FAMILIES, swap_norm
 
 

@@ -11,6 +11,7 @@ On a GPU a call is timed three times: eager, as training runs it; on the GPU alo
 from a CUDA graph; and on the host alone, which never waits for the GPU.
 """
 from .bars import bars_table
+from .compiled import compiled_table, measure_compiled, run_blocks, sizes
 from .detectors import CONFIG, Detectors
 from .layers import (
                      by_size,
@@ -26,6 +27,7 @@ from .provenance import provenance
 from .report import plot, plot_gpu, table
 from .rows import FIELDS, read_rows, write_rows
 from .timing import LONG_ENOUGH, Deadline, GraphError, allocations, alternate, gpu_alone
+from .tuning import compile_tunings, measure_tunings, tuning_table
 from .variants import (
                      BN,
                      COMPILED,
@@ -40,7 +42,8 @@ from .variants import (
 
 __all__ = ['BN', 'COMPILED', 'CONFIG', 'Deadline', 'Detectors', 'FIELDS', 'FOLDED', 'GN',
            'GraphError', 'LONG_ENOUGH', 'ParityError', 'REFERENCE', 'Setting', 'Variant',
-           'allocations', 'alternate', 'bars_table', 'by_size', 'check_layers', 'gpu_alone',
-           'make_layer', 'measure_host', 'measure_layers', 'measure_step', 'parse_variant',
-           'plot', 'plot_gpu', 'provenance', 'read_rows', 'run_layers', 'ssdlite_shapes',
-           'table', 'write_rows']
+           'allocations', 'alternate', 'bars_table', 'by_size', 'check_layers', 'compile_tunings',
+           'compiled_table', 'gpu_alone', 'make_layer', 'measure_compiled', 'measure_host',
+           'measure_layers', 'measure_step', 'measure_tunings', 'parse_variant', 'plot',
+           'plot_gpu', 'provenance', 'read_rows', 'run_blocks', 'run_layers', 'sizes',
+           'ssdlite_shapes', 'table', 'tuning_table', 'write_rows']

@@ -49,9 +49,9 @@ GPU_BARS = (
 
 def measured_at(rows, bar: Bar, layout: str) -> dict | None:
     """The row that a bar is held against, or None where it was not measured."""
-    wanted = dict(part=bar.part, task=bar.task, measure=bar.measure, unit='of BN',
-                  memory_format=layout, dtype=GPU_DTYPE, norm=MEASURED.norm,
-                  backend=MEASURED.backend)
+    wanted: dict[str, str | int] = dict(
+        part=bar.part, task=bar.task, measure=bar.measure, unit='of BN', memory_format=layout,
+        dtype=GPU_DTYPE, norm=MEASURED.norm, backend=MEASURED.backend)
     if bar.part != 'host':  # whose map is small whatever the batch
         wanted['batch'] = GPU_BATCH
     found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]

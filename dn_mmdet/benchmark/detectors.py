@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from ..provenance import ROOT
 from . import parity
-from .provenance import ROOT
 from .rows import divide, make_row
 from .timing import GraphError, allocations, alternate, gpu_alone
 from .variants import BN, DN, FOLDED, GN, Setting, Variant, wake

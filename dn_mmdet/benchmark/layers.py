@@ -81,7 +81,7 @@ def check_layers(setting: Setting, batch: int, shapes, variants) -> None:
     is more: of two values per channel even float32 keeps little of the gradient of x.
     """
     for channels, height in shapes:
-        x, dy = _layer_data(setting, batch, channels, height)
+        x, dy = layer_data(setting, batch, channels, height)
         dtype = torch.float64 if x.numel() <= EXACT_UP_TO else torch.float32
         for norm in {v.norm for v in variants} & set(DN):
             plain = make_layer(Variant(norm, 'reference'), channels).to(setting.device)
@@ -117,7 +117,7 @@ def _step(layer, x, dy, setting=None):
                 inference=inferred)
 
 
-def _layer_data(setting, batch, channels, height):
+def layer_data(setting, batch, channels, height):
     generator = torch.Generator(setting.device).manual_seed(0)
     return (torch.randn(batch, channels, height, height, device=setting.device,
                         generator=generator).to(setting.dtype, memory_format=setting.format)
@@ -133,7 +133,7 @@ def _free(setting):
 def run_layers(setting: Setting, batch: int, shapes, variants) -> None:
     """Runs each layer once in training and inference, so that its kernels are compiled."""
     for channels, height in shapes:
-        x, dy = _layer_data(setting, batch, channels, height)
+        x, dy = layer_data(setting, batch, channels, height)
         for variant in variants:
             _step(make_layer(variant, channels).to(setting.device), x, dy, setting)
     synchronize(setting.device)
@@ -156,7 +156,8 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
     rows, times, memory = [], {}, {}
     graphed = [v for v in variants if v != COMPILED] if setting.device == 'cuda' else []
     bandwidth = copy_bandwidth(setting)
-    for done, (channels, height) in enumerate(ordered):
+    for done, shape in enumerate(ordered):
+        channels, height = shape
         if deadline.passed():
             cut = sum(shapes[shape] for shape in ordered[done:])
             failures.append(f'layers, batch {batch}, {setting}: no time left for {cut} of '
@@ -164,30 +165,39 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
                             f'{height} on')
             break
         taking_part = [v for v in variants if v != COMPILED or done < num_compiled]
-        x, dy = _layer_data(setting, batch, channels, height)
         common = dict(part='layer', batch=batch, channels=channels, map=height,
-                      layers=shapes[channels, height])
-        for task in ('train', 'inference'):
-            layers = {v: make_layer(v, channels).to(setting.device).train(task == 'train')
-                      for v in taking_part}
-            if task == 'train':
-                memory[channels, height] = {v: _layer_memory(setting, layer, x, dy)
-                                            for v, layer in layers.items() if v != COMPILED}
-            calls = {v: _layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
-            found = {'time': alternate(calls, setting),
-                     'GPU time': _gpu_alone(calls, graphed, setting, failures, x.numel())}
-            for measure, seconds in found.items():
-                for variant, values in seconds.items():
-                    times.setdefault((measure, task, variant), {})[channels, height] = values
-                    at = dict(common, task=task, variant=variant)
-                    rows += [make_row(at, measure, 's', values),
-                             make_row(at, measure, 'of BN', divide(values, seconds[BN]))]
-        del x, dy, layers, calls
+                      layers=shapes[shape])
+        found, memory[shape] = _measure_shape(setting, batch, shape, taking_part, graphed,
+                                              failures)
+        for (measure, task), seconds in found.items():
+            for variant, values in seconds.items():
+                times.setdefault((measure, task, variant), {})[shape] = values
+                at = dict(common, task=task, variant=variant)
+                rows += [make_row(at, measure, 's', values),
+                         make_row(at, measure, 'of BN', divide(values, seconds[BN]))]
         _free(setting)
     common = dict(part='layers', batch=batch)
     return (rows + _time_rows(common, times, shapes, setting)
             + _memory_rows(common, memory, shapes)
             + _bandwidth_rows(common, times, shapes, setting, bandwidth))
+
+
+def _measure_shape(setting, batch, shape, variants, graphed, failures):
+    """Of one layer: {(measure, task): {variant: seconds}}, and {variant: bytes}."""
+    channels, height = shape
+    found, memory = {}, {}
+    x, dy = layer_data(setting, batch, channels, height)
+    for task in ('train', 'inference'):
+        layers = {v: make_layer(v, channels).to(setting.device).train(task == 'train')
+                  for v in variants}
+        if task == 'train':
+            memory = {v: _layer_memory(setting, layer, x, dy)
+                      for v, layer in layers.items() if v != COMPILED}
+        calls = {v: layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
+        with _entered_once(setting, task):
+            found['time', task] = alternate(calls, setting)
+            found['GPU time', task] = _gpu_alone(calls, graphed, setting, failures, x.numel())
+    return found, memory
 
 
 def _gpu_alone(calls, graphed, setting, failures, size):
@@ -259,12 +269,19 @@ def _bandwidth_rows(common, times, shapes, setting, bandwidth):
     return rows
 
 
-def _layer_call(setting, layer, x, dy, task):
+@contextlib.contextmanager
+def _entered_once(setting, task):
+    """What a model's inference enters once is no part of a layer's: it takes as long as one."""
     if task == 'inference':
-        def infer():
-            with torch.no_grad(), setting.autocast():
-                layer(x)
-        return infer
+        with torch.no_grad(), setting.autocast():
+            yield
+    else:
+        yield
+
+
+def layer_call(setting, layer, x, dy, task):
+    if task == 'inference':
+        return lambda: layer(x)  # within `_entered_once`
     leaf = x.detach().requires_grad_()
     wanted = (leaf, *dict(layer.named_parameters()).values())
 
@@ -282,18 +299,18 @@ def _layer_memory(setting, layer, x, dy):
     not, and x: every norm here keeps that.
     """
     leaf = x.detach().requires_grad_()
-    _layer_call(setting, layer, x, dy, 'train')()  # what is made once is made
+    layer_call(setting, layer, x, dy, 'train')()  # what is made once is made
     with setting.autocast():
         y, left, _ = allocations(lambda: layer(leaf), setting.device)
     saved = left - y.nbytes + x.nbytes
     del y
-    _, _, peak = allocations(_layer_call(setting, layer, x, dy, 'train'), setting.device)
+    _, _, peak = allocations(layer_call(setting, layer, x, dy, 'train'), setting.device)
     return saved, peak + x.nbytes + dy.nbytes
 
 
 def measure_host(setting: Setting, variants, blocks: int = 10) -> list[dict]:
     """Rows of the time that the host takes for each call of a layer, on a tiny map."""
-    x, dy = _layer_data(setting, **HOST_MAP)
+    x, dy = layer_data(setting, **HOST_MAP)
     layers = {v: make_layer(v, HOST_MAP['channels']).to(setting.device) for v in variants}
     found = host_alone(layers, setting, x, dy, blocks)
     rows = []
@@ -346,7 +363,7 @@ class _Step:
         self.layers, self.xs, self.dys = [], [], []
         for (channels, height), count in shapes.items():
             for _ in range(count):
-                x, dy = _layer_data(setting, batch, channels, height)
+                x, dy = layer_data(setting, batch, channels, height)
                 self.layers.append(make_layer(variant, channels).to(setting.device))
                 self.xs.append(x.requires_grad_())
                 self.dys.append(dy)

@@ -76,11 +76,11 @@ def make_layer(variant: Variant, channels: int) -> nn.Module:
     if variant == GN:
         return nn.GroupNorm(8, channels)
     backend = 'reference' if variant == COMPILED else variant.backend
-    layer = (DNB if variant.norm == 'DNB' else DNC)(channels, backend=backend)
+    layer: nn.Module = (DNB if variant.norm == 'DNB' else DNC)(channels, backend=backend)
     wake(layer)
     if variant == COMPILED:
         torch.compiler.reset()  # else the eighth layer counts as a recompilation too many
-        layer = torch.compile(layer, fullgraph=True, dynamic=False)
+        return torch.compile(layer, fullgraph=True, dynamic=False)  # type: ignore[return-value]
     return layer
 
 

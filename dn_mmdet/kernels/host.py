@@ -10,6 +10,7 @@ Triton passes a kernel's arguments in order, without constants, then two pointer
 memory; `compile_kernel` checks that in the compiled code, and another version of Triton is
 refused.
 """
+import contextlib
 import functools
 import logging
 import re
@@ -35,8 +36,8 @@ SOURCES = ('x', 'y', 'dy', 'dx', 'w', 'b', 'w_in', 'b_in', 'w_out', 'b_out', 'ru
            'running_var', 'tracked', 'kept', 'scratch', 'backward_scratch', 'gradients', 'table',
            'dtable', 'eps', 'momentum', 'bound', 'number')
 # host.cpp's Mode.
-BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST = (1 << i
-                                                                          for i in range(7))
+BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST, INFERENCE = (
+    1 << i for i in range(8))
 # c10::ScalarType
 DTYPES = {4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64,
           15: torch.bfloat16}
@@ -77,6 +78,8 @@ def _add_plan(key) -> bool:
     try:
         plan = plan_of(key)
         blob = encode(plan, lambda launch: _load(plan, launch, device))
+    except (torch.OutOfMemoryError, MemoryError):  # of this moment, not of this GPU
+        raise
     except Exception as error:  # of Triton's compiler or of the driver, any
         _unusable[device] = error
         print_log(f'dn_mmdet: on GPU {device} DN layers run on slower operators: the kernels '
@@ -100,13 +103,29 @@ def plan_of(key) -> plans.Plan:
         hidden=hidden, batch=bool(mode & BATCH), update=bool(mode & UPDATE),
         cumulative=bool(mode & CUMULATIVE), shared=bool(mode & SHARED),
         standardized=bool(mode & STANDARDIZED), bounded=bool(mode & BOUNDED), world=world,
-        rank=rank)
+        rank=rank, inference=bool(mode & INFERENCE))
     given = {}
     for i, name in enumerate(OWN):
         number = dtypes >> 6 * (len(OWN) - 1 - i) & 63
         if number:
             given[name] = DTYPES[number - 1]
-    return plans.Plan(shape, options, given)
+    return plans.Plan(shape, options, given, _tuning)
+
+
+_tuning = plans.TUNING
+
+
+@contextlib.contextmanager
+def tuned(tuning: plans.Tuning):
+    """Within, layers of this process run by other tile sizes: to compare them."""
+    global _tuning
+    before, _tuning = _tuning, tuning
+    _host.forget_plans()
+    try:
+        yield
+    finally:
+        _tuning = before
+        _host.forget_plans()
 
 
 def encode(plan: plans.Plan, handle_of) -> bytes:
@@ -118,8 +137,8 @@ def encode(plan: plans.Plan, handle_of) -> bytes:
             places[name] = source, at * itemsize
     for name, at in plan.gradients.items():
         places[f'd{name}'] = 'gradients', at
-    numbers = [itemsize * plan.kept_size, itemsize * plan.kept['mu'],
-               itemsize * plan.kept['sigma'], itemsize * plan.scratch_size,
+    numbers = [itemsize * plan.kept_size, itemsize * plan.kept.get('mu', 0),
+               itemsize * plan.kept.get('sigma', 0), itemsize * plan.scratch_size,
                itemsize * plan.backward_scratch_size, plan.gradient_bytes,
                *(plan.gradients.get(name, 0) for name in plans.PARAMETERS), plan.table_size,
                NUMBERS[plan.shape.accumulator]]

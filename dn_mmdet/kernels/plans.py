@@ -27,14 +27,16 @@ class Shape(NamedTuple):
     size: int
     channels_last: bool
     dtype: torch.dtype
+    by_sample: bool = False  # no block of rows is of two samples, contiguous or not
 
     @property
     def rows(self):
-        return self.channels if self.channels_last else self.samples * self.channels
+        separate = self.channels_last or self.by_sample
+        return self.channels if separate else self.samples * self.channels
 
     @property
     def outer(self):
-        return self.samples if self.channels_last else 1
+        return self.samples if self.channels_last or self.by_sample else 1
 
     @property
     def accumulator(self):
@@ -53,6 +55,17 @@ class Options(NamedTuple):
     bounded: bool
     world: int = 1  # processes whose statistics are reduced
     rank: int = 0
+    inference: bool = False  # no backward pass will come
+
+    @property
+    def by_sample(self):
+        """Whether SC's inputs depend on a sample and the layer's state alone.
+
+        Not where the counter decides the step of the averages, which all of a launch have to
+        read before it is counted on.
+        """
+        return not (self.shared or self.world > 1 or self.cumulative
+                    or self.standardized and self.batch)
 
 
 class Launch(NamedTuple):
@@ -80,6 +93,13 @@ class Tuning(NamedTuple):
     programs: int = 528  # among which a sum over columns is split
     least_steps: int = 3  # of a program of such a sum, before it is split further
     registers: int = 64  # of a thread in sums
+    # of inference by the sample: the largest map, what the affine map's columns are split
+    # among, channels and hidden units of a program (0: by the number of channels), and warps
+    sample_size: int = 1600
+    sample_programs: int = 264
+    sample_rows: int = 0
+    sample_hidden: int = 0
+    sample_warps: int = 4
     # channels of a program in the small part's kernels; 0: by the number of channels
     statistics_block: int = 0
     coefficients_block: int = 0
@@ -128,7 +148,8 @@ def tile(shape: Shape, warps: int, waves: int, most_rows: int = 256) -> Tile:
         columns = min(max(wave // rows, 1), whole)
         return Tile(max(1, min(waves, whole // columns)), rows, columns)
     rows = min(max(1, waves * wave // whole), next_power_of_2(shape.rows), waves * wave)
-    while rows > 1 and -(-shape.rows // rows) < 264 and rows * whole > wave // 4:
+    while (rows > 1 and shape.outer * -(-shape.rows // rows) < 264
+           and rows * whole > wave // 4):
         rows //= 2
     columns = min(whole, max(wave // rows, min(vector, whole)))
     return Tile(max(1, min(waves, whole // columns)), rows, columns)
@@ -252,10 +273,13 @@ class SmallPart:
                             dict(SINGLE=splits == 1), none, splits=splits,
                             split_size=split_size)
 
-    def coefficients(self) -> Launch:
+    def coefficients(self, parts: int = 0) -> Launch:
+        """parts: of the hidden units' sums, where no launch of `statistics` comes before."""
+        none = () if parts else ('v', 'running_mean', 'running_var')
         return self._launch('coefficients_kernel', self.coefficients_block,
                             -(-self.shape.samples // self.tile_samples),
-                            parts=self.statistics_blocks)
+                            dict(STATISTICS=parts > 0), none,
+                            parts=parts or self.statistics_blocks)
 
     def output_gradient(self, splits: int) -> Launch:
         return self._launch('output_gradient_kernel', self.output_block, self.hidden_blocks,
@@ -268,6 +292,48 @@ class SmallPart:
 
     def synchronized_gradient(self) -> Launch:
         return self._launch('synchronized_gradient_kernel', self.moments_block)
+
+    def _sample_launch(self, kernel, tile, warps, programs=1, flags=(), none=(), **numbers):
+        """programs: for each sample and block of channels."""
+        s, o = self.shape, self.options
+        blocks = -(-s.channels // tile.rows)
+        wide = s.channels > 512 and s.channels_last
+        most_hidden = self.tuning.sample_hidden or (16 if wide else 32)
+        constants = dict(CL=s.channels_last, H=min(self.tile_hidden, most_hidden),
+                         ACC=s.accumulator, **tile.constants, **dict(flags))
+        names = getattr(triton_kernels, kernel).arg_names
+        absent = dict(self.none, **{f'{name}_ptr': None for name in none})
+        constants.update((name, None) for name in absent if name in names)
+        return Launch(kernel, blocks * programs * s.samples, warps, constants,
+                      dict(numbers, n=s.samples, rows=s.channels, columns=s.size,
+                           hidden=o.hidden, padded=self.padded, row_blocks=blocks))
+
+    def _sample_tile(self, warps, waves):
+        most = self.tuning.sample_rows or (64 if self.shape.channels > 512 else 32)
+        return tile(self.shape._replace(by_sample=True), warps, waves, most)
+
+    def sample_moments(self) -> Launch:
+        """row_blocks among its numbers is how many partials it leaves."""
+        o, t = self.options, self.tuning
+        warps = 2 * t.sum_warps if self.shape.size > 128 else t.sum_warps
+        none = ['v'] if o.inference and not o.batch else []
+        if not o.standardized:
+            none += ['running_mean', 'running_var']
+        return self._sample_launch('sample_moments_kernel',
+                                   self._sample_tile(warps, t.moments_waves), warps,
+                                   flags=dict(STANDARDIZED=o.standardized), none=none)
+
+    def sample_affine(self, blocks: int) -> Launch:
+        """blocks: the partials of `sample_moments`."""
+        s, t = self.shape, self.tuning
+        whole = self._sample_tile(t.sample_warps, t.affine_waves)
+        steps = -(-s.size // whole.width)
+        programs = -(-s.channels // whole.rows) * s.samples
+        size = -(-steps // max(1, min(steps, t.sample_programs // programs))) * whole.width
+        parts = -(-s.size // size)
+        return self._sample_launch('sample_affine_kernel', whole, t.sample_warps, parts,
+                                   dict(BOUNDED=self.options.bounded), parts=parts,
+                                   split_size=size, blocks=blocks)
 
     def sizes(self) -> dict[str, int]:
         """The number of values of each tensor of the small part."""
@@ -300,6 +366,7 @@ class Plan:
             them stand for an all-reduce of table or dtable.
         kept, scratch, backward_scratch: name -> offset in values of the accumulator, in
             memory that lives until the backward pass, for the forward and the backward pass.
+            For inference, all is scratch.
         gradients: name -> offset in bytes.
     """
 
@@ -307,6 +374,7 @@ class Plan:
     ALIGNMENT = 16  # bytes, of each tensor's place
     KEPT = ('m', 'v', 'a', 'g', 'h', 'mu', 'sigma', 'r')
     SCRATCH = ('m_part', 'v_part', 'c', 'up')
+    UNUSED_BY_SAMPLE = ('v', 'a', 'g', 'h', 'mu', 'sigma', 'r', 'c')
     BACKWARD_SCRATCH = ('da_part', 'dc_part', 'p', 'q', 'dmu', 'dsigma', 'dr')
 
     def __init__(self, shape: Shape, options: Options, dtypes: dict[str, torch.dtype],
@@ -317,43 +385,67 @@ class Plan:
         if options.update or not options.batch:
             assert not missing & {'running_mean', 'running_var'}
         small = SmallPart(shape, options, missing, tuning)
-        sizes = small.sizes()
-        nc = shape.samples * shape.channels
-        first, parts, size = moments(shape, tuning)
-        sizes.update(m_part=parts * nc, v_part=parts * nc)
-        # by running statistics, nothing of DN-C depends on the moments
-        self.forward = [first] if options.batch or not options.shared else []
-        if options.world > 1:
-            self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
-        self.forward += [small.statistics(parts, size), small.coefficients(),
-                         affine(shape, tuning)]
-        first, parts, size = reduce(shape, tuning)
-        sizes.update(da_part=parts * nc, dc_part=parts * nc)
-        self.backward = [first, small.output_gradient(parts), small.moments_gradient()]
-        if options.world > 1:
-            self.backward += [self.REDUCE_GRADIENT, small.synchronized_gradient()]
-        self.backward.append(input_gradient(shape, tuning))
-        synchronized = options.world > 1
-        self.kept, self.kept_size = self._places(sizes, self.KEPT)
-        self.scratch, self.scratch_size = self._places(sizes, self.SCRATCH)
-        self.backward_scratch, self.backward_scratch_size = self._places(
-            sizes, self.BACKWARD_SCRATCH)
+        self.sizes, self.forward, self.backward = small.sizes(), [], []
+        if options.by_sample and shape.size <= tuning.sample_size:
+            self._add_forward_by_sample(small, tuning)
+        else:
+            self._add_forward(small, tuning)
+        if not options.inference:
+            self._add_backward(small, tuning)
+        kept = () if options.inference else self.KEPT
+        scratch = (*self.KEPT, *self.SCRATCH) if options.inference else self.SCRATCH
+        backward = () if options.inference else self.BACKWARD_SCRATCH
+        self.kept, self.kept_size = self._places(kept)
+        self.scratch, self.scratch_size = self._places(scratch)
+        self.backward_scratch, self.backward_scratch_size = self._places(backward)
         # what is reduced is a tensor of its own
-        self.table_size = sizes['table'] if synchronized else 0
-        self.sizes = sizes
+        self.table_size = self.sizes['table'] if small.synchronized else 0
         self.gradients, self.gradient_bytes = {}, 0
+        if options.inference:
+            return
         for name in PARAMETERS:
             if name in dtypes:
                 self.gradients[name] = self.gradient_bytes
-                size = sizes[f'd{name}'] * dtypes[name].itemsize
+                size = self.sizes[f'd{name}'] * dtypes[name].itemsize
                 self.gradient_bytes += -(-size // self.ALIGNMENT) * self.ALIGNMENT
 
-    def _places(self, sizes, names):
+    def _add_forward_by_sample(self, small, tuning):
+        first = small.sample_moments()
+        blocks = first.numbers['row_blocks']
+        self.sizes.update(up=blocks * self.shape.samples * small.padded, m_part=0, v_part=0)
+        if self.options.inference and not self.options.batch:
+            self.forward += [first, small.sample_affine(blocks)]
+            self.sizes.update(dict.fromkeys(self.UNUSED_BY_SAMPLE, 0))
+        else:
+            self.forward += [first, small.coefficients(blocks), affine(self.shape, tuning)]
+
+    def _add_forward(self, small, tuning):
+        first, parts, size = moments(self.shape, tuning)
+        nc = self.shape.samples * self.shape.channels
+        self.sizes.update(m_part=parts * nc, v_part=parts * nc)
+        # by running statistics, nothing of DN-C depends on the moments
+        if self.options.batch or not self.options.shared:
+            self.forward.append(first)
+        if small.synchronized:
+            self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
+        self.forward += [small.statistics(parts, size), small.coefficients(),
+                         affine(self.shape, tuning)]
+
+    def _add_backward(self, small, tuning):
+        first, parts, _ = reduce(self.shape, tuning)
+        nc = self.shape.samples * self.shape.channels
+        self.sizes.update(da_part=parts * nc, dc_part=parts * nc)
+        self.backward += [first, small.output_gradient(parts), small.moments_gradient()]
+        if small.synchronized:
+            self.backward += [self.REDUCE_GRADIENT, small.synchronized_gradient()]
+        self.backward.append(input_gradient(self.shape, tuning))
+
+    def _places(self, names):
         step = self.ALIGNMENT // 4
         places, at = {}, 0
         for name in names:
             places[name] = at
-            at += -(-sizes[name] // step) * step
+            at += -(-self.sizes[name] // step) * step
         return places, at
 
     def launches(self):

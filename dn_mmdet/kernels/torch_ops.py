@@ -30,8 +30,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         rest = centred.mean(spatial)
         return m + rest, centred.square_().mean(spatial).addcmul_(rest, rest, value=-1)
     if not x.is_contiguous():
-        return tuple(torch.stack(tensors) for tensors in
-                     zip(*map(_strided_moments, x.split(1)), strict=True))
+        means, variances = zip(*map(_strided_moments, x.split(1)), strict=True)
+        return torch.stack(means), torch.stack(variances)
     m, v = _row_moments(x.view(n * c, -1))
     return m.view(n, c), v.view(n, c)
 

@@ -1,4 +1,4 @@
-"""Dynamic Normalization as eight Triton kernels: four forward, four backward.
+"""Dynamic Normalization as Triton kernels: four forward, four backward, two for inference.
 
 For x (N, C, ...) with S values in each of a sample's channels, in the names of
 `dn_mmdet.functional`; sums over channels leave a kernel as one partial for each block of
@@ -15,6 +15,14 @@ channels, and the next kernel adds them up, so that each weight is read once::
     input_gradient       dx = a dy + p (x - m) + q
 
 Synchronised statistics add a kernel before each of the two all-reduces.
+
+A small map's channel is read by one program, which goes on to W_in [m', s'] where these need
+no statistics of the batch. Then `coefficients` makes the statistics too, and forward takes three
+kernels. Inference by running statistics needs nothing of other samples, keeps nothing, and
+takes two::
+
+    sample_moments       x                     -> m, v; partials of W_in [m', s']
+    sample_affine        r, g, h and a, c (7) of a block of channels; y = a (x - m) + c
 
 x is seen as `outer` times (rows x columns). channels_last (CL): outer = N, rows = C (stride
 1), columns = S (stride C). Contiguous: outer = 1, rows = N C (stride S), columns = S (stride
@@ -165,22 +173,14 @@ def _moments_of(x_ptr, offsets, b_column, m_row, left, step, b_count, b_shift, b
 
 
 @triton.jit
-def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_blocks, splits,
-                   split_size, CL: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
-                   K: tl.constexpr, ACC: tl.constexpr):
-    """Mean and population variance of each row's part of the columns: (splits, N, C) each.
+def _moments_of_rows(x_ptr, m_row, rows, columns, width, CL: tl.constexpr, U: tl.constexpr,
+                     R: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """Mean and population variance (R,) of `width` columns from x_ptr on.
 
     Each lane (a row and a column of the tile) sums about the mean of its own first U values,
     so that |mean| >> std costs no digits; lanes are merged about the row's first value.
     """
-    i_row, i_split, i_outer = _position(row_blocks, splits, CL)
-    first = i_split * split_size
-    o_row = i_row * R + tl.arange(0, R)
-    m_row = o_row < rows
     offsets, b_column, step = _plane(rows, columns, CL, R, K)
-    x_ptr += _start(i_row, i_outer, first, rows, columns, CL, R)
-    left = columns - first
-    width = tl.minimum(left, split_size)
     b_count = tl.maximum((width - b_column + K - 1) // K, 0).to(ACC)
     m_tile = _flat(m_row, CL)
     o_first = tl.arange(0, R) if CL else tl.arange(0, R).to(tl.int64) * columns
@@ -199,9 +199,23 @@ def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_bloc
     b_delta -= _flat(b_m, CL)
     b_square = b_s2 - b_s1 * b_rest
     b_square = tl.where(b_square < 0, 0., b_square) + b_delta * b_delta * b_count  # keeps NaN
-    b_v = _sum_lanes(b_square, CL) / b_width
+    return b_first + b_m, _sum_lanes(b_square, CL) / b_width
+
+
+@triton.jit
+def moments_kernel(x_ptr, m_part_ptr, v_part_ptr, rows, columns, total, row_blocks, splits,
+                   split_size, CL: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
+                   K: tl.constexpr, ACC: tl.constexpr):
+    """Mean and population variance of each row's part of the columns: (splits, N, C) each."""
+    i_row, i_split, i_outer = _position(row_blocks, splits, CL)
+    first = i_split * split_size
+    o_row = i_row * R + tl.arange(0, R)
+    m_row = o_row < rows
+    x_ptr += _start(i_row, i_outer, first, rows, columns, CL, R)
+    width = tl.minimum(columns - first, split_size)
+    b_m, b_v = _moments_of_rows(x_ptr, m_row, rows, columns, width, CL, U, R, K, ACC)
     o_out = i_split * total + i_outer * rows + o_row
-    tl.store(m_part_ptr + o_out, b_first + b_m, m_row)
+    tl.store(m_part_ptr + o_out, b_m, m_row)
     tl.store(v_part_ptr + o_out, b_v, m_row)
 
 
@@ -386,6 +400,37 @@ def _of_all_processes(table_ptr, o_c, m_c, channels, world, C: tl.constexpr, ACC
     return b_mu, b_var, count
 
 
+@triton.jit
+def _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var, count, step,
+                   ACC: tl.constexpr):
+    b_running = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
+    tl.store(running_mean_ptr + o_c, b_running + step * (b_mu - b_running), m_c)
+    b_running = tl.load(running_var_ptr + o_c, m_c, 0.).to(ACC)
+    b_unbiased = b_var * (count / tl.maximum(count - 1, 1.))
+    tl.store(running_var_ptr + o_c, b_running + step * (b_unbiased - b_running), m_c)
+
+
+@triton.jit
+def _of_batch(m_ptr, v_ptr, o_c, m_c, n, channels, N: tl.constexpr, C: tl.constexpr,
+              ACC: tl.constexpr):
+    """mu, var (C,) of the batch."""
+    b_shift = tl.zeros([C], ACC)
+    b_s1 = tl.zeros([C], ACC)
+    b_s2 = tl.zeros([C], ACC)
+    for first in range(0, n, N):
+        o_n = first + tl.arange(0, N)
+        mask = (o_n < n)[:, None] & m_c[None, :]
+        o_nc = o_n[:, None] * channels + o_c[None, :]
+        b_m = tl.load(m_ptr + o_nc, mask, 0.)
+        b_v = tl.load(v_ptr + o_nc, mask, 0.)
+        if first == 0:
+            b_shift = tl.sum(b_m, 0) / tl.minimum(n, N)
+        b_s1, b_s2 = _add_batch(b_m, b_v, mask, b_shift, b_s1, b_s2)
+    b_rest = b_s1 / n
+    b_var = b_s2 / n - b_rest * b_rest
+    return b_shift + b_rest, tl.where(b_var < 0, 0., b_var)
+
+
 @triton.jit(do_not_specialize=['n'])
 def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w_in_ptr,
                       up_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, table_ptr, n,
@@ -460,11 +505,8 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
             step = momentum
             if CUMULATIVE:  # coefficients_kernel counts, when all programs here have read
                 step = 1 / (tl.load(tracked_ptr) + 1).to(ACC)
-            b_running = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
-            tl.store(running_mean_ptr + o_c, b_running + step * (b_mu - b_running), m_c)
-            b_running = tl.load(running_var_ptr + o_c, m_c, 0.).to(ACC)
-            b_unbiased = b_var * (count / tl.maximum(count - 1, 1.))
-            tl.store(running_var_ptr + o_c, b_running + step * (b_unbiased - b_running), m_c)
+            _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var, count, step,
+                           ACC)
         tl.store(mu_ptr + o_c, b_mu, m_c)
         tl.store(sigma_ptr + o_c, b_sigma, m_c)
     if SHARED:
@@ -533,13 +575,21 @@ def _affine_parameters(w_ptr, b_ptr, o_c, m_c, C: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit(do_not_specialize=['n'])
-def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr, w_ptr,
-                        b_ptr, tracked_ptr, r_ptr, a_ptr, c_ptr, g_ptr, h_ptr, n, channels,
-                        hidden, padded, blocks, parts, bound: tl.float64, UPDATE: tl.constexpr,
+def coefficients_kernel(m_ptr, v_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr,
+                        w_ptr, b_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, r_ptr,
+                        a_ptr, c_ptr, g_ptr, h_ptr, n, channels, hidden, padded, blocks, parts,
+                        columns, eps: tl.float64, momentum: tl.float64, bound: tl.float64,
+                        STATISTICS: tl.constexpr, BATCH: tl.constexpr, UPDATE: tl.constexpr,
                         SHARED: tl.constexpr, BOUNDED: tl.constexpr, N: tl.constexpr,
                         C: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
                         ACC: tl.constexpr):
-    """r, then g, h and from them a, c: a block of channels and one of samples each."""
+    """r, then g, h and from them a, c: a block of channels and one of samples each.
+
+    STATISTICS: mu, sigma and the running averages too, from m and v; every block of samples
+    makes them for itself, and the first one stores them.
+    """
+    eps = tl.cast(eps, ACC)
+    momentum = tl.cast(momentum, ACC)
     bound = tl.cast(bound, ACC)
     i_c = tl.program_id(0) % blocks
     i_n = tl.program_id(0) // blocks
@@ -573,8 +623,22 @@ def coefficients_kernel(m_ptr, mu_ptr, sigma_ptr, up_ptr, b_in_ptr, w_out_ptr, b
     b_h = _bounded(b_h, bound, BOUNDED)
     mask = m_n[:, None] & m_c[None, :]
     o_nc = o_n[:, None] * channels + o_c[None, :]
-    b_mu = tl.load(mu_ptr + o_c, m_c, 0.)
-    b_sigma = tl.load(sigma_ptr + o_c, m_c, 1.)
+    if STATISTICS:
+        if BATCH:
+            b_mu, b_var = _of_batch(m_ptr, v_ptr, o_c, m_c, n, channels, N, C, ACC)
+        else:
+            b_mu = tl.load(running_mean_ptr + o_c, m_c, 0.).to(ACC)
+            b_var = tl.load(running_var_ptr + o_c, m_c, 1.).to(ACC)
+        b_sigma = tl.sqrt(b_var + eps)
+        if tl.program_id(0) < blocks:
+            if UPDATE:
+                _step_averages(running_mean_ptr, running_var_ptr, o_c, m_c, b_mu, b_var,
+                               tl.cast(columns, ACC) * n, momentum, ACC)
+            tl.store(mu_ptr + o_c, b_mu, m_c)
+            tl.store(sigma_ptr + o_c, b_sigma, m_c)
+    else:
+        b_mu = tl.load(mu_ptr + o_c, m_c, 0.)
+        b_sigma = tl.load(sigma_ptr + o_c, m_c, 1.)
     b_w, b_b = _affine_parameters(w_ptr, b_ptr, o_c, m_c, C, ACC)
     b_a = (1 + b_g) * (b_w / b_sigma)[None, :]
     b_centred = tl.load(m_ptr + o_nc, mask, 0.) - b_mu[None, :]
@@ -849,3 +913,115 @@ def synchronized_gradient_kernel(p_ptr, q_ptr, m_ptr, table_ptr, dtable_ptr, n, 
         b_q += (b_dmean[None, :] + 2 * b_dvar[None, :] * b_d) / size
         tl.store(p_ptr + o_nc, b_p, mask)
         tl.store(q_ptr + o_nc, b_q, mask)
+
+
+# By the sample: a program has a block of channels (R) of one sample.
+
+
+@triton.jit
+def _sample_start(i_row, i_outer, rows, columns, CL: tl.constexpr, R: tl.constexpr):
+    """Where the block of channels of this sample starts in x."""
+    start = tl.cast(i_outer, tl.int64) * rows * columns
+    if CL:
+        start += i_row * R
+    else:
+        start += tl.cast(i_row, tl.int64) * R * columns
+    return start
+
+
+@triton.jit(do_not_specialize=['n'])
+def sample_moments_kernel(x_ptr, m_ptr, v_ptr, up_ptr, w_in_ptr, running_mean_ptr,
+                          running_var_ptr, n, rows, columns, row_blocks, hidden, padded,
+                          eps: tl.float64, STANDARDIZED: tl.constexpr, CL: tl.constexpr,
+                          U: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                          ACC: tl.constexpr):
+    """m, v (N, C); W_in [m', s'], a partial (N, padded) for each block of channels.
+
+    STANDARDIZED by the running statistics.
+    """
+    eps = tl.cast(eps, ACC)
+    i_row = tl.program_id(0) % row_blocks
+    i_outer = tl.program_id(0) // row_blocks
+    o_row = i_row * R + tl.arange(0, R)
+    m_row = o_row < rows
+    x_ptr += _sample_start(i_row, i_outer, rows, columns, CL, R)
+    b_m, b_v = _moments_of_rows(x_ptr, m_row, rows, columns, columns, CL, U, R, K, ACC)
+    tl.store(m_ptr + i_outer * rows + o_row, b_m, m_row)
+    if v_ptr is not None:
+        tl.store(v_ptr + i_outer * rows + o_row, b_v, m_row)
+    b_s = tl.sqrt(b_v + eps)
+    if STANDARDIZED:
+        b_mu = tl.load(running_mean_ptr + o_row, m_row, 0.).to(ACC)
+        b_sigma = tl.sqrt(tl.load(running_var_ptr + o_row, m_row, 1.).to(ACC) + eps)
+        b_m = (b_m - b_mu) / b_sigma
+        b_s = (b_s - b_sigma) / b_sigma
+    b_m = tl.where(m_row, b_m, 0.)[None, :]
+    b_s = tl.where(m_row, b_s, 0.)[None, :]
+    up_ptr += (i_row * n + i_outer) * padded
+    for first in range(0, hidden, H):
+        o_h = first + tl.arange(0, H)
+        m_w = (o_h < hidden)[:, None] & m_row[None, :]
+        o_w = o_h[:, None] * (2 * rows) + o_row[None, :]
+        b_wm = tl.load(w_in_ptr + o_w, m_w, 0.).to(ACC)
+        b_ws = tl.load(w_in_ptr + rows + o_w, m_w, 0.).to(ACC)
+        tl.store(up_ptr + o_h, tl.sum(b_wm * b_m + b_ws * b_s, 1), o_h < padded)
+
+
+@triton.jit(do_not_specialize=['n'])
+def sample_affine_kernel(x_ptr, y_ptr, m_ptr, up_ptr, b_in_ptr, w_out_ptr, b_out_ptr, w_ptr,
+                         b_ptr, running_mean_ptr, running_var_ptr, n, rows, columns, row_blocks,
+                         parts, split_size, hidden, padded, blocks, eps: tl.float64,
+                         bound: tl.float64, BOUNDED: tl.constexpr, CL: tl.constexpr,
+                         U: tl.constexpr, R: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                         ACC: tl.constexpr):
+    """y of a part of the columns; a and c (7) are made by every program that needs them."""
+    eps = tl.cast(eps, ACC)
+    bound = tl.cast(bound, ACC)
+    i_row = tl.program_id(0) % row_blocks
+    i_part = tl.program_id(0) // row_blocks % parts
+    i_outer = tl.program_id(0) // row_blocks // parts
+    o_row = i_row * R + tl.arange(0, R)
+    m_row = o_row < rows
+    first = i_part * split_size
+    width = tl.minimum(columns - first, split_size)
+    offsets, b_column = _offsets(rows, columns, CL, U, R, K)
+    step = U * K * (rows if CL else 1)
+    start = _sample_start(i_row, i_outer, rows, columns, CL, R) + first * (rows if CL else 1)
+    x_ptr += start
+    y_ptr += start
+    m_tile = _over(m_row, CL)
+    mask = m_tile & (b_column < width)
+    b_x = tl.load(x_ptr + offsets, mask, 0.)  # on its way while a and c are made
+    b_g = tl.load(b_out_ptr + o_row, m_row, 0.).to(ACC)
+    b_h = tl.load(b_out_ptr + rows + o_row, m_row, 0.).to(ACC)
+    m_one = tl.arange(0, 1)[:, None] < 1
+    for i_hidden in range(0, hidden, H):
+        o_h = i_hidden + tl.arange(0, H)
+        m_h = o_h < hidden
+        b_u = _sum_parts(up_ptr + i_outer * padded, blocks, n * padded, o_h[None, :],
+                         m_one & m_h[None, :], 1, H, ACC)
+        b_u += tl.load(b_in_ptr + o_h, m_h, 0.).to(ACC)[None, :]
+        b_r = tl.where(b_u <= 0, 0., b_u)  # keeps NaN
+        o_w = o_row[:, None] * hidden + o_h[None, :]
+        m_w = m_row[:, None] & m_h[None, :]
+        b_wg = tl.load(w_out_ptr + o_w, m_w, 0.).to(ACC)
+        b_wh = tl.load(w_out_ptr + rows * hidden + o_w, m_w, 0.).to(ACC)
+        b_g += tl.sum(b_wg * b_r, 1)
+        b_h += tl.sum(b_wh * b_r, 1)
+    b_g = _bounded(b_g, bound, BOUNDED)
+    b_h = _bounded(b_h, bound, BOUNDED)
+    b_mu = tl.load(running_mean_ptr + o_row, m_row, 0.).to(ACC)
+    b_sigma = tl.sqrt(tl.load(running_var_ptr + o_row, m_row, 1.).to(ACC) + eps)
+    b_m = tl.load(m_ptr + i_outer * rows + o_row, m_row, 0.)
+    b_w, b_b = _affine_parameters(w_ptr, b_ptr, o_row, m_row, R, ACC)
+    b_a = (1 + b_g) * (b_w / b_sigma)
+    b_c = _over(b_h + (1 + b_g) * b_b + b_a * (b_m - b_mu), CL)
+    b_a = _over(b_a, CL)
+    b_m = _over(b_m, CL)
+    tl.store(y_ptr + offsets, b_a * (b_x.to(ACC) - b_m) + b_c, mask)
+    for i in range(U * K, width, U * K):
+        x_ptr += step
+        y_ptr += step
+        mask = m_tile & (b_column < width - i)
+        b_next = tl.load(x_ptr + offsets, mask, 0.).to(ACC)
+        tl.store(y_ptr + offsets, b_a * (b_next - b_m) + b_c, mask)

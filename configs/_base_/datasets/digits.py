@@ -1,4 +1,4 @@
-# Handwritten digits on photographs, made in data_root on first use (dn_mmdet/digits.py).
+# Handwritten digits on photographs, made in data_root on first use (dn_mmdet/datasets/digits.py).
 digits = dict(
     type='DigitsDataset',
     data_root='data/digits/',

@@ -453,8 +453,10 @@ struct Small {
   void combine(const T* m, const T* mu, const T* sigma, const T* out, T* a, T* c) const {
     scale_and_shift(m, mu, sigma, out, w, b, channels, a, c);
   }
-  // Samples whose small part is worth a thread.
-  int64_t grain() const { return std::max<int64_t>(1, GRAIN / (4 * channels * units)); }
+  // Samples whose small part is worth a thread. SC may have lost all its units, to pruning.
+  int64_t grain() const {
+    return std::max<int64_t>(1, GRAIN / (4 * channels * std::max<int64_t>(1, units)));
+  }
 };
 
 void step_average(const Tensor& running, const Tensor& value, double momentum) {

@@ -97,6 +97,9 @@ void check(CUresult code, const char* what) {
   if (code == 0) return;
   const char* text = nullptr;
   driver().error_string(code, &text);
+  constexpr CUresult OUT_OF_MEMORY = 2;
+  TORCH_CHECK_WITH(OutOfMemoryError, code != OUT_OF_MEMORY, what,
+                   ": the GPU has no memory left for the kernels of a DN layer (", text, ")");
   TORCH_CHECK(false, what, ": CUDA error ", code, " (", text ? text : "unknown", ")");
 }
 
@@ -199,7 +202,7 @@ std::unordered_map<Key, std::shared_ptr<Plan>, KeyHash> plans;  // under the GIL
 constexpr size_t MOST_PLANS = 1 << 14;  // maps of ever new sizes are not to fill the memory
 
 enum Mode { BATCH = 1, UPDATE = 2, CUMULATIVE = 4, SHARED = 8, STANDARDIZED = 16, BOUNDED = 32,
-            CHANNELS_LAST = 64 };
+            CHANNELS_LAST = 64, INFERENCE = 128 };
 
 // ---------------------------------------------------------------- tensors, past the dispatcher
 
@@ -427,16 +430,20 @@ struct Call {
   Scalars scalars;
   int64_t mode = 0;
   std::string group;
+
+  bool is_differentiable(const Tensor& x) const {
+    const auto& p = parameters;
+    return torch::autograd::compute_requires_grad(x, *p[0], *p[1], *p[2], *p[3], *p[4], *p[5]);
+  }
 };
 
 Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
   const auto& p = call.parameters;
-  const bool differentiable =
-      torch::autograd::compute_requires_grad(x, *p[0], *p[1], *p[2], *p[3], *p[4], *p[5]);
   std::optional<pybind11::gil_scoped_release> released(std::in_place);
   c10::OptionalDeviceGuard guard(x.device());
   Tensor y = empty(x.sizes(), x.strides(), x.scalar_type(), x);
-  Tensor kept = empty_bytes(plan->kept, x);
+  Tensor kept;
+  if (plan->kept) kept = empty_bytes(plan->kept, x);
   const Tensor scratch = empty_bytes(plan->scratch, x);
   Tensor table;
   if (plan->table) table = empty({plan->table}, {1}, plan->accumulator, x);
@@ -464,7 +471,7 @@ Tensor forward(const std::shared_ptr<Plan>& plan, const Tensor& x, Call& call) {
     for (const Tensor* t : call.state)
       if (t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
   released.reset();  // each of the copies below would take it by itself
-  if (differentiable) {
+  if (!(call.mode & INFERENCE)) {
     std::shared_ptr<DynamicNormBackward> node(new DynamicNormBackward(),
                                               torch::autograd::deleteNode);
     node->set_next_edges(
@@ -693,6 +700,7 @@ bool read_call(const Tensor& x, PyObject* bn, PyObject* sc, bool shared, Call& c
   };
   for (const Tensor* t : p) add(t);
   for (const Tensor* t : state) add(t);
+  if (!call.is_differentiable(x)) call.mode |= INFERENCE;
   key = {x.device().index(), n, c, s, hidden, (int64_t)x.scalar_type() << 8 | call.mode, dtypes,
          world, rank};
   return true;
@@ -870,10 +878,17 @@ PyObject* use_driver(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// forget_plans(): graphs that are alive keep theirs.
+PyObject* forget_plans(PyObject*, PyObject*) {
+  plans.clear();
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
      nullptr},
     {"add_plan", add_plan, METH_VARARGS, nullptr},
+    {"forget_plans", forget_plans, METH_NOARGS, nullptr},
     {"load", load, METH_VARARGS, nullptr},
     {"configure", configure, METH_VARARGS, nullptr},
     {"use_driver", use_driver, METH_VARARGS, nullptr},

@@ -1,0 +1,233 @@
+"""Checks of a config and of a work folder, before a tool writes anything."""
+import contextlib
+import copy
+import errno
+import inspect
+import os
+import re
+import socket
+import tempfile
+from pathlib import Path
+
+from mmdet.models.dense_heads import SSDHead
+from mmdet.registry import MODELS, OPTIM_WRAPPERS
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import init_default_scope
+from mmengine.runner import find_latest_checkpoint
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..config_tree import dicts
+from ..layers import _DynamicNorm
+from ..messages import ConfigError, did_you_mean, reason, some
+from ..registered import is_of, name_of, resolve
+from .data_checks import check_data as check_data
+from .data_checks import check_same_classes as check_same_classes
+from .data_checks import check_trained_classes as check_trained_classes
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: two runs in a folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = '.train.lock'
+NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+# The names that mmengine's CheckpointHook gives.
+CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
+
+
+class FolderInUse(ConfigError):
+    """Another training runs in the work folder. It may have ended by the next try."""
+    exit_code = 75  # what sendmail calls EX_TEMPFAIL
+
+
+def check_parts(cfg: Config, *names: str) -> None:
+    """Raises ConfigError where a config lacks a part that a tool needs."""
+    missing = [name for name in names if cfg.get(name) is None]
+    if missing:
+        raise ConfigError(f'{cfg.filename}: expected {", ".join(names)}; it lacks '
+                          f'{", ".join(missing)}')
+
+
+def check_model(cfg: Config) -> nn.Module:
+    """The model of a config, built on the CPU.
+
+    Raises:
+        ConfigError: it cannot be built; misspelt norms are told apart, with the
+            right name.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    for option, norm_cfg in _norm_cfgs(cfg.model, 'model'):
+        check_norm(option, norm_cfg)
+    try:
+        return MODELS.build(copy.deepcopy(cfg.model))
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise ConfigError(f'model: cannot be built from the config: '
+                          f'{reason(error)}') from error
+
+
+def _norm_cfgs(model, option):
+    """Every dict under a key that ends in ``norm_cfg``, with the option that sets it."""
+    for outer, node in dicts(model, option):
+        for key, value in node.items():
+            if str(key).endswith('norm_cfg') and isinstance(value, dict):
+                yield f'{outer}.{key}', value
+
+
+def check_norm(option: str, norm_cfg: dict) -> None:
+    """Raises ConfigError where a norm's type or an argument does not exist or is out of range."""
+    arguments = dict(norm_cfg)
+    name = arguments.pop('type', None)
+    if name is None:
+        raise ConfigError(f"{option}: expected a type, as in dict(type='DNB'), got "
+                          f'{dict(norm_cfg)}')
+    cls = resolve(MODELS, name)
+    if cls is None:
+        if not isinstance(name, str):
+            raise ConfigError(f"{option}.type: expected a name, as 'DNB', got {name!r}")
+        with MODELS.switch_scope_and_registry(None) as registry:
+            names = _norm_names(registry)
+        raise ConfigError(f'{option}.type: there is no norm layer {name!r}'
+                          f'{did_you_mean(name, names)}')
+    arguments.pop('requires_grad', None)  # mmcv's own
+    parameters = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for argument in arguments.keys() - parameters.keys():
+            raise ConfigError(f'{option}.{argument}: {name_of(name)} has no such argument'
+                              f'{did_you_mean(argument, list(parameters)[1:])}')
+    if issubclass(cls, _DynamicNorm):
+        try:
+            cls(8, **arguments)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f'{option}: {reason(error)}') from error
+
+
+def _norm_names(registry):
+    names = set()
+    while registry is not None:
+        names |= {name for name, cls in registry.module_dict.items()
+                  if inspect.isclass(cls) and issubclass(cls, NORMS) and not name[0] == '_'}
+        registry = registry.parent
+    return sorted(names)
+
+
+def check_evaluation(model: nn.Module) -> None:
+    """Raises ConfigError for a head that trains but cannot be evaluated."""
+    for name, module in model.named_modules():
+        if isinstance(module, SSDHead) and not hasattr(module, 'loss_cls'):
+            raise ConfigError(
+                f"model.{name}: mmdet's SSDHead cannot be evaluated in this version (it lacks "
+                f"loss_cls). Set model.{name}.type='SSDLiteHead' and add "
+                f"'dn_mmdet.models.ssdlite_head' to custom_imports.imports")
+
+
+def check_amp(cfg: Config) -> None:
+    """Raises ConfigError where automatic mixed precision has no GPU to run on."""
+    if is_of(OPTIM_WRAPPERS, cfg.get('optim_wrapper'), AmpOptimWrapper) \
+            and get_device() == 'cpu':
+        raise ConfigError("--amp (optim_wrapper.type='AmpOptimWrapper') needs a GPU, and torch "
+                          "sees none here: leave it out (optim_wrapper.type='OptimWrapper')")
+
+
+def make_folder(path, option: str) -> None:
+    """Makes a folder to write to, or raises ConfigError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b'x')
+            file.flush()
+    except OSError as error:
+        raise ConfigError(f'{path}: cannot be written to ({error.strerror}). Choose another '
+                          f'folder: {option}') from error
+
+
+def resumes(cfg: Config) -> str | None:
+    """What a config continues, as in ``--resume``: None, 'auto' or a path."""
+    return (cfg.get('load_from') or 'auto') if cfg.get('resume') else None
+
+
+@contextlib.contextmanager
+def reserved(work_dir, resume=None, overwrite=False):
+    """Holds ``work_dir`` for one training; makes it if need be.
+
+    The lock is the kernel's and ends with the process however that ends, so that a
+    killed run leaves nothing to be cleaned up. Nothing that exists is changed.
+
+    Args:
+        resume: as in ``--resume``: None, 'auto' or a path.
+        overwrite (bool): allow checkpoints in the folder.
+
+    Raises:
+        ConfigError: the folder holds checkpoints and neither argument allows it, or
+            cannot be written to.
+        FolderInUse: another training runs in it.
+    """
+    work_dir = Path(work_dir)
+    found = sorted(path.name for path in work_dir.glob('*.pth')) if work_dir.is_dir() else []
+    if found and resume is None and not overwrite:
+        raise ConfigError(f'{work_dir}: holds checkpoints of an earlier training '
+                          f'({some(found)}). Continue it with --resume, replace it with '
+                          f'--overwrite, or choose another --work-dir')
+    make_folder(work_dir, '--work-dir')
+    with open(work_dir / LOCK, 'a+') as lock:
+        _acquire(lock, work_dir)
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def _acquire(lock, work_dir):
+    # A POSIX record lock, not flock: data-loading processes, which can outlive a
+    # killed run for some seconds, must not inherit it.
+    try:
+        if fcntl is not None:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        lock.seek(0)
+        raise FolderInUse(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
+                          f'Wait for it, end it, or choose another --work-dir') from error
+    lock.truncate(0)
+    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    lock.flush()
+
+
+def is_fresh(work_dir) -> bool:
+    """Whether no training has left anything in a folder that could be continued."""
+    work_dir = Path(work_dir)
+    return not (work_dir / 'last_checkpoint').exists() and not any(work_dir.glob('*.pth'))
+
+
+def checkpoint_to_resume(work_dir, resume):
+    """The path that ``--resume`` means, or None where 'auto' finds a fresh folder.
+
+    Raises:
+        ConfigError: 'auto' finds checkpoints but not which is the last.
+    """
+    if resume != 'auto':
+        return resume
+    if is_fresh(work_dir):
+        return None
+    work_dir = Path(work_dir)
+    others = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime)
+    if not (work_dir / 'last_checkpoint').is_file():
+        raise ConfigError(f'{work_dir}: holds checkpoints, but no file last_checkpoint that '
+                          f'names the last. Name it: --resume {others[-1]}')
+    last = Path(find_latest_checkpoint(str(work_dir)))
+    if not last.is_file():
+        hint = f' Name it: --resume {others[-1]}' if others else ''
+        raise ConfigError(f'{work_dir / "last_checkpoint"}: names {last}, which does not '
+                          f'exist.{hint}')
+    return str(last)
+
+
+def remove_checkpoints(work_dir) -> None:
+    """Removes the checkpoints that mmengine wrote into a folder, and nothing else."""
+    for path in Path(work_dir).iterdir():
+        if CHECKPOINTS.fullmatch(path.name) and not path.is_dir():
+            path.unlink()

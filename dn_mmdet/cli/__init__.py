@@ -1,0 +1,1 @@
+"""What the command-line tools share, and what single ones of them do."""

@@ -1,0 +1,1 @@
+"""Data sets that configs name in their ``custom_imports``."""

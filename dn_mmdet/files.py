@@ -1,0 +1,25 @@
+"""Files that are there whole or not at all, whenever the process that writes them ends."""
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` at the end, if there is no error."""
+    path = Path(path)
+    part = path.with_name(f'{path.name}.part')
+    yield part
+    os.replace(part, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, newline='')
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1))

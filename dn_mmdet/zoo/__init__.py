@@ -1,0 +1,1 @@
+"""Whether the detectors of MMDetection's model zoo work with DN-B."""

@@ -1,0 +1,82 @@
+#!/usr/bin/env python
+"""Measures a detector's head outputs in inference runtimes, against the same with BatchNorm.
+
+Each runtime that is installed runs on one thread. The file gets a line for each model in it.
+"""
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks import preflight
+from dn_mmdet.cli import command_line
+from dn_mmdet.deploy import export, runtimes
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of a detector with DN-B')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--size', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'),
+                        help='height and width of the image')
+    parser.add_argument('--runtimes', nargs='+', default=list(runtimes.RUNTIMES),
+                        choices=list(runtimes.RUNTIMES), help='default: all')
+    parser.add_argument('--rounds', type=int, default=40, help='runs of each model (40)')
+    parser.add_argument('--out', default='runtimes.csv', help='file to write (runtimes.csv); '
+                        'lines of other runtimes in it are kept')
+    command_line.add_common_arguments(parser)
+    return parser, parser.parse_args(argv)
+
+
+def run(args):
+    export.check_installed()
+    torch.set_num_threads(1)
+    cfg = command_line.load_config(args.config, args.cfg_options)
+    model = preflight.check_model(cfg)
+    checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    check_fits(model, checkpoint, args.checkpoint)
+    out = Path(args.out)
+    preflight.make_folder(out.parent, '--out')
+    rows = read(out)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(8, 3, *(side // 8 for side in args.size), generator=generator)
+    images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
+    models = runtimes.models_of(model, tuple(args.size), images.numpy())
+    for name in args.runtimes:
+        missing = runtimes.RUNTIMES[name].missing()
+        if missing:
+            print(f'{name}: left out, not installed: {", ".join(missing)}')
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder), args.rounds)
+        rows = [row for row in rows if row['runtime'] != name]
+        for row in found:
+            print(f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of BN, '
+                  f'error {row.error:.1e}', flush=True)
+            rows.append(dict(row._asdict(), ms=f'{row.ms:.2f}', ratio=f'{row.ratio:.3f}',
+                             error=f'{row.error:.1e}'))
+        with open(out, 'w', newline='') as file:
+            writer = csv.DictWriter(file, runtimes.FIELDS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    with command_line.one_message(parser):
+        run(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
