@@ -51,6 +51,8 @@ class RewrittenBN(nn.Module):
         """Both (C,)."""
         raise NotImplementedError
 
+MOST = 0.75  # of the layers are 'most of them': those that vary least
+
 
 class LayerReport(NamedTuple):
     """What became of a layer; g_std, h_std and share are means over its channels."""
@@ -137,6 +139,7 @@ def fold_norm(model: nn.Module, batches: Iterable | None = None, *,
         dynamic, with ``images=0``.
 
     Raises:
+        TypeError: one batch in place of several.
         ValueError: no DN layer; no batches where they are needed; a batch that the model
             cannot take or that holds NaN; a pattern that matches nothing; or a layer that
             is more than a DN layer. Nothing was changed then.
@@ -236,8 +239,12 @@ def calibrate(model: nn.Module, batches: Iterable,
         forward: called with each batch in place of the model.
 
     Raises:
+        TypeError: one batch in place of several.
         ValueError: no batches, or one that the model cannot take or that holds NaN.
     """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f'batches: expected a list or a loader of batches, got '
+                        f'{type(batches).__name__}: put a single batch into a list')
     layers = {name: layer for name, layer in model.named_modules()
               if isinstance(layer, _DynamicNorm)}
     found, at = {}, 0
@@ -284,7 +291,8 @@ def _run(model, batch, at, forward):
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         if str(error).startswith(f'batch {at}: '):
             raise
-        raise ValueError(f'batch {at}: the model cannot take it: {error}. Expected what its '
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f'batch {at}: the model cannot take it: {reason}. Expected what its '
                          f'forward takes, or its own data loader gives') from error
 
 

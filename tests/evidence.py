@@ -10,6 +10,10 @@ the column ``folded`` instead of ``value``. The baseline is the config with BN, 
 ``<!-- summary of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` is a short table of runs of
 one setting. The first config is the baseline; intervals are those of the unpaired test.
 
+``<!-- folding of CONFIG -->`` is the curve of a config in docs/results/folding.csv, and
+``<!-- trade-off in QUESTION: CONFIG against CONFIG -->`` what the runs of a config are folded,
+beside those of its twin with BN.
+
 ``<!-- adaptation in QUESTION -->`` is what the models lose by folding. ``<!-- fit in
 QUESTION -->`` is how well they fit the training images, and what averaged weights do.
 ``<!-- settings of QUESTION: LABEL = CONFIG, LABEL = CONFIG -->`` has a column for each rate
@@ -19,6 +23,7 @@ import re
 import statistics
 from pathlib import Path
 
+from dn_mmdet.deploy import trade_off
 from dn_mmdet.experiments import figures, report, results
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +33,12 @@ MARKS = re.compile(r'(?s)<!-- (?:(\w+) )?runs of ([^:]+?)(?: against (\S+?))?(?:
 SUMMARY = re.compile(r'(?s)<!-- summary of ([^:]+?): ([^>]+?) -->\n.*?<!-- end -->')
 SHOWN = {'accuracy/top1': ('top-1', 1), 'coco/bbox_mAP': ('AP', 100)}  # metric: name, factor
 ADAPTATION = re.compile(r'(?s)<!-- adaptation in ([^>]+?) -->\n.*?<!-- end -->')
+FOLDING = re.compile(r'(?s)<!-- folding of (\S+?) -->\n.*?<!-- end -->')
+TRADE_OFF = re.compile(r'(?s)<!-- trade-off in ([^:]+?): (\S+?) against (\S+?) -->\n'
+                       r'.*?<!-- end -->')
+COLUMNS_IN_WORDS = dict(
+    value='all dynamic', folded_most='the quarter that varies most dynamic',
+    folded_recalibrated='all folded, statistics anew', folded='all folded')
 FOLDED = ('folded', 'folded_recalibrated', 'folded_most')
 FIT = re.compile(r'(?s)<!-- fit in ([^>]+?) -->\n.*?<!-- end -->')
 SETTINGS = re.compile(r'(?s)<!-- settings of ([^:]+?): ([^>]+?) -->\n.*?<!-- end -->')
@@ -53,7 +64,7 @@ def tables(question: str, configs: str | None = None, column: str | None = None,
     """A table for each setting: the metric over seeds, against BatchNorm's or another's."""
     runs = _runs(question)
     if column:
-        runs = [results.Recorded(dict(run.row, value=run.row[column],
+        runs = [results.Recorded(dict(run.row, value=run.row[column], folded=None,
                                       metric=f'{run.row["metric"]}, {column}')) for run in runs]
     if not runs and question in PLANNED:
         return 'Not run yet.\n'
@@ -139,6 +150,69 @@ def adaptation(question: str) -> str:
     return '\n'.join(text)
 
 
+def folding(config: str) -> str:
+    """A table for each kind of images: the metric over the number of layers left dynamic."""
+    text = []
+    found = trade_off.curves(ROOT / 'docs' / 'results' / 'folding.csv')
+    for (data, name, metric, changed), points in found.items():
+        if name != config:
+            continue
+        header = ['layers', metric, 'to dynamic', 'parameters', 'Mult-Adds', 'time']
+        lines = [[_layers(point), f'{point["value"]:.4g}', f'{point["to_dynamic"]:+.4g}',
+                  f'{point["parameters"] / 1e6:.3f} M', f'{point["mult_adds"] / 1e6:.2f} M',
+                  f'{point["time"]:.2f}'] for point in points]
+        if changed:
+            header.insert(3, 'on changed images')
+            for point, line in zip(points, lines, strict=True):
+                line.insert(3, f'{point["value_changed"]:.4g}')
+        seeds = points[0]['seeds']
+        also = f'; changed images: `{changed}`' if changed else ''
+        text.append(f'{data}, {seeds} seed{"s" if seeds > 1 else ""}, the time of all folded '
+                    f'is 1{also}:\n\n{report.markdown_table(header, lines)}')
+    if not text:
+        raise ValueError(f'docs/results/folding.csv has no rows of {config!r}')
+    return '\n'.join(text)
+
+
+def _layers(point):
+    if point['dynamic'] in (0, point['layers']):
+        return f'all {point["layers"]} {"dynamic" if point["dynamic"] else "folded"}'
+    return f'{point["dynamic"]} of {point["layers"]} dynamic'
+
+
+def trade_off_of_runs(question: str, config: str, twin: str) -> str:
+    """The metric of the runs of a config as they are folded, and of its twin; over seeds."""
+    rows = [row for row in results.read_rows(ROOT / 'docs' / 'results' / 'runs.csv')
+            if row['question'] == question]
+    found = {name: [row for row in rows if row['config'] == name and row['value'] is not None]
+             for name in (config, twin)}
+    if not all(found.values()):
+        raise ValueError(f'docs/results/runs.csv: {question!r} has no runs of '
+                         f'{" and ".join(name for name in found if not found[name])}')
+    value = {row['seed']: row['value'] for row in found[config]}
+    lines = []
+    for column, words in COLUMNS_IN_WORDS.items():
+        folded = {row['seed']: row[column] for row in found[config] if row[column] is not None}
+        lost, _ = results.paired(folded, value)
+        lines.append([words, *_mean(folded.values()), '' if column == 'value' else
+                      _with_interval(lost, '+')])
+    lines.append(['BatchNorm twin', *_mean([row['value'] for row in found[twin]]), ''])
+    return report.markdown_table(
+        ['layers', 'seeds', rows[0]['metric'], 'to dynamic, within a run'], lines)
+
+
+def _mean(values):
+    found = results.interval(list(values))
+    return found.n, _with_interval(found)
+
+
+def _with_interval(found, sign=''):
+    if found.mean is None:
+        return 'not measured'
+    return f'{found.mean:{sign}.2f}' + (
+        '' if found.low is None else f' ({found.low:{sign}.2f} to {found.high:{sign}.2f})')
+
+
 def fit(question: str) -> str:
     """The last epoch's training loss and top-1, and top-1 of averaged weights, over seeds."""
     runs = [run for run in _runs(question) if run.row['value'] is not None]
@@ -199,6 +273,8 @@ def with_tables(page: str) -> str:
     page = SUMMARY.sub(written_by(summary), page)
     page = MARKS.sub(written_by(lambda column, question, baseline, configs: tables(
         question, configs, column, baseline)), page)
+    page = FOLDING.sub(written_by(folding), page)
+    page = TRADE_OFF.sub(written_by(trade_off_of_runs), page)
     page = SETTINGS.sub(written_by(settings), page)
     page = FIT.sub(written_by(fit), page)
     page = ADAPTATION.sub(written_by(adaptation), page)

@@ -22,6 +22,7 @@ from dn_mmdet.checks.preflight import ConfigError, reserved
 from dn_mmdet.experiments import compare
 from dn_mmdet.experiments.compare import Point, Variant, configured, differences, plan, product
 from dn_mmdet.experiments.recording import read_log
+from dn_mmdet.experiments.results import FOLDED, read_rows
 from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).parents[1]
@@ -203,8 +204,10 @@ with open(folder / '.train.lock', 'a+') as lock:
         if step == 4 and 'failing' in str(folder):
             print('RuntimeError: no such operator')
             sys.exit(3)
+    (folder / 'epoch_1.pth').touch()
     (folder / 'measured.json').write_text(json.dumps(dict(
-        norms=dict(BN=1), parameters=5, mult_adds=None, peak_memory=dict(megabytes=1.))))
+        norms={'DNB' if 'dn' in folder.parent.name else 'BN': 1}, parameters=5,
+        mult_adds=None, peak_memory=dict(megabytes=1.))))
 '''
 
 
@@ -239,6 +242,59 @@ def test_what_ended_is_not_repeated_what_diverged_is_a_result_and_what_failed_is
     compare.run_grid(runs, 2, Console(file=io.StringIO()))  # the failed one alone is tried again
     starts = [json.loads((run.folder / 'starts.json').read_text()) for run in runs]
     assert starts == [1, 1, 1, 2]
+
+
+FOLDER = '''
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+with open(folder / 'foldings', 'a') as file:
+    file.write('x')
+if 'hopeless' in str(folder):
+    print('ConfigError: no such images')
+    sys.exit(2)
+(folder / 'folded.json').write_text(json.dumps(dict(folded={})))
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / 'folder.py').write_text(FOLDER)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setattr(compare, 'FOLD', 'folder')
+
+
+def foldings(run):
+    path = run.folder / 'foldings'
+    return len(path.read_text()) if path.is_file() else 0
+
+
+def test_runs_that_finish_are_folded_once_and_those_that_diverge_are_not(
+        tmp_path, trainer, folder):
+    runs = runs_of(tmp_path / 'out', 'bn', 'dnb', 'diverging_dnb', 'hopeless_dnb')
+    failures = compare.run_grid(runs, 2, Console(file=io.StringIO()), folded=True)
+    assert [foldings(run) for run in runs] == [0, 1, 0, 1]
+    assert compare.read_folded(runs[0].folder) == dict.fromkeys(
+        FOLDED, compare.read_result(runs[0].folder)['metrics'])
+    assert list(failures) == [runs[3].name] and 'no such images' in failures[runs[3].name]
+    assert 'exit code 2; the end of' in failures[runs[3].name]
+    assert not (runs[3].folder / 'failure.json').exists()  # its training has not failed
+    out = io.StringIO()
+    compare.run_grid(runs, 2, Console(file=out), folded=True)  # tries again what failed
+    assert '4 runs, 3 of them ended before' in out.getvalue()
+    assert [foldings(run) for run in runs] == [0, 1, 0, 2]
+    assert [json.loads((run.folder / 'starts.json').read_text()) for run in runs] == [1] * 4
+
+
+def test_runs_that_finished_before_are_folded_where_their_checkpoint_is_there(
+        tmp_path, trainer, folder):
+    runs = runs_of(tmp_path / 'out', 'bn', 'dnb', 'gone_dnb')
+    compare.run_grid(runs, 2, Console(file=io.StringIO()))
+    assert [foldings(run) for run in runs] == [0, 0, 0]
+    (runs[2].folder / 'epoch_1.pth').unlink()
+    compare.run_grid(runs, 2, Console(file=io.StringIO()), folded=True)
+    assert [foldings(run) for run in runs] == [0, 1, 0]
+    assert [compare.read_folded(run.folder) is not None for run in runs] == [True, True, False]
+    assert [json.loads((run.folder / 'starts.json').read_text()) for run in runs] == [1] * 3
 
 
 def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatch):
@@ -370,8 +426,10 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
         assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 7))
         assert [line['step'] for line in lines if 'metrics' in line] == [2, 4, 6]
         assert len(list(folder.glob('epoch_*.pth'))) == 1
+        assert set(compare.read_folded(folder)['folded']) == set(lines[-1]['metrics'])
     assert '4 of them ended before' in to_the_end(*command)
     assert 'tiny_dnb' in (out / 'report' / 'report.md').read_text()
+    assert all(row['folded'] is not None for row in read_rows(out / 'report' / 'runs.csv'))
 
 
 @pytest.mark.parametrize('arguments,message', [

@@ -22,6 +22,7 @@ from dn_mmdet.checks.preflight import ConfigError
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import batch_norms, dn_layers
 from dn_mmdet.deploy import folding as deploy
+from dn_mmdet.deploy import trade_off
 from dn_mmdet.fold import fold_norm
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,45 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
     twin.load_state_dict(open_checkpoint(out.with_stem('partly_folded'))['state_dict'])
 
 
+def test_changed_images_are_evaluated_with_what_was_calibrated_on_the_usual_ones(
+        trained, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def metrics(self, model):
+        batch = next(iter(self.loader))
+        prepared = (self.preprocessor or model.data_preprocessor)(batch, False)['inputs']
+        seen.append((self.preprocessor is not None, prepared.std().item(), model))
+        return {'coco/bbox_mAP': prepared.std().item()}
+
+    monkeypatch.setattr(deploy.Evaluation, 'metrics', metrics)
+    changed = ['model.data_preprocessor.std=[583.95,571.2,573.75]']  # a tenth of the contrast
+    csv = tmp_path / 'new' / 'folding.csv'
+    main([*map(str, trained), '--images', '4', '--csv', str(csv), '--changed', *changed])
+    text = capsys.readouterr().out
+    assert '| on changed images |' in text
+    rows = trade_off.read(csv)
+    layers = rows[0]['layers']
+    assert [row['dynamic'] for row in rows] == [layers, layers // 2, layers // 4, layers // 8, 0]
+    assert all(row['value'] == pytest.approx(10 * row['value_changed'], rel=1e-4)
+               for row in rows)
+    assert {row['changed'] for row in rows} == {
+        'model.data_preprocessor.std=[583.95, 571.2, 573.75]'}
+    assert {row['config'] for row in rows} == {'tiny_dnb'} and rows[0]['images'] == 4
+    # its statistics come from the images as they are, so that both evaluate one model
+    folded = [model for _, _, model in seen if not dn_layers(model)]
+    plain, other = (next(model for is_changed, _, model in seen
+                         if is_changed == wanted and not dn_layers(model))
+                    for wanted in (False, True))
+    assert len(folded) > 2
+    for ours, theirs in zip(batch_norms(plain).values(), batch_norms(other).values(),
+                            strict=True):
+        assert torch.equal(ours.bias, theirs.bias)
+    main([*map(str, trained), '--images', '4', '--csv', str(csv), '--out',
+          str(tmp_path / 'again.pth')])
+    assert len(trade_off.read(csv)) == 10  # the first were of changed images
+    assert plt.imread(csv.with_suffix('.png'))[..., :3].std() > 0.01
+
+
 def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
     path = write_config(tmp_path, 'DNC')
     cfg = command_line.load_config(path)
@@ -293,6 +333,11 @@ def test_a_config_or_checkpoint_that_cannot_be_folded_is_refused(trained, tmp_pa
     state['backbone.conv1.bn.bn.weight'] = torch.ones(3)
     torch.save(dict(state_dict=state), tmp_path / 'other.pth')
     assert '1 of another size' in refused(tmp_path, capsys, trained[0], tmp_path / 'other.pth')
+    (tmp_path / 'runs.csv').write_text('question,data\n')
+    assert 'runs.csv: expected the columns data, config' in refused(
+        tmp_path, capsys, *trained, '--csv', tmp_path / 'runs.csv')
+    assert 'no such file' in refused(tmp_path, capsys, *trained, '--changed',
+                                     'val_dataloader.dataset.ann_file=absent.json').lower()
     (tmp_path / 'dnb_folded.md').write_text('of an earlier run')
     assert 'exists already' in refused(tmp_path, capsys, *trained)
 

@@ -1,11 +1,15 @@
 """docs/deploying.md: its code runs, and its commands have the tool's options."""
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
+from dn_mmdet.cli import command_line
+
 TESTS = Path(__file__).parent
+CONFIG = TESTS.parent / 'configs' / 'ssdlite_mbv2_dnb_digits.py'
 PAGE = (TESTS.parent / 'docs' / 'deploying.md').read_text()
 
 
@@ -25,5 +29,10 @@ def test_the_code_runs_and_gives_batch_norm():
 def test_the_commands_are_the_tools():
     parse = runpy.run_path(str(TESTS.parent / 'tools' / 'fold.py'))['parse']
     commands = re.findall(r'^    python tools/fold.py (.*?)(?: *#.*)?$', PAGE, re.MULTILINE)
-    kept = [parse(command.replace("'", '').split())[1].keep for command in commands]
-    assert kept == [None, None, 12, ['backbone.conv1', '*.linear_conv.bn']]
+    parsed = [parse(shlex.split(command))[1] for command in commands]
+    assert [args.keep for args in parsed] == [
+        None, None, 12, ['backbone.conv1', '*.linear_conv.bn'], None, None, None]
+    std = command_line.load_config(CONFIG).model.data_preprocessor.std
+    for args, contrast in zip(parsed[4:], (0.4, 0.6, 0.4), strict=True):
+        assert args.changed['model.data_preprocessor.std'] == pytest.approx(
+            [value / contrast for value in std])

@@ -281,12 +281,17 @@ def broken(value):
     ([IMAGES, IMAGES[:, :2]], 'batch 1: the model cannot take it: .*3 channels'),
     ([(IMAGES, torch.zeros(4))], 'batch 0: the model cannot take it: .*positional'),
     ([IMAGES, broken(float('nan'))], 'batch 1: the statistics in bn1 are not finite'),
-    ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite')],
-    ids=['none', 'empty', 'no image', 'channels', 'labels too', 'NaN', 'infinite'])
+    ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite'),
+    (['images'], r'batch 0: the model cannot take it: [^\n]*\. Expected what its forward takes'),
+    (IMAGES, 'expected a list or a loader of batches, got Tensor'),
+    (dict(inputs=IMAGES), 'expected a list or a loader of batches, got dict'),
+    (512, 'expected a list or a loader of batches, got int')],
+    ids=['none', 'empty', 'no image', 'channels', 'labels too', 'NaN', 'infinite', 'a name',
+         'one batch', 'one batch of arguments', 'a number'])
 def test_bad_batches_change_nothing(batches, message):
     model = net()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fold_norm(model, batches)
     assert len(dn_layers(model)) == 20
     for key, value in model.state_dict().items():

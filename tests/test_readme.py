@@ -16,6 +16,7 @@ from mmengine.registry import init_default_scope
 from torchvision.models import mobilenet_v2
 
 from dn_mmdet import DNB
+from dn_mmdet.deploy import trade_off
 from dn_mmdet.experiments import results
 from dn_mmdet.experiments.cost import mult_adds
 
@@ -294,6 +295,40 @@ def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
     made = evidence.with_tables('<!-- adaptation in q -->\n<!-- end -->')
     assert '| dnb | 2 | +1.50 (-4.85 to +7.85) | +0.50 (+0.50 to +0.50) | +0.00' in made
     assert 'static' not in made
+
+
+def test_what_folding_costs_follows_the_runs_of_a_config_and_its_twin(monkeypatch):
+    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3.,
+                                     'CPU', 'c', 'finished'), strict=True),
+               folded=30., folded_recalibrated=40., folded_most=49.)
+    rows = [row, dict(row, seed=1, value=52., folded=34., folded_recalibrated=None,
+                      folded_most=50.), dict(row, config='bn', value=48.)]
+    monkeypatch.setattr(results, 'read_rows', lambda _: rows)
+    made = evidence.with_tables('<!-- trade-off in q: dnb against bn -->\n<!-- end -->')
+    assert '| all dynamic | 2 | 51.00 (38.29 to 63.71) |  |' in made
+    assert '| all folded | 2 | 32.00 (6.59 to 57.41) | -19.00 (-31.71 to -6.29) |' in made
+    assert '| all folded, statistics anew | 1 | 40.00 | -10.00 |' in made
+    assert '| BatchNorm twin | 1 | 48.00 |  |' in made
+    with pytest.raises(ValueError, match="'q' has no runs of wider"):
+        evidence.with_tables('<!-- trade-off in q: dnb against wider -->\n<!-- end -->')
+
+
+def test_a_curve_of_folding_follows_its_rows(monkeypatch):
+    row = dict(zip(trade_off.COLUMNS, ('digits', 'dnb', 0, None, 4, 4, 'mAP', .5, 'no', None,
+                                       2e6, 3e6, 9., 512, 'CPU', 'c'), strict=True))
+    rows = [row, dict(row, dynamic=1, value=.4, milliseconds=6.),
+            dict(row, dynamic=0, value=.3, milliseconds=3.)]
+    changed = [dict(r, config='dnc', changed='std=2', value_changed=.1) for r in rows]
+    monkeypatch.setattr(trade_off, 'read', lambda _: [*rows, *changed])
+    made = evidence.with_tables('<!-- folding of dnb -->\nbefore\n<!-- end -->')
+    assert 'before' not in made and 'digits, 1 seed, ' in made and 'changed' not in made
+    assert '| all 4 dynamic | 0.5 | +0 | 2.000 M | 3.00 M | 3.00 |' in made
+    assert '| 1 of 4 dynamic | 0.4 | -0.1 | 2.000 M | 3.00 M | 2.00 |' in made
+    made = evidence.with_tables('<!-- folding of dnc -->\n<!-- end -->')
+    assert '| all 4 folded | 0.3 | -0.2 | 0.1 | 2.000 M' in made
+    assert 'changed images: `std=2`' in made
+    with pytest.raises(ValueError, match="no rows of 'other'"):
+        evidence.with_tables('<!-- folding of other -->\n<!-- end -->')
 
 
 def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):

@@ -147,6 +147,34 @@ def test_columns_of_a_gpu_training_are_kept_beside_rows_without_them(tmp_path):
     assert {key: first[key] for key in plain} == plain
 
 
+def test_the_table_says_what_is_left_after_folding_and_of_how_many_seeds(tmp_path):
+    for seed in range(2):
+        store(tmp_path, 'bn', seed, 0.30 + seed / 100)
+        store(tmp_path, 'dnb', seed, 0.32 + seed / 50, order=1)
+    written = report.write([tmp_path], tmp_path / 'report')
+    assert 'folded' not in written.text
+    assert (tmp_path / 'report/runs.csv').read_text().startswith(','.join(results.COLUMNS) + '\n')
+    for seed in range(2):
+        metrics = {'coco/bbox_mAP': 0.31 + seed / 50}
+        fold = dict(folded=metrics, folded_most={'coco/bbox_mAP': 0.32}, folded_recalibrated=None)
+        path = tmp_path / 'dnb' / f'lr0.01-batch8-seed{seed}' / 'folded.json'
+        path.write_text(json.dumps(fold))
+    written = report.write([tmp_path], tmp_path / 'report')
+    header, _, bn, dnb = [line.split(' | ') for line in written.text.splitlines()
+                          if line.startswith('|')][:4]
+    at = header.index('folded')
+    assert (bn[at], dnb[at]) == ('-', '0.32') and header[at - 1] == '95 % interval'
+    assert '2 finished runs were not evaluated with folded layers' in written.text
+    rows = results.read_rows(tmp_path / 'report' / 'runs.csv')
+    assert [row['folded'] for row in rows] == [None, None, 0.31, 0.33]
+    assert {row['folded_recalibrated'] for row in rows} == {None}
+    assert [row['folded_most'] for row in rows] == [None, None, 0.32, 0.32]
+    path.write_text(json.dumps(dict(not_folded='no images')))
+    text = report.write([tmp_path], tmp_path / 'report').text
+    assert '| 0.31 (1 of 2 seeds) |' in text and text.count('1 of 2 seeds') == 1
+    assert '1 runs could not be folded: dnb (lr 0.01, batch 8, seed 1): no images' in text
+
+
 def test_the_table_holds_mean_interval_paired_difference_and_cost(grid):
     table = results.summarise(results.read([grid]), 'zbn')
     assert len(table) == 6

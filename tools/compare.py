@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Compares configs over seeds, learning rates and batch sizes, and reports with uncertainty.
 
-Trains every combination once, each in a folder of its own under --out, and writes
-tables and figures to --out/report. The same command continues a grid that was
-interrupted, and repeats nothing that has ended.
+Trains every combination once, each in a folder of its own under --out, evaluates it also
+with its DN layers folded into BatchNorms, and writes tables and figures to --out/report.
+The same command continues a grid that was interrupted, and repeats nothing that has ended.
 """
 import argparse
 import signal
@@ -39,6 +39,9 @@ def parse(argv):
                         help='folder for the runs and the report (default: %(default)s)')
     parser.add_argument('--jobs', type=_positive,
                         help='how many runs train at once (default: one per CPU core or GPU)')
+    parser.add_argument('--no-folded', dest='folded', action='store_false',
+                        help='do not evaluate runs of DN-B and DN-C with their layers folded into '
+                        'BatchNorms too')
     parser.add_argument('--question', default='',
                         help='name of the question that these runs answer, for the table')
     parser.add_argument('--metric', help='metric to report, as the log names it (default: '
@@ -113,7 +116,7 @@ def main(argv=None):
                                 args.commit or commit_of())
             preflight.make_folder(args.out, '--out')
             jobs = args.jobs or torch.cuda.device_count() or compare.cores()
-            failures = compare.run_grid(runs, jobs, console)
+            failures = compare.run_grid(runs, jobs, console, args.folded)
             folders = [run.folder for run in runs]
         written = report.write(folders, args.out / 'report', args.metric, args.baseline)
         if args.csv:

@@ -8,11 +8,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmengine.config import DictAction
+
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
-from dn_mmdet.deploy import folding
+from dn_mmdet.deploy import folding, trade_off
 from dn_mmdet.fold import foldable
+from dn_mmdet.provenance import commit_of
 
 
 def parse(argv):
@@ -31,6 +34,12 @@ def parse(argv):
                         'to keep for a metric at most this far below, as in 0.002')
     parser.add_argument('--metric', help='by which to judge, as the log names it; larger is '
                         'better (default: coco/bbox_mAP or accuracy/top1)')
+    parser.add_argument('--changed', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='evaluate each model also with these options of the config, as for '
+                        'another contrast; only val_dataloader and model.data_preprocessor have '
+                        'an effect, and the mean over training images does not see them')
+    parser.add_argument('--csv', type=Path, help='also write the table into this file; rows of '
+                        'other models in it are kept, and FILE.png shows all of them')
     parser.add_argument('--out', type=Path, metavar='FILE.pth', help='checkpoint to write; '
                         'config, tables and figure come beside it (default: '
                         '<checkpoint>_folded.pth)')
@@ -47,6 +56,8 @@ def parse(argv):
 
 def run(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
+    changed = args.changed and command_line.load_config(
+        args.config, {**(args.cfg_options or {}), **args.changed})
     preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
     out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
     model = folding.built(cfg)
@@ -56,10 +67,22 @@ def run(args):
         preflight.check_data(cfg, split, model)
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     check_fits(model, checkpoint, args.checkpoint)
+    if changed:
+        preflight.check_data(changed, 'val', model)
     folding.check_twin(cfg, model)
     folding.check_out(out)
-    result = folding.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric)
+    if args.csv:
+        preflight.make_folder(args.csv.parent, '--csv')
+        trade_off.read(args.csv)
+    commit = commit_of()
+    result = folding.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric,
+                          changed=changed)
     print(folding.write(result, cfg, checkpoint, out))
+    if args.csv:
+        rows = trade_off.rows_of(result, cfg, Path(args.config).stem, checkpoint, commit,
+                                 args.changed)
+        trade_off.merge(args.csv, rows)
+        trade_off.draw(args.csv, args.csv.with_suffix('.png'))
     print(f'{out}, and its config {out.with_suffix(".py")}')
 
 

@@ -63,6 +63,7 @@ class Row(NamedTuple):
     parameters: int
     mult_adds: int
     milliseconds: float
+    changed: float | None = None  # the metric on changed images
 
 
 # Configs.
@@ -204,21 +205,35 @@ class Calibration:
 
 
 class Evaluation:
-    """The config's own evaluation; calling it gives the metric of a model."""
+    """The config's own evaluation; calling it gives the metric of a model.
 
-    def __init__(self, cfg, metric=None):
+    Args:
+        metric (str | None): by default the first of `METRICS` there is.
+        prepare (bool): prepare images as the config's ``data_preprocessor`` does, and not
+            as that of the model.
+    """
+
+    def __init__(self, cfg, metric=None, prepare=False):
+        self.preprocessor = built(cfg).data_preprocessor.to(get_device()) if prepare else None
         self.loader = Runner.build_dataloader(copy.deepcopy(cfg.val_dataloader))
         self.evaluator = Evaluator(copy.deepcopy(cfg.val_evaluator))
         self.evaluator.dataset_meta = getattr(self.loader.dataset, 'metainfo', None)
         self.metric = metric
 
     @torch.no_grad()
-    def __call__(self, model) -> float:
+    def metrics(self, model) -> dict:
+        """All that the evaluator gives."""
         model.eval()
+        if self.preprocessor is not None:
+            model = copy.deepcopy(model)
+            model.data_preprocessor = self.preprocessor
         with quiet():
             for batch in self.loader:
                 self.evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-            found = self.evaluator.evaluate(len(self.loader.dataset))
+            return self.evaluator.evaluate(len(self.loader.dataset))
+
+    def __call__(self, model) -> float:
+        found = self.metrics(model)
         if self.metric is None:
             self.metric = next((name for name in METRICS if name in found), next(iter(found)))
         if self.metric not in found:
@@ -257,12 +272,13 @@ class Folding:
         model: with its weights, on the device to evaluate on.
         calibration (Calibration): the images.
         evaluation (Evaluation): gives a model's metric.
+        changed (Evaluation | None): on changed images, which calibration does not see.
         say: called with a line of text about what goes on.
     """
 
-    def __init__(self, model, calibration, evaluation, say=print):
+    def __init__(self, model, calibration, evaluation, say=print, changed=None):
         self.model, self.calibration = model.eval(), calibration
-        self.evaluation, self.say = evaluation, say
+        self.evaluation, self.changed, self.say = evaluation, changed, say
         self.values = {}
         nothing = measure(model, {})
         self.halves = None
@@ -385,10 +401,11 @@ class Folding:
         times = milliseconds(models, data)
         rows = []
         for (kept, value, anew), model, took in zip(found, models, times, strict=True):
+            changed = self.changed and self.changed(self.final(kept, anew))
             counted = mult_adds(model, lambda model=model: model(*data, mode='tensor'))
             rows.append(Row(tuple(name for name in self.names() if name in kept), value, anew,
                             sum(p.numel() for p in model.parameters()), sum(counted.values()),
-                            took))
+                            took, changed))
         return rows
 
 
@@ -422,13 +439,15 @@ class Result(NamedTuple):
 
 
 def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, metric=None,
-         curve=True, say=print) -> Result:
+         curve=True, say=print, changed=None) -> Result:
     """Folds a trained model of a config as tools/fold.py is asked to; nothing is written.
 
     Args:
         keep: see `fold_norm`; by default nothing.
         max_drop (float | None): search the fewest layers instead, for this loss of the metric.
         curve (bool): evaluate with a half, a quarter and an eighth of the layers dynamic too.
+        changed (Config | None): evaluate each model also as this config says, with its images
+            and ``data_preprocessor``; calibration and the choice of layers do not see it.
 
     Raises:
         ConfigError: see `Calibration` and `Evaluation`.
@@ -439,7 +458,8 @@ def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, me
     with quiet():
         evaluation = Evaluation(cfg, metric)
         calibration = Calibration(cfg, images, evaluation.loader.collate_fn)
-    folding = Folding(model, calibration, evaluation, say)
+        on_changed = changed and Evaluation(changed, metric, prepare=True)
+    folding = Folding(model, calibration, evaluation, say, on_changed)
     names = folding.names()
     if max_drop is not None:
         kept = folding.search(max_drop)
@@ -509,6 +529,10 @@ def in_words(result: Result) -> str:
     lines = [[row_name(row, result), f'{row.value:.4g}', f'{row.value - first.value:+.4g}',
               'yes' if row.anew else 'no', f'{row.parameters / 1e6:.3f} M',
               f'{row.mult_adds / 1e6:.2f} M', f'{row.milliseconds:.2f}'] for row in result.rows]
+    if first.changed is not None:
+        header.append('on changed images')
+        for row, line in zip(result.rows, lines, strict=True):
+            line.append(f'{row.changed:.4g}')
     text = f'{markdown_table(header, lines)}\n'
     text += (f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
              f'image, BatchNorms folded into convolutions, {timed_on()}.\n')

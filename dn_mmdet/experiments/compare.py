@@ -1,7 +1,8 @@
 """The grid of tools/compare.py: configs x seeds x learning rates x batches x epochs.
 
-A run is a folder and a training process in it. Everything that is known about a
-run stands in its folder, so that a killed grid goes on with what is there.
+A run is a folder and a training process in it, and then one that evaluates it with its DN
+layers folded. Everything that is known about a run stands in its folder, so that a killed
+grid goes on with what is there.
 """
 import contextlib
 import copy
@@ -38,7 +39,7 @@ from ..config_tree import add_imports
 from ..files import write_json
 from ..provenance import ROOT
 from ..registered import is_of, name_of
-from .recording import PARENT, read_log
+from .recording import PARENT, nothing_to_fold, read_log
 
 TRAIN = ROOT / 'tools' / 'train.py'
 # glibc returns large blocks to the system at every free and asks for them again at the
@@ -51,6 +52,10 @@ DIVERGED = re.compile(r'^(.*(become infinite or NaN|contains invalid numeric ent
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'periods', 'restarts')
 RATES = ('eta_max', 'eta_min')
+FOLD = 'dn_mmdet.deploy.fold_run'  # the module that evaluates a finished run folded
+# The metric with all or most DN layers folded, and with all folded and new running statistics.
+FOLDED = ('folded', 'folded_most', 'folded_recalibrated')
+LOGS = dict(training='output.log', folding='folding.log')
 TAIL = 15  # lines of a failed run's output that are shown
 
 
@@ -336,8 +341,39 @@ def read_result(folder) -> dict | None:
     return result
 
 
+def read_folded(folder) -> dict | None:
+    """What `fold_run` wrote: metrics by column, or why there are none; None where it did not."""
+    return _read_json(Path(folder, 'folded.json'), None)
+
+
+def awaits_folding(folder) -> bool:
+    """Whether a finished run is still to be evaluated with its DN layers folded, and can be.
+
+    Its checkpoint may be gone.
+    """
+    folder = Path(folder)
+    result = read_result(folder)
+    if result is None or result['status'] != 'finished' or read_folded(folder) is not None:
+        return False
+    return not nothing_to_fold(result['norms']) and last_checkpoint(folder) is not None
+
+
+def keep_as_folded(folder, result) -> None:
+    """A run without DN layers: folded it is what it is."""
+    if result['status'] == 'finished' and read_folded(folder) is None:
+        write_json(Path(folder, 'folded.json'), dict.fromkeys(FOLDED, result['metrics']))
+
+
+def last_checkpoint(folder) -> Path | None:
+    return max(Path(folder).glob('epoch_*.pth'), key=_epoch_of, default=None)
+
+
+def _epoch_of(checkpoint):
+    return int(checkpoint.stem.removeprefix('epoch_'))
+
+
 def _told_divergence(folder):
-    log = folder / 'output.log'
+    log = folder / LOGS['training']
     found = DIVERGED.search(log.read_text(errors='replace')) if log.is_file() else None
     return found and found[1]
 
@@ -346,44 +382,57 @@ def _read_json(path, default):
     return json.loads(path.read_text()) if path.is_file() else default
 
 
-def run_grid(runs, jobs, console) -> dict[str, str]:
+def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
     """Trains what has not ended, ``jobs`` runs at once, and shows how far it is.
 
     A run that another process trains at the moment is waited for. However this is
     left, no training stays behind.
 
+    Args:
+        folded (bool): evaluate runs that have finished, now or before, with their DN
+            layers folded too.
+
     Returns:
         the ends of the output of runs that failed, by name.
     """
-    waiting = [run for run in runs if harvest(run.folder) is None]
+    waiting = [run for run in runs if not is_done(run.folder, folded)]
     done = len(runs) - len(waiting)
     console.print(f'{len(runs)} runs, {done} of them ended before; {jobs} at once')
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn('left:'),
                TimeRemainingColumn(), TextColumn('{task.fields[note]}'))
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        grid = _Grid(waiting, jobs, progress)
+        grid = _Grid(waiting, jobs, progress, folded)
         try:
             while grid.waiting or grid.running:
                 grid.start()
                 time.sleep(0.2)
                 grid.update()
         finally:
-            _end([training.process for training in grid.running.values()])
+            _end([child.process for child in grid.running.values()])
     return grid.failures
 
 
-class _Training(NamedTuple):
+def is_done(folder, folded) -> bool:
+    """Whether a run has ended and, where that is asked for, has been evaluated folded."""
+    result = harvest(folder)
+    if folded and result is not None and nothing_to_fold(result.get('norms', ())):
+        keep_as_folded(folder, result)
+    return result is not None and not (folded and awaits_folding(folder))
+
+
+class _Child(NamedTuple):
     process: subprocess.Popen
+    task: str  # of `LOGS`
     slot: int  # of the ``jobs``
     bar: TaskID
 
 
 class _Grid:
-    """Runs that wait, that are trained, each in a process of its own, and that have ended."""
+    """Runs that wait, that are trained or folded, each in a process of its own, or have ended."""
 
-    def __init__(self, waiting: list[Run], jobs: int, progress: Progress):
-        self.waiting, self.jobs, self.progress = waiting, jobs, progress
-        self.running: dict[Run, _Training] = {}
+    def __init__(self, waiting: list[Run], jobs: int, progress: Progress, folded: bool):
+        self.waiting, self.jobs, self.progress, self.folded = waiting, jobs, progress, folded
+        self.running: dict[Run, _Child] = {}
         self.failures: dict[str, str] = {}
         self.ended = 0
         self.all_runs = progress.add_task('all runs', total=max(len(waiting), 1e-9), note='')
@@ -395,35 +444,43 @@ class _Grid:
             if run is None:
                 return
             self.waiting.remove(run)
-            if harvest(run.folder) is not None:  # by the process that held it
+            if is_done(run.folder, self.folded):  # by the process that held it
                 self.ended += 1
                 continue
             bar = self.progress.add_task(run.name, total=1, note='')
-            self.running[run] = _Training(_start(run, slot, self.jobs), slot, bar)
+            task = 'training' if harvest(run.folder) is None else 'folding'
+            process = _start(run, task, _environment(slot, self.jobs))
+            self.running[run] = _Child(process, task, slot, bar)
 
     def update(self):
         """Shows how far each run is, and takes in those that have ended."""
         shares = 0.
-        for run, training in list(self.running.items()):
-            share, note = _share_done(run.folder)
-            self.progress.update(training.bar, completed=share, note=note)
-            if training.process.poll() is None:
+        for run, child in list(self.running.items()):
+            share, note = (1, 'folding') if child.task == 'folding' else _share_done(run.folder)
+            self.progress.update(child.bar, completed=share, note=note)
+            if child.process.poll() is None:
                 shares += share
             else:
                 self._take_in(run)
         self.progress.update(self.all_runs, completed=self.ended + shares)
 
     def _take_in(self, run):
-        process, _, bar = self.running.pop(run)
+        process, task, _, bar = self.running.pop(run)
         self.progress.remove_task(bar)
         result = harvest(run.folder)
-        if result is None and process.returncode == preflight.FolderInUse.exit_code:
-            self.waiting.append(run)  # another process had begun to train it meanwhile
-            return
-        self.ended += 1
-        if result is None:
-            self.failures[run.name] = _failure(run.folder, process.returncode)
-        self.progress.console.print(f'{run.name}: {result["status"] if result else "failed"}')
+        is_trained = task == 'training' and result is not None
+        if is_trained:
+            self.progress.console.print(f'{run.name}: {result["status"]}')
+        if is_done(run.folder, self.folded):
+            self.ended += 1
+        elif is_trained:
+            self.waiting.insert(0, run)  # to be folded
+        elif process.returncode == preflight.FolderInUse.exit_code:
+            self.waiting.append(run)  # another process had begun to work in it meanwhile
+        else:
+            self.ended += 1
+            self.failures[run.name] = _failure(run.folder, task, process.returncode)
+            self.progress.console.print(f'{run.name}: {task} failed')
 
 
 def is_reserved(folder) -> bool:
@@ -439,21 +496,27 @@ def is_reserved(folder) -> bool:
     return False
 
 
-def _start(run, slot, jobs):
-    """The training process of a run, from its last whole checkpoint where it has one."""
+def _start(run, task, environment):
+    """The process that trains a run, or that folds one that has finished."""
     folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'failure.json').unlink(missing_ok=True)
+    command = _training(run) if task == 'training' else ['-m', FOLD, folder]
+    # A new file: the process of a killed grid may still hold the old one.
+    (folder / LOGS[task]).unlink(missing_ok=True)
+    with open(folder / LOGS[task], 'w') as log:
+        return subprocess.Popen([sys.executable, *map(str, command)], stdout=log,
+                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                env=environment)
+
+
+def _training(run):
+    """The command of a training, from the last whole checkpoint where there is one."""
+    folder = run.folder
     write_json(folder / 'run.json', run.spec)
     write_json(folder / 'starts.json', _read_json(folder / 'starts.json', 0) + 1)
     run.cfg.dump(folder / 'config.py')
-    again = _resume(folder)
-    command = [sys.executable, TRAIN, folder / 'config.py', '--work-dir', folder, *again]
-    # A new file: the process of a killed grid may still hold the old one.
-    (folder / 'output.log').unlink(missing_ok=True)
-    with open(folder / 'output.log', 'w') as log:
-        return subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT,
-                                stdin=subprocess.DEVNULL, env=_environment(slot, jobs))
+    return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder)]
 
 
 def _resume(folder):
@@ -462,9 +525,7 @@ def _resume(folder):
     mmengine's own file last_checkpoint holds a path of the machine that wrote it,
     and a kill can cut a checkpoint off.
     """
-    checkpoints = sorted(folder.glob('epoch_*.pth'), reverse=True,
-                         key=lambda path: int(path.stem.removeprefix('epoch_')))
-    for path in checkpoints:
+    for path in sorted(folder.glob('epoch_*.pth'), reverse=True, key=_epoch_of):
         try:
             check_resumable(open_checkpoint(path), path)
         except CheckpointError:
@@ -502,20 +563,20 @@ def _share_done(folder):
 
 def _keep_last_checkpoint(folder):
     """The weights of a run that has ended; the one before was for the case of a kill."""
-    checkpoints = sorted(folder.glob('epoch_*.pth'),
-                         key=lambda path: int(path.stem.removeprefix('epoch_')))
-    for path in checkpoints[:-1]:
+    for path in sorted(folder.glob('epoch_*.pth'), key=_epoch_of)[:-1]:
         path.unlink()
 
 
-def _tail(folder):
-    return '\n'.join((folder / 'output.log').read_text(errors='replace').splitlines()[-TAIL:])
+def _tail(log):
+    return '\n'.join(log.read_text(errors='replace').splitlines()[-TAIL:])
 
 
-def _failure(folder, code):
-    tail = _tail(folder)
-    write_json(folder / 'failure.json', dict(exit_code=code, output=tail))
-    return f'exit code {code}; the end of {folder / "output.log"}:\n{tail}'
+def _failure(folder, task, code):
+    log = folder / LOGS[task]
+    tail = _tail(log)
+    if task == 'training':
+        write_json(folder / 'failure.json', dict(exit_code=code, output=tail))
+    return f'exit code {code}; the end of {log}:\n{tail}'
 
 
 def _end(processes):

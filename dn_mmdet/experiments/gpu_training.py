@@ -28,7 +28,7 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
 from ..convert import convert_norm, dn_layers
-from ..fold import Outputs, batch_norm_of, calibrate, put, recalibrate
+from ..fold import MOST, Outputs, batch_norm_of, calibrate, put, recalibrate
 from ..provenance import hardware
 from ..reference import widen
 from ..sc import no_autocast
@@ -41,7 +41,6 @@ WARM_UP = 3  # steps before a capture: libraries and kernels settle
 ROUNDS = 16  # steps of each model between two looks at the clock
 EVALUATED = 1000  # images at once
 CALIBRATION, CALIBRATION_BATCH = 512, 128  # training images that tell the mean g and h
-MOST = 0.75  # of the DN layers are folded in 'folded_most': those that vary least
 AVERAGED_EPOCHS = 2  # time constant of the average of weights
 MEASURED = ('value', 'averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss')
 # What a fused layer may be off from the float64 reference, of the norm of each result; a

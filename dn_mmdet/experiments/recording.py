@@ -30,6 +30,9 @@ from .cost import mult_adds, peak_memory
 
 # The process that started the run, which a run does not outlive.
 PARENT = 'DN_MMDET_COMPARE_PID'
+# Names in `norm_counts` of norms that are no Dynamic Normalization; others may be.
+PLAIN = {'BN', 'BatchNorm1d', 'BatchNorm3d', 'SyncBatchNorm', 'FrozenBatchNorm2d', 'BNSE', 'GN',
+         'LayerNorm'}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -82,9 +85,7 @@ class RecordRun(Hook):
         self.since_losses = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        parent = os.environ.get(PARENT)
-        if parent is not None and os.getppid() != int(parent):
-            raise Orphaned(f'process {parent}, which started this run, has ended')
+        check_parent()
         step = runner.iter + 1
         loss = outputs['loss'].item()
         if not math.isfinite(loss):
@@ -104,7 +105,7 @@ class RecordRun(Hook):
             self.since_losses = now
 
     def after_val_epoch(self, runner, metrics=None):
-        numbers = {key: _plain(value) for key, value in (metrics or {}).items()}
+        numbers = {key: plain(value) for key, value in (metrics or {}).items()}
         self._write_line(runner.iter, runner, metrics=numbers)
 
     def after_train(self, runner):
@@ -141,6 +142,13 @@ class RecordRun(Hook):
             file.write(json.dumps(line) + '\n')
 
 
+def check_parent(*_) -> None:
+    """Raises Orphaned where the process that `PARENT` names has ended."""
+    parent = os.environ.get(PARENT)
+    if parent is not None and os.getppid() != int(parent):
+        raise Orphaned(f'process {parent}, which started this run, has ended')
+
+
 def read_log(folder) -> list[dict]:
     """The whole lines of a run's log; none where it has none yet."""
     path = Path(folder, 'log.jsonl')
@@ -150,7 +158,7 @@ def read_log(folder) -> list[dict]:
             if line.endswith('\n')]
 
 
-def _plain(value):
+def plain(value):
     """A metric as json takes it."""
     return value.tolist() if hasattr(value, 'tolist') else value
 
@@ -207,6 +215,11 @@ def norm_counts(model: nn.Module) -> dict[str, int]:
     names = [type(layer).__name__.replace('BatchNorm2d', 'BN').replace('GroupNorm', 'GN')
              for layer in layers]
     return {name: names.count(name) for name in sorted(set(names))}
+
+
+def nothing_to_fold(norms) -> bool:
+    """Whether names as of `norm_counts` are of plain norms alone."""
+    return set(norms) <= PLAIN
 
 
 def _first_batches(runner, images):

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checks.preflight import ConfigError
+from .compare import read_folded
 from .figures import draw, figures, interactive
 from .results import (
-    COLUMNS,
     SETTING,
+    columns_of,
     csv_text,
     grouped,
     key_of,
@@ -48,7 +49,7 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     table = summarise(runs, baseline)
     rows = [run.row for run in runs if run.row['status'] != 'unfinished']
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'runs.csv').write_text(csv_text(rows, COLUMNS))
+    (out / 'runs.csv').write_text(csv_text(rows, columns_of(rows)))
     (out / 'table.csv').write_text(csv_text(table, list(table[0])))
     head, text = notes(runs), markdown(table, baseline)
     if len(found) > len(runs):
@@ -78,7 +79,8 @@ def _list(head):
 def notes(runs) -> list[str]:
     """What a reader has to know before the figures: whatever differs, lacks or failed."""
     parts = (_ends, _missing_metrics, _rows_of_files, _different_data, _different_versions,
-             _different_machines, _different_configs, _uncounted, _resumed)
+             _different_machines, _different_configs, _uncounted,
+             _not_folded, _resumed)
     return [note for part in parts for note in part(runs)]
 
 
@@ -150,6 +152,20 @@ def _uncounted(runs):
             yield f'Mult-Adds of {name} could not be counted: {min(reasons)}'
 
 
+def _not_folded(runs):
+    found = [(_name(run), read_folded(run.folder)) for run in runs
+             if run.row['status'] == 'finished' and run.folder is not None]
+    refused = [(name, folded['not_folded']) for name, folded in found
+               if folded and 'not_folded' in folded]
+    for reason, group in grouped(refused, lambda pair: pair[1]).items():
+        yield (f'{len(group)} runs could not be folded: {_some([name for name, _ in group])}: '
+               f'{reason}')
+    unknown = [name for name, folded in found if folded is None]
+    if unknown and len(unknown) < len(found):
+        yield (f'{len(unknown)} finished runs were not evaluated with folded layers, or their '
+               f'checkpoint is gone: {_some(unknown)}')
+
+
 def _resumed(runs):
     resumed = [_name(run) for run in runs if run.result.get('starts', 1) > 1]
     if resumed:
@@ -191,13 +207,19 @@ def metric_table(rows, baseline) -> tuple[list, list[list]]:
     header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
               f'paired difference to {baseline}', '95 % interval', 'p', 'unpaired difference',
               '95 % interval', 'p']
-    return header, [[
+    lines = [[
         row['config'], row['norm'] or '-', row['seeds'], row['diverged'], _number(row['mean']),
         _range(row['low'], row['high']), _number(row['difference'], '+'),
         _range(row['difference_low'], row['difference_high'], '+'),
         _probability(row['p']), _number(row['unpaired'], '+'),
         _range(row['unpaired_low'], row['unpaired_high'], '+'),
         _probability(row['unpaired_p'])] for row in rows]
+    if any(row['folded_seeds'] for row in rows):
+        at = header.index('95 % interval') + 1
+        header.insert(at, 'folded')
+        for row, line in zip(rows, lines, strict=True):
+            line.insert(at, _folded(row))
+    return header, lines
 
 
 def _cost_table(rows):
@@ -212,6 +234,13 @@ def _cost_table(rows):
 
 def _number(value, sign=''):
     return '-' if value is None else f'{value:{sign}.4g}'
+
+
+def _folded(row):
+    """The mean, and of how many seeds where it is not all of them."""
+    few = row['folded_seeds'] not in (0, row['seeds'])
+    return _number(row['folded']) + (f' ({row["folded_seeds"]} of {row["seeds"]} seeds)'
+                                     if few else '')
 
 
 def _probability(p):

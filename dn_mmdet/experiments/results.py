@@ -14,15 +14,15 @@ from scipy import stats
 
 from ..checks.preflight import ConfigError
 from ..files import write_text
-from .compare import read_result
+from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
 
 COLUMNS = ('question', 'data', 'config', 'norm', 'seed', 'metric', 'value', 'epochs', 'lr',
            'batch', 'params', 'seconds', 'hardware', 'commit', 'status')
-# Of trainings that measure them: top-1 or AP of averaged weights, and with all or most DN layers
-# folded; the mean loss of the last epoch; the backend of the DN layers.
-EXTRA = ('averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss', 'backend')
+# Of trainings that measure them: also the metric of averaged weights; the mean loss of the last
+# epoch; the backend of the DN layers.
+EXTRA = ('averaged', *FOLDED, 'train_loss', 'backend')
 SETTING = ('question', 'data', 'epochs', 'lr', 'batch')  # what runs that are compared share
 KEY = (*SETTING, 'config', 'seed')
 METRICS = ('coco/bbox_mAP', 'accuracy/top1')
@@ -174,6 +174,9 @@ def _recorded(folder, metric):
         seconds=round(result['seconds'], 1) if result else None,
         hardware=result.get('environment', {}).get('hardware'), commit=spec['commit'],
         status=status)
+    folded = read_folded(folder)
+    if folded and result:
+        row.update((name, (folded.get(name) or {}).get(metric)) for name in FOLDED)
     return Recorded(row, folder, result, read_log(folder))
 
 
@@ -198,8 +201,12 @@ def merge_rows(path, rows) -> None:
     known = {key_of(row): row for row in (read_rows(path) if path.is_file() else [])}
     known.update((key_of(row), row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    extra = EXTRA if any(set(EXTRA) & set(row) for row in known.values()) else ()
-    write_text(path, csv_text(known.values(), COLUMNS + extra))
+    write_text(path, csv_text(known.values(), columns_of(known.values())))
+
+
+def columns_of(rows) -> tuple[str, ...]:
+    """`COLUMNS`, and `EXTRA` where a row has some of them."""
+    return COLUMNS + (EXTRA if any(set(EXTRA) & set(row) for row in rows) else ())
 
 
 def key_of(row, names=KEY):
@@ -235,6 +242,8 @@ def summarise(runs, baseline) -> list[dict]:
         for name, members in sorted(configs.items(), key=lambda item: item[0] != baseline):
             values = _values(members)
             found = interval(list(values.values()))
+            folded = interval([run.row['folded'] for run in members
+                               if run.row.get('folded') is not None])
             difference, p = (paired(values, reference) if name != baseline
                              else (Interval(0, None, None, None), None))
             apart, apart_p = (unpaired(values, reference) if name != baseline
@@ -244,7 +253,8 @@ def summarise(runs, baseline) -> list[dict]:
                 norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
                 metric=next((run.row['metric'] for run in members if run.row['metric']), ''),
                 seeds=found.n, diverged=sum(run.row['status'] == 'diverged' for run in members),
-                mean=found.mean, low=found.low, high=found.high, pairs=difference.n,
+                mean=found.mean, low=found.low, high=found.high, folded_seeds=folded.n,
+                folded=folded.mean, pairs=difference.n,
                 difference=difference.mean, difference_low=difference.low,
                 difference_high=difference.high, p=p, unpaired=apart.mean,
                 unpaired_low=apart.low, unpaired_high=apart.high, unpaired_p=apart_p,

@@ -1,0 +1,125 @@
+"""What folding costs, over several trained models: the rows that tools/fold.py --csv writes.
+
+A row is a model with some of its layers dynamic; models of one config are its seeds.
+"""
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from ..checks.preflight import ConfigError
+from ..experiments import results
+from ..experiments.compare import data_name
+from ..files import write_text
+from ..provenance import hardware
+
+COLUMNS = ('data', 'config', 'seed', 'changed', 'layers', 'dynamic', 'metric', 'value', 'anew',
+           'value_changed', 'parameters', 'mult_adds', 'milliseconds', 'images', 'hardware',
+           'commit')
+NUMBERS = dict(seed=int, layers=int, dynamic=int, value=float, value_changed=float,
+               parameters=int, mult_adds=int, milliseconds=float, images=int)
+MODEL = ('data', 'config', 'seed', 'changed')  # a table of tools/fold.py
+CURVE = ('data', 'config', 'metric', 'changed')
+
+
+def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]:
+    """The table of a `deploy.Result`.
+
+    Args:
+        config (str): name of the config.
+        checkpoint (dict): tells the seed.
+        commit (str): of the code.
+        changed (dict | None): options of the images that ``value_changed`` is of.
+    """
+    seed = (checkpoint.get('meta') or {}).get('seed')
+    options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
+    return [dict(zip(COLUMNS, (
+        data_name(cfg), config, seed, options or None, len(result.report), len(row.kept),
+        result.metric, row.value, 'yes' if row.anew else 'no', row.changed, row.parameters,
+        row.mult_adds, round(row.milliseconds, 3), result.images, hardware(), commit),
+        strict=True)) for row in result.rows]
+
+
+def read(path) -> list[dict]:
+    """Rows of a CSV file, none where there is no such file.
+
+    Raises:
+        ConfigError: it has other columns.
+    """
+    if not Path(path).is_file():
+        return []
+    with open(path, newline='') as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ConfigError(f'{path}: expected the columns {", ".join(COLUMNS)}, found '
+                              f'{", ".join(reader.fieldnames or ()) or "none"}')
+        return [{key: None if value == '' else NUMBERS.get(key, str)(value)
+                 for key, value in row.items()} for row in reader]
+
+
+def merge(path, rows) -> None:
+    """Puts the tables of models into a CSV file, in place of what it holds of the same ones."""
+    path = Path(path)
+    new = {results.key_of(row, MODEL) for row in rows}
+    kept = [row for row in read(path) if results.key_of(row, MODEL) not in new]
+    write_text(path, results.csv_text([*kept, *rows], COLUMNS))
+
+
+def curve(rows) -> list[dict]:
+    """The rows of several seeds of one config as means, most dynamic layers first.
+
+    Differences and ratios are taken within a seed, to its model with all layers dynamic
+    and to that with all folded. Numbers of dynamic layers that only some seeds have are
+    left out.
+    """
+    seeds = results.grouped(rows, lambda row: row['seed'])
+    points = []
+    for group in results.grouped(sorted(rows, key=lambda row: -row['dynamic']),
+                                 lambda row: row['dynamic']).values():
+        if len(group) < len(seeds):
+            continue
+        whole, folded = ({seed: pick(found, key=lambda row: row['dynamic'])
+                          for seed, found in seeds.items()} for pick in (max, min))
+        points.append(dict(
+            group[0], seeds=len(group), value=_mean(row['value'] for row in group),
+            to_dynamic=_mean(row['value'] - whole[row['seed']]['value'] for row in group),
+            value_changed=_mean(row['value_changed'] for row in group),
+            time=_mean(row['milliseconds'] / folded[row['seed']]['milliseconds']
+                       for row in group)))
+    return points
+
+
+def _mean(values):
+    values = list(values)
+    return None if None in values else float(np.mean(values))
+
+
+def curves(path) -> dict[tuple, list[dict]]:
+    """`curve` of each config in a CSV file, by `CURVE`."""
+    return {key: curve(rows) for key, rows in results.grouped(
+        read(path), lambda row: results.key_of(row, CURVE)).items()}
+
+
+def draw(path, out) -> None:
+    """What each config in a CSV file loses over the share of its layers that is folded, PNG."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    drawn = curves(path)
+    figure, axes = plt.subplots(1, len(drawn), squeeze=False, layout='constrained',
+                                figsize=(max(6, 4 * len(drawn)), 3.5))
+    for cell, ((data, config, metric, changed), points) in zip(axes[0], drawn.items(),
+                                                               strict=True):
+        share = [1 - point['dynamic'] / point['layers'] for point in points]
+        cell.plot(share, [point['value'] for point in points], 'o-', label='images as trained')
+        if points[0]['value_changed'] is not None:
+            cell.plot(share, [point['value_changed'] for point in points], 's--',
+                      label=changed)
+            cell.legend(fontsize=6)
+        seeds = points[0]['seeds']
+        cell.set(title=f'{data}, {seeds} seed{"s" if seeds > 1 else ""}\n{config}',
+                 ylabel=metric, xlabel='share of the layers that is folded')
+        cell.title.set_fontsize(9)
+        cell.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
