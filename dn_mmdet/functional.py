@@ -275,12 +275,12 @@ def _small_part_is_fused(call, w, b):
 
     Not across processes (an all-reduce is autograd's), not with a cumulative average (its
     momentum is another at each step), not with only one of w and b, and only for SC as it is:
-    another module, hooks and parametrizations are called.
+    another module, hooks and parametrizations are called. Nor without any hidden unit.
     """
     return (call.group is None
             and not (call.bn.training and call.bn.momentum is None)
             and (w is None) == (b is None)
-            and call.sc_parts is not None)
+            and call.sc_parts is not None and len(call.sc_parts[1]) > 0)
 
 
 def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
@@ -723,6 +723,7 @@ def _kernels_of_operator(call, x, w, b, backend):
     state = [t for t in (call.bn.running_mean, call.bn.running_var, call.bn.num_batches_tracked)
              if t is not None]
     if (x.dtype not in FUSED_DTYPES or call.group is not None or call.sc_parts is None
+            or len(call.sc_parts[1]) == 0
             or (w is None) != (b is None) or (_steps(call.bn) and call.bn.running_mean is None)
             or not all(t.is_contiguous() and t.device == x.device for t in state)
             or x.numel() == 0 or x.shape[0] * x.shape[1] >= LARGEST

@@ -5,6 +5,7 @@ starts with TRITON_INTERPRET=1; `test_in_the_interpreter` starts it on this file
 to launch them are tested: from Python ('triton'), and from C++ ('cpp'), there by a driver
 that `emulated_gpu` puts in CUDA's place.
 """
+import copy
 import re
 import subprocess
 import tempfile
@@ -164,6 +165,21 @@ def test_inference_computes_what_training_code_does_in_eval(backend, kind, devic
         close(layer(x), expected)
     with torch.inference_mode():
         close(layer(x), expected)
+
+
+@BACKENDS
+@DEVICES
+def test_an_sc_that_was_pruned_to_no_hidden_unit(backend, device, close):
+    layer = make_layer('dnb-raw', 3, backend, training=True).double().to(device)
+    with torch.no_grad():
+        for name, size in (('w_in', (0, 6)), ('b_in', (0, )), ('w_out', (6, 0))):
+            setattr(layer.sc, name, torch.nn.Parameter(torch.zeros(size, dtype=torch.float64,
+                                                                   device=device)))
+    reference = copy.deepcopy(layer)
+    reference.backend = 'reference'
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device)
+    close(layer(x), reference(x))
+    close(layer.eval()(x), reference.eval()(x))
 
 
 @BACKENDS
