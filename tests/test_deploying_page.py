@@ -1,4 +1,5 @@
 """docs/deploying.md: its code runs, and its commands have the tool's options."""
+import csv
 import re
 import runpy
 from pathlib import Path
@@ -27,3 +28,13 @@ def test_the_commands_are_the_tools():
     commands = re.findall(r'^    python tools/fold.py (.*?)(?: *#.*)?$', PAGE, re.MULTILINE)
     kept = [parse(command.replace("'", '').split())[1].keep for command in commands]
     assert kept == [None, None, 12, ['backbone.conv1', '*.linear_conv.bn']]
+
+
+def test_the_table_of_runtimes_is_that_of_the_rows():
+    table = PAGE.split('<!-- rows of results/runtimes.csv -->')[1].split('<!-- end -->')[0]
+    shown = [[cell.strip() for cell in line.strip('|').split('|')]
+             for line in table.strip().splitlines()[2:]]
+    with open(TESTS.parent / 'docs' / 'results' / 'runtimes.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert rows and shown == [[f'{row["runtime"]} {row["version"]}', row['model'], row['ms'],
+                               row['ratio'], row['error']] for row in rows]
