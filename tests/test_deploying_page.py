@@ -1,4 +1,5 @@
 """docs/deploying.md: its code runs, and its commands have the tool's options."""
+import csv
 import re
 import runpy
 import shlex
@@ -36,3 +37,13 @@ def test_the_commands_are_the_tools():
     for args, contrast in zip(parsed[4:], (0.4, 0.6, 0.4), strict=True):
         assert args.changed['model.data_preprocessor.std'] == pytest.approx(
             [value / contrast for value in std])
+
+
+def test_the_table_of_runtimes_is_that_of_the_rows():
+    table = PAGE.split('<!-- rows of results/runtimes.csv -->')[1].split('<!-- end -->')[0]
+    shown = [[cell.strip() for cell in line.strip('|').split('|')]
+             for line in table.strip().splitlines()[2:]]
+    with open(TESTS.parent / 'docs' / 'results' / 'runtimes.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert rows and shown == [[f'{row["runtime"]} {row["version"]}', row['model'], row['ms'],
+                               row['ratio'], row['error']] for row in rows]

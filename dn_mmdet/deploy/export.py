@@ -86,12 +86,15 @@ class Detector(nn.Module):
         return *detections, *raw
 
     def raw(self, images):
+        return self.head.raw(self.normalised(images))
+
+    def normalised(self, images):
         preprocessor = self.model.data_preprocessor
-        if self.swap_channels:
-            images = images[:, [2, 1, 0]]
+        if self.swap_channels:  # by slices: indexing would be an operator that few runtimes have
+            images = torch.cat((images[:, 2:], images[:, 1:2], images[:, :1]), dim=1)
         if self.normalize:
             images = (images - preprocessor.mean) / preprocessor.std
-        return self.head.raw(images)
+        return images
 
 
 class RawDetector(nn.Module):

@@ -182,12 +182,8 @@ class _Levels(nn.Module):
 
     def forward(self, images):
         whole = self.detector.detector
-        if whole.swap_channels:
-            images = images[:, [2, 1, 0]]
-        if whole.normalize:
-            preprocessor = whole.model.data_preprocessor
-            images = (images - preprocessor.mean) / preprocessor.std
-        return tuple(level for output in whole.model(images, mode='tensor') for level in output)
+        outputs = whole.model(whole.normalised(images), mode='tensor')
+        return tuple(level for output in outputs for level in output)
 
 
 @contextlib.contextmanager
