@@ -242,7 +242,7 @@ def calibrate(model: nn.Module, batches: Iterable,
         TypeError: one batch in place of several.
         ValueError: no batches, or one that the model cannot take or that holds NaN.
     """
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(f'batches: expected a list or a loader of batches, got '
                         f'{type(batches).__name__}: put a single batch into a list')
     layers = {name: layer for name, layer in model.named_modules()

@@ -283,7 +283,7 @@ def broken(value):
     ([IMAGES, broken(float('nan'))], 'batch 1: the statistics in bn1 are not finite'),
     ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite'),
     (['images'], r'batch 0: the model cannot take it: [^\n]*\. Expected what its forward takes'),
-    (IMAGES, 'expected a list or a loader of batches, got Tensor'),
+    (IMAGES, r'batch 0: the model cannot take it: expected 4D input \(got 3D'),
     (dict(inputs=IMAGES), 'expected a list or a loader of batches, got dict'),
     (512, 'expected a list or a loader of batches, got int')],
     ids=['none', 'empty', 'no image', 'channels', 'labels too', 'NaN', 'infinite', 'a name',

@@ -77,9 +77,10 @@ def fold_run(folder: Path) -> None:
     checkpoint = open_checkpoint(path)
     model = folding.built(cfg)
     check_fits(model, checkpoint, path)
+    found: dict[str, dict | str | None]
     try:
         preflight.check_parts(cfg, 'val_dataloader', 'val_evaluator')
-        found = folded_metrics(cfg, model)
+        found = {**folded_metrics(cfg, model)}
     except ValueError as error:
         check_parent()
         found = dict(not_folded=str(error))
