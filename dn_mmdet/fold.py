@@ -124,7 +124,7 @@ def fold_norm(model: nn.Module, batches: Iterable | None = None, *,
     needed: in DN-C, in layers whose SC is not trained, and in the controls `StaticDN` and
     `ScaledBN`. The more they vary, the more folding changes; ask a test set by how much.
     The images have to be like those that the model will see. Optimizers and DDP that hold
-    the old parameters have to be made anew.
+    the old parameters have to be made again.
 
     Args:
         model: is changed in place.
@@ -309,7 +309,7 @@ def _modes_kept(model):
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = None) -> None:
-    """Running statistics anew, as their mean over some batches.
+    """New running statistics, as their mean over some batches.
 
     Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
     ``momentum=0`` keep theirs.

@@ -38,7 +38,7 @@ TRADE_OFF = re.compile(r'(?s)<!-- trade-off in ([^:]+?): (\S+?) against (\S+?) -
                        r'.*?<!-- end -->')
 COLUMNS_IN_WORDS = dict(
     value='all dynamic', folded_most='the quarter that varies most dynamic',
-    folded_recalibrated='all folded, statistics anew', folded='all folded')
+    folded_recalibrated='all folded, new statistics', folded='all folded')
 FOLDED = ('folded', 'folded_recalibrated', 'folded_most')
 FIT = re.compile(r'(?s)<!-- fit in ([^>]+?) -->\n.*?<!-- end -->')
 SETTINGS = re.compile(r'(?s)<!-- settings of ([^:]+?): ([^>]+?) -->\n.*?<!-- end -->')

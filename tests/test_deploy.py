@@ -263,12 +263,12 @@ def test_the_search_keeps_what_the_metric_needs(folding, needed):
 
 
 @pytest.mark.parametrize('better', [0, 1])
-def test_running_statistics_anew_are_taken_where_they_help(folding, better):
+def test_running_statistics_estimated_again_are_taken_where_they_help(folding, better):
     mean = X.mean((0, 2, 3))
 
     def evaluation(model):
-        anew = not isinstance(model[0], DNB) and torch.allclose(model[0].running_mean, mean)
-        return 0.5 + better * anew
+        recalibrated = not isinstance(model[0], DNB) and torch.allclose(model[0].running_mean, mean)
+        return 0.5 + better * recalibrated
 
     folding.evaluation = evaluation
     assert folding.best(['1']) == (0.5 + better, bool(better))

@@ -329,7 +329,7 @@ def test_a_batch_norm_that_would_be_fused_wrongly_is_told():
         fold_norm(Parent(), keep='dn')
 
 
-def test_running_statistics_anew_are_those_of_the_images(close):
+def test_running_statistics_estimated_again_are_those_of_the_images(close):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3),
                           awake(DNB(4)), nn.BatchNorm2d(4, momentum=0.)).train()
     model[3].eval()

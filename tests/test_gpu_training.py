@@ -404,7 +404,7 @@ def test_recalibration_leaves_the_dynamic_layers_alone(config, images):
         assert torch.equal(value, before[key]), key
 
 
-def test_gradients_in_other_strides_are_laid_out_anew():
+def test_gradients_in_other_strides_are_copied():
     parameter = torch.zeros(6, 4, 1, 1).to(memory_format=torch.channels_last)
     one_by_one = torch.randn(6, 4, 1, 1)
     for p, g in ((parameter, one_by_one), (torch.zeros(4, 3, 3, 3), torch.randn(4, 3, 3, 3).to(

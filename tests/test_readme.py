@@ -307,7 +307,7 @@ def test_what_folding_costs_follows_the_runs_of_a_config_and_its_twin(monkeypatc
     made = evidence.with_tables('<!-- trade-off in q: dnb against bn -->\n<!-- end -->')
     assert '| all dynamic | 2 | 51.00 (38.29 to 63.71) |  |' in made
     assert '| all folded | 2 | 32.00 (6.59 to 57.41) | -19.00 (-31.71 to -6.29) |' in made
-    assert '| all folded, statistics anew | 1 | 40.00 | -10.00 |' in made
+    assert '| all folded, new statistics | 1 | 40.00 | -10.00 |' in made
     assert '| BatchNorm twin | 1 | 48.00 |  |' in made
     with pytest.raises(ValueError, match="'q' has no runs of wider"):
         evidence.with_tables('<!-- trade-off in q: dnb against wider -->\n<!-- end -->')

@@ -102,7 +102,7 @@ def test_registering_again_changes_nothing():
     assert MODELS.get('DNB') is dn_mmdet.DNB
 
 
-def test_importing_the_file_anew_replaces_its_own_classes():
+def test_importing_the_file_again_replaces_its_own_classes():
     spec = importlib.util.spec_from_file_location('dn_mmdet.layers', layers.__file__)
     again = importlib.util.module_from_spec(spec)
     try:

@@ -59,7 +59,7 @@ class Row(NamedTuple):
     """A model with some layers folded: a line of the table."""
     kept: tuple[str, ...]  # layers that are dynamic
     value: float  # of the metric
-    anew: bool  # whether its running statistics were estimated anew
+    recalibrated: bool  # whether its running statistics were estimated again
     parameters: int
     mult_adds: int
     milliseconds: float
@@ -318,10 +318,10 @@ class Folding:
         if exact or enough is not None and value >= enough:
             return value, False
         if (kept, True) not in self.values:
-            self.values[kept, True] = self._anew(kept)
+            self.values[kept, True] = self._recalibrated(kept)
         return max((value, False), (self.values[kept, True], True), key=lambda pair: pair[0])
 
-    def _anew(self, kept):
+    def _recalibrated(self, kept):
         model = self.folded(kept)
         if not self.recalibrate(model, self.calibration.chosen):
             return float('-inf')
@@ -376,19 +376,19 @@ class Folding:
                 handle.remove()
         return found
 
-    def of_halves(self, kept, anew) -> list[float]:
+    def of_halves(self, kept, recalibrated) -> list[float]:
         """The metric with what each half of the images alone gives."""
         values = []
         for outputs, half in zip(self.halves, self.calibration.halves(), strict=True):
             model = self.folded(kept, outputs)
-            if anew:
+            if recalibrated:
                 self.recalibrate(model, half)
             values.append(self.evaluation(model))
         return values
 
-    def final(self, kept, anew) -> nn.Module:
+    def final(self, kept, recalibrated) -> nn.Module:
         model = self.folded(kept)
-        if anew:
+        if recalibrated:
             self.recalibrate(model, self.calibration.chosen)
         return model
 
@@ -400,10 +400,10 @@ class Folding:
         data = self.evaluation.one_image(self.model)
         times = milliseconds(models, data)
         rows = []
-        for (kept, value, anew), model, took in zip(found, models, times, strict=True):
-            changed = self.changed and self.changed(self.final(kept, anew))
+        for (kept, value, recalibrated), model, took in zip(found, models, times, strict=True):
+            changed = self.changed and self.changed(self.final(kept, recalibrated))
             counted = mult_adds(model, lambda model=model: model(*data, mode='tensor'))
-            rows.append(Row(tuple(name for name in self.names() if name in kept), value, anew,
+            rows.append(Row(tuple(name for name in self.names() if name in kept), value, recalibrated,
                             sum(p.numel() for p in model.parameters()), sum(counted.values()),
                             took, changed))
         return rows
@@ -473,9 +473,9 @@ def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, me
         sets += [most_varying(folding.report, len(names) // part) for part in (2, 4, 8)]
     rows = folding.rows(sets)
     chosen = next(row for row in rows if set(row.kept) == set(kept))
-    final = folding.final(kept, chosen.anew).cpu()
+    final = folding.final(kept, chosen.recalibrated).cpu()
     report = [row._replace(folded=row.name not in kept) for row in folding.report]
-    halves = folding.of_halves(kept, chosen.anew) if folding.halves else []
+    halves = folding.of_halves(kept, chosen.recalibrated) if folding.halves else []
     return Result(rows, chosen, final, report, evaluation.metric,
                   len(calibration.chosen) if halves else 0, halves)
 
@@ -524,10 +524,10 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
 def in_words(result: Result) -> str:
     """The table of the models, a sentence about the images, and the table of the layers."""
     first = result.rows[0]
-    header = ['layers', result.metric, 'to dynamic', 'statistics anew', 'parameters',
+    header = ['layers', result.metric, 'to dynamic', 'new statistics', 'parameters',
               'Mult-Adds', 'ms per image']
     lines = [[row_name(row, result), f'{row.value:.4g}', f'{row.value - first.value:+.4g}',
-              'yes' if row.anew else 'no', f'{row.parameters / 1e6:.3f} M',
+              'yes' if row.recalibrated else 'no', f'{row.parameters / 1e6:.3f} M',
               f'{row.mult_adds / 1e6:.2f} M', f'{row.milliseconds:.2f}'] for row in result.rows]
     if first.changed is not None:
         header.append('on changed images')
@@ -541,7 +541,7 @@ def in_words(result: Result) -> str:
         text += (f'Calibrated with {result.images} training images; with the first and the second '
                  f'half of them alone {result.metric} is {result.halves[0]:.4g} and '
                  f'{result.halves[1]:.4g}, {high - low:.4g} apart. They have to be like the '
-                 f'images that the model will see: for others, fold anew.\n')
+                 f'images that the model will see: for others, fold again.\n')
     else:
         text += 'All layers have constant scale and shift: folding is exact.\n'
     header = ['layer', 'was', 'std of g', 'std of h', 'share of variance', 'now']

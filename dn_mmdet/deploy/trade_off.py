@@ -13,7 +13,7 @@ from ..experiments.compare import data_name
 from ..files import write_text
 from ..provenance import hardware
 
-COLUMNS = ('data', 'config', 'seed', 'changed', 'layers', 'dynamic', 'metric', 'value', 'anew',
+COLUMNS = ('data', 'config', 'seed', 'changed', 'layers', 'dynamic', 'metric', 'value', 'recalibrated',
            'value_changed', 'parameters', 'mult_adds', 'milliseconds', 'images', 'hardware',
            'commit')
 NUMBERS = dict(seed=int, layers=int, dynamic=int, value=float, value_changed=float,
@@ -35,7 +35,7 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
     options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
     return [dict(zip(COLUMNS, (
         data_name(cfg), config, seed, options or None, len(result.report), len(row.kept),
-        result.metric, row.value, 'yes' if row.anew else 'no', row.changed, row.parameters,
+        result.metric, row.value, 'yes' if row.recalibrated else 'no', row.changed, row.parameters,
         row.mult_adds, round(row.milliseconds, 3), result.images, hardware(), commit),
         strict=True)) for row in result.rows]
 
