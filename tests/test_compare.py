@@ -14,6 +14,7 @@ import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
+from mmengine.registry import init_default_scope
 from rich.console import Console
 from tiny_detector import make_coco, write_config
 
@@ -27,6 +28,11 @@ from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'compare.py'
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmdet')
 
 
 def config(**changes):

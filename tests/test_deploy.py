@@ -336,7 +336,7 @@ def test_a_config_or_checkpoint_that_cannot_be_folded_is_refused(trained, tmp_pa
     (tmp_path / 'runs.csv').write_text('question,data\n')
     assert 'runs.csv: expected the columns data, config' in refused(
         tmp_path, capsys, *trained, '--csv', tmp_path / 'runs.csv')
-    assert 'no such file' in refused(tmp_path, capsys, *trained, '--changed',
+    assert 'no such annotation file' in refused(tmp_path, capsys, *trained, '--changed',
                                      'val_dataloader.dataset.ann_file=absent.json').lower()
     (tmp_path / 'dnb_folded.md').write_text('of an earlier run')
     assert 'exists already' in refused(tmp_path, capsys, *trained)

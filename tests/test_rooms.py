@@ -17,7 +17,7 @@ ROOMS = {
     'cli': {'checks'},
     'benchmark': {'kernels'},
     'experiments': {'checks', 'cli'},
-    'deploy': {'checks', 'experiments'},
+    'deploy': {'checks', 'cli', 'experiments'},
     'zoo': {'models'},
 }
 # The maths chooses among the backends in kernels/, and these read its modules.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import BaseDetDataset, CocoDataset
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
 from mmengine.config import Config
@@ -168,7 +168,8 @@ def _dataset_class(node, option):
 
 def _build_lazily(node, option, **arguments):
     prefix = node.get('data_prefix')
-    if not (prefix is None or isinstance(prefix, dict)):
+    # mmpretrain's take a folder as text
+    if is_of(DATASETS, node, BaseDetDataset) and not (prefix is None or isinstance(prefix, dict)):
         raise ConfigError(f'{option}.data_prefix: expected a dict of folders, as '
                           f'dict(img={prefix!r}), got {prefix!r}')
     try:
