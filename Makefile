@@ -18,6 +18,7 @@ demo: setup
 
 lint: setup
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo 'make lint: run $(BIN)/ruff format .'; exit 1; }
 	@$(BIN)/mypy
 
 test: lint

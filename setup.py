@@ -1,4 +1,5 @@
 """The compiled extensions. Everything else about the package stands in pyproject.toml."""
+
 import sys
 
 from setuptools import setup
@@ -19,15 +20,31 @@ def compiled_kernels():
         return {}
     if not sys.platform.startswith('linux'):  # vector types and target_clones are GCC's
         return {}
-    kernels = CppExtension('dn_mmdet.kernels._cpp', ['dn_mmdet/kernels/csrc/cpu.cpp'],
-                           extra_compile_args=['-O3', '-g0', '-fopenmp', '-fno-math-errno',
-                                               '-fno-trapping-math', '-Wno-psabi'],
-                           extra_link_args=['-fopenmp'], optional=True)
-    host = CppExtension('dn_mmdet.kernels._host', ['dn_mmdet/kernels/csrc/host.cpp'],
-                        extra_compile_args=['-O2', '-g0', '-fvisibility=hidden'],
-                        libraries=['dl'], optional=True)
-    return dict(ext_modules=[kernels, host],
-                cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))
+    kernels = CppExtension(
+        'dn_mmdet.kernels._cpp',
+        ['dn_mmdet/kernels/csrc/cpu.cpp'],
+        extra_compile_args=[
+            '-O3',
+            '-g0',
+            '-fopenmp',
+            '-fno-math-errno',
+            '-fno-trapping-math',
+            '-Wno-psabi',
+        ],
+        extra_link_args=['-fopenmp'],
+        optional=True,
+    )
+    host = CppExtension(
+        'dn_mmdet.kernels._host',
+        ['dn_mmdet/kernels/csrc/host.cpp'],
+        extra_compile_args=['-O2', '-g0', '-fvisibility=hidden'],
+        libraries=['dl'],
+        optional=True,
+    )
+    return dict(
+        ext_modules=[kernels, host],
+        cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)),
+    )
 
 
 setup(**compiled_kernels())

@@ -15,17 +15,24 @@ train_dataloader = dict(
     batch_size=128,
     num_workers=2,
     drop_last=True,
-    dataset=dict(_delete_=True, data_prefix='train', pipeline=train_pipeline,
-                 **_base_.tinyin100))
+    dataset=dict(_delete_=True, data_prefix='train', pipeline=train_pipeline, **_base_.tinyin100),
+)
 val_dataloader = dict(
     batch_size=250,
     num_workers=2,
-    dataset=dict(_delete_=True, data_prefix='val', pipeline=test_pipeline, **_base_.tinyin100))
+    dataset=dict(_delete_=True, data_prefix='val', pipeline=test_pipeline, **_base_.tinyin100),
+)
 test_dataloader = val_dataloader
 
 max_epochs = 30
 train_cfg = dict(max_epochs=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=0.1, weight_decay=1e-4))
-param_scheduler = dict(_delete_=True, type='OneCycleLR', eta_max=0.1, by_epoch=True,
-                       total_steps=max_epochs, convert_to_iter_based=True)
+param_scheduler = dict(
+    _delete_=True,
+    type='OneCycleLR',
+    eta_max=0.1,
+    by_epoch=True,
+    total_steps=max_epochs,
+    convert_to_iter_based=True,
+)
 auto_scale_lr = dict(enable=False)

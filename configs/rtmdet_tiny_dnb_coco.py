@@ -6,4 +6,5 @@ norm_cfg = dict(type='SyncDNB')  # the parent's norm is SyncBN
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(norm_cfg=norm_cfg))
+    bbox_head=dict(norm_cfg=norm_cfg),
+)

@@ -1,7 +1,8 @@
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 
-custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.models.ssdlite_head'],
-                      allow_failed_imports=False)
+custom_imports = dict(
+    imports=['dn_mmdet', 'dn_mmdet.models.ssdlite_head'], allow_failed_imports=False
+)
 
 model = dict(bbox_head=dict(type='SSDLiteHead'))
 

@@ -3,4 +3,5 @@ _base_ = ['./ssdlite_mbv2_bn_voc07.py', './_base_/norms/dnc.py']
 model = dict(
     backbone=dict(norm_cfg=_base_.norm_cfg),
     neck=dict(norm_cfg=_base_.norm_cfg),
-    bbox_head=dict(norm_cfg=_base_.norm_cfg))
+    bbox_head=dict(norm_cfg=_base_.norm_cfg),
+)

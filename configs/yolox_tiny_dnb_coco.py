@@ -6,4 +6,5 @@ norm_cfg = dict(type='DNB')
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(norm_cfg=norm_cfg))
+    bbox_head=dict(norm_cfg=norm_cfg),
+)

@@ -4,6 +4,7 @@ Importing this package registers the layers, so that a config can say
 ``norm_cfg=dict(type='DNB')`` after
 ``custom_imports = dict(imports=['dn_mmdet'])``.
 """
+
 from .environment import check_mmengine
 from .renamed import accept_old_names
 
@@ -15,5 +16,16 @@ from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC  # no
 from .sc import SC  # noqa: E402
 from .version import __version__  # noqa: E402
 
-__all__ = ['DNB', 'DNB1d', 'DNB3d', 'DNC', 'DNC1d', 'DNC3d', 'SC', 'SyncDNB', 'SyncDNC',
-           '__version__', 'dynamic_norm']
+__all__ = [
+    'DNB',
+    'DNB1d',
+    'DNB3d',
+    'DNC',
+    'DNC1d',
+    'DNC3d',
+    'SC',
+    'SyncDNB',
+    'SyncDNC',
+    '__version__',
+    'dynamic_norm',
+]

@@ -5,6 +5,7 @@ with ``weights_only=True``, but upstream mmengine cannot open its own checkpoint
 that way (torch >= 2.6), and onedl-mmengine falls back to executing what was
 refused. Here what mmengine writes is on an allow-list, and the rest is refused.
 """
+
 import ast
 import contextlib
 import inspect
@@ -29,8 +30,7 @@ from .layers import _DynamicNorm
 from .messages import UserError
 from .registered import loaded
 
-REMEDY = ('If you trust its author as you trust a program that you run, pass '
-          '--trust-checkpoint.')
+REMEDY = 'If you trust its author as you trust a program that you run, pass --trust-checkpoint.'
 
 
 class CheckpointError(UserError):
@@ -38,8 +38,10 @@ class CheckpointError(UserError):
 
 
 # The functions that mmengine's logs and its one-cycle schedule store with their state.
-METHODS = {HistoryBuffer: ('min', 'max', 'current', 'mean'),
-           OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear')}
+METHODS = {
+    HistoryBuffer: ('min', 'max', 'current', 'mean'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
 
 
 def _method(owner, name):
@@ -62,11 +64,17 @@ def _allowed():
     scalar = np.float64(0).__reduce__()[0]
     codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?SU'
     return [
-        *METHODS, (_method, 'builtins.getattr'), slice,
-        np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes},
-        *((function, f'numpy.{core}.multiarray.{name}')
-          for core in ('core', '_core')
-          for function, name in ((array, '_reconstruct'), (scalar, 'scalar'))),
+        *METHODS,
+        (_method, 'builtins.getattr'),
+        slice,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in codes},
+        *(
+            (function, f'numpy.{core}.multiarray.{name}')
+            for core in ('core', '_core')
+            for function, name in ((array, '_reconstruct'), (scalar, 'scalar'))
+        ),
     ]
 
 
@@ -99,8 +107,9 @@ def open_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path}: expected a checkpoint (a dict), it holds a '
-                              f'{type(checkpoint).__name__}')
+        raise CheckpointError(
+            f'{path}: expected a checkpoint (a dict), it holds a {type(checkpoint).__name__}'
+        )
     if not trust and isinstance(checkpoint.get('meta'), dict):
         checkpoint['meta'].pop('config', None)
     return checkpoint
@@ -108,9 +117,11 @@ def open_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
 
 def _damaged(path, error):
     size = path.stat().st_size
-    return (f'{path}: cannot be read as a checkpoint ({size:,} bytes; '
-            f'{_first_sentence(error)}): truncated, damaged or something else. Copy it again or '
-            f'use an earlier one')
+    return (
+        f'{path}: cannot be read as a checkpoint ({size:,} bytes; '
+        f'{_first_sentence(error)}): truncated, damaged or something else. Copy it again or '
+        f'use an earlier one'
+    )
 
 
 def _refused(path, error):
@@ -118,8 +129,10 @@ def _refused(path, error):
     if match is None:
         return _damaged(path, error)
     named = next(group for group in match.groups() if group)
-    return (f'{path}: refused and not executed: it holds more than weights and logs, namely '
-            f'{named}. {REMEDY}')
+    return (
+        f'{path}: refused and not executed: it holds more than weights and logs, namely '
+        f'{named}. {REMEDY}'
+    )
 
 
 def _first_sentence(error):
@@ -151,19 +164,30 @@ def safe_loading(trust=False):
         return open_checkpoint(_download(url), map_location, trust)
 
     def load_from_elsewhere(filename, map_location=None):
-        raise CheckpointError(f'{filename}: this scheme has no safe loader: download the file '
-                              f'and name it by its path')
+        raise CheckpointError(
+            f'{filename}: this scheme has no safe loader: download the file '
+            f'and name it by its path'
+        )
 
     schemes = (
         ('', load_from_local, mmengine_loaders.load_from_local),
         (('http://', 'https://'), load_from_http, mmengine_loaders.load_from_http),
-        (('modelzoo://', 'torchvision://'), load_from_torchvision,
-         mmengine_loaders.load_from_torchvision),
-        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab,
-         mmengine_loaders.load_from_openmmlab),
+        (
+            ('modelzoo://', 'torchvision://'),
+            load_from_torchvision,
+            mmengine_loaders.load_from_torchvision,
+        ),
+        (
+            ('open-mmlab://', 'openmmlab://'),
+            load_from_openmmlab,
+            mmengine_loaders.load_from_openmmlab,
+        ),
         ('pavi://', load_from_elsewhere, mmengine_loaders.load_from_pavi),
-        ([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_from_elsewhere,
-         mmengine_loaders.load_from_ceph),
+        (
+            [r'(\S+\:)?s3://', r'(\S+\:)?petrel://'],
+            load_from_elsewhere,
+            mmengine_loaders.load_from_ceph,
+        ),
         ('mmcls://', load_from_elsewhere, mmengine_loaders.load_from_mmcls),
     )
     for prefixes, ours, _ in schemes:
@@ -203,8 +227,10 @@ def _fetch(url, path):
     try:
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise CheckpointError(f'{url}: cannot be fetched: {error}. Download it elsewhere and '
-                              f'name the file, or leave it out') from error
+        raise CheckpointError(
+            f'{url}: cannot be fetched: {error}. Download it elsewhere and '
+            f'name the file, or leave it out'
+        ) from error
 
 
 def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
@@ -214,10 +240,11 @@ def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
         CheckpointError: it holds none.
     """
     state = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor)
-                                              for v in state.values()):
-        raise CheckpointError(f'{path}: expected weights under "state_dict", found '
-                              f'{", ".join(map(str, list(checkpoint)[:8])) or "nothing"}')
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(
+            f'{path}: expected weights under "state_dict", found '
+            f'{", ".join(map(str, list(checkpoint)[:8])) or "nothing"}'
+        )
     stripped: Any = OrderedDict((re.sub(r'^module\.', '', key), v) for key, v in state.items())
     if hasattr(state, '_metadata'):
         stripped._metadata = state._metadata
@@ -227,16 +254,18 @@ def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
 def check_resumable(checkpoint: dict, path: str | Path) -> None:
     """Raises CheckpointError where the state of training is missing."""
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
-    missing += [f'meta.{key}' for key in ('epoch', 'iter')
-                if key not in checkpoint.get('meta', {})]
+    missing += [
+        f'meta.{key}' for key in ('epoch', 'iter') if key not in checkpoint.get('meta', {})
+    ]
     if missing:
-        raise CheckpointError(f'{path}: cannot be resumed, it lacks {", ".join(missing)}. To '
-                              f'start a new training from its weights: --cfg-options '
-                              f'load_from={path}')
+        raise CheckpointError(
+            f'{path}: cannot be resumed, it lacks {", ".join(missing)}. To '
+            f'start a new training from its weights: --cfg-options '
+            f'load_from={path}'
+        )
 
 
-def check_fits(model: nn.Module, checkpoint: dict, path: str | Path,
-               whole: bool = True) -> None:
+def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool = True) -> None:
     """Loads the weights into ``model`` and raises CheckpointError where they do not fit.
 
     A BatchNorm checkpoint fits a DN model of the same shape; that is said in the log.
@@ -247,29 +276,43 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path,
             trained on from another's weights.
     """
     state = weights(checkpoint, path)
-    ours = {key: value for key, value in model.state_dict().items()
-            if 'num_batches_tracked' not in key}
-    sizes = [key for key in state.keys() & ours.keys()
-             if getattr(state[key], 'shape', None) != ours[key].shape]
+    ours = {
+        key: value for key, value in model.state_dict().items() if 'num_batches_tracked' not in key
+    }
+    sizes = [
+        key
+        for key in state.keys() & ours.keys()
+        if getattr(state[key], 'shape', None) != ours[key].shape
+    ]
     _check_norms(model, checkpoint, state, path, whole)
     for key in sizes:
         del state[key]
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f'{path}: the weights do not fit the model of the config: '
-                              f'{error}') from error
-    missing = sorted(key for key in missing
-                     if key not in sizes and 'num_batches_tracked' not in key)
+        raise CheckpointError(
+            f'{path}: the weights do not fit the model of the config: {error}'
+        ) from error
+    missing = sorted(
+        key for key in missing if key not in sizes and 'num_batches_tracked' not in key
+    )
     fitting = len(ours) - len(missing) - len(sizes)
     if not fitting or whole and (missing or unexpected or sizes):
-        kinds = [(len(keys), what, min(keys)) for keys, what in (
-            (missing, 'missing'), (unexpected, 'not in the model'),
-            (sizes, 'of another size')) if keys]
+        kinds = [
+            (len(keys), what, min(keys))
+            for keys, what in (
+                (missing, 'missing'),
+                (unexpected, 'not in the model'),
+                (sizes, 'of another size'),
+            )
+            if keys
+        ]
         found = '; '.join(f'{count} {what} (as {key})' for count, what, key in kinds)
-        raise CheckpointError(f'{path}: the weights are not of the model that the config '
-                              f'builds, which has {len(ours)}: {found}. Use the config it was '
-                              f'trained with{_experiment(checkpoint)}')
+        raise CheckpointError(
+            f'{path}: the weights are not of the model that the config '
+            f'builds, which has {len(ours)}: {found}. Use the config it was '
+            f'trained with{_experiment(checkpoint)}'
+        )
 
 
 def _check_norms(model, checkpoint, state, path, whole):
@@ -283,28 +326,41 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'{path}: trained with Dynamic Normalization in {len(theirs)} layers, but the config '
             f'builds {type(modules[plain[0]]).__name__} in {len(plain)} of them, as {plain[0]}. '
             f"Set their norm_cfg to type='DNB' (or what it was trained with), or use its own "
-            f'config{_experiment(checkpoint)}')
+            f'config{_experiment(checkpoint)}'
+        )
     folded = (checkpoint.get('meta') or {}).get('folded')
     if ours - theirs and folded and whole:
-        print_log(f'{path} was written by tools/fold.py: {len(ours - theirs)} layers in which it '
-                  f'has a BatchNorm compute that and nothing dynamic. The config beside it builds '
-                  f'them as BatchNorms', logger='current', level=30)
+        print_log(
+            f'{path} was written by tools/fold.py: {len(ours - theirs)} layers in which it '
+            f'has a BatchNorm compute that and nothing dynamic. The config beside it builds '
+            f'them as BatchNorms',
+            logger='current',
+            level=30,
+        )
     elif ours and not theirs and whole:
-        print_log(f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
-                  f'compute what BatchNorm does', logger='current', level=30)
+        print_log(
+            f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
+            f'compute what BatchNorm does',
+            logger='current',
+            level=30,
+        )
     trained = _kinds(_types((checkpoint.get('meta') or {}).get('cfg')))
     built = _kinds(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
             f'{" and DN-".join(sorted(built))}: the weights have the same names and another '
-            f'meaning. Use the config it was trained with{_experiment(checkpoint)}')
+            f'meaning. Use the config it was trained with{_experiment(checkpoint)}'
+        )
 
 
 def _kinds(classes):
     """'B' where DN-B is among some classes, 'C' where DN-C is."""
-    return {'C' if cls.batch_shared else 'B' for cls in classes
-            if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)}
+    return {
+        'C' if cls.batch_shared else 'B'
+        for cls in classes
+        if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)
+    }
 
 
 def _types(text):
@@ -313,10 +369,16 @@ def _types(text):
         statements = ast.parse(text or '').body
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         return []  # not what mmengine writes
-    model = [statement for statement in statements if isinstance(statement, ast.Assign)
-             and ast.unparse(statement.targets[0]) == 'model']
-    return [loaded(MODELS, name) for statement in model or statements
-            for name in _type_names(statement)]
+    model = [
+        statement
+        for statement in statements
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == 'model'
+    ]
+    return [
+        loaded(MODELS, name)
+        for statement in model or statements
+        for name in _type_names(statement)
+    ]
 
 
 def _type_names(node):
@@ -325,8 +387,10 @@ def _type_names(node):
         if isinstance(child, ast.Call):
             pairs = [(keyword.arg, keyword.value) for keyword in child.keywords]
         elif isinstance(child, ast.Dict):
-            pairs = [(getattr(key, 'value', None), value)
-                     for key, value in zip(child.keys, child.values, strict=True)]
+            pairs = [
+                (getattr(key, 'value', None), value)
+                for key, value in zip(child.keys, child.values, strict=True)
+            ]
         else:
             continue
         for key, value in pairs:

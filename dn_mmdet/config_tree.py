@@ -1,4 +1,5 @@
 """Configs of MMEngine: the dicts that they are made of, and the modules that they import."""
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +41,7 @@ def add_imports(cfg: Config, *modules: str) -> None:
 
 def remove_imports(cfg: Config, *modules: str) -> None:
     """Has a config no longer import modules, under whatever name it knows them."""
-    _set_imports(cfg, [name for name in imports_of(cfg)
-                       if RENAMED.get(name, name) not in modules])
+    _set_imports(cfg, [name for name in imports_of(cfg) if RENAMED.get(name, name) not in modules])
 
 
 def _set_imports(cfg, names):

@@ -2,6 +2,7 @@
 
 A converted layer computes what the BatchNorm did, until its SC is trained.
 """
+
 import copy
 import fnmatch
 import functools
@@ -41,19 +42,22 @@ from .sc import SC
 
 # A BatchNorm's class says what inputs it takes through this method. Synchronised
 # ones, and those that a reverted SyncBatchNorm becomes, take any.
-_CHECKS = {nn.BatchNorm1d._check_input_dim: 0, nn.BatchNorm2d._check_input_dim: 1,
-           nn.BatchNorm3d._check_input_dim: 2}
+_CHECKS = {
+    nn.BatchNorm1d._check_input_dim: 0,
+    nn.BatchNorm2d._check_input_dim: 1,
+    nn.BatchNorm3d._check_input_dim: 2,
+}
 FAMILIES = {'DNB': (DNB1d, DNB, DNB3d, SyncDNB), 'DNC': (DNC1d, DNC, DNC3d, SyncDNC)}
 
 # The rest of a layer's arguments is the BatchNorm's own.
-ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'sc',
-             'backend')
+ARGUMENTS = ('reduction', 'min_channels', 'inputs', 'bound', 'bn_requires_grad', 'sc', 'backend')
 
 # Methods that fold a BatchNorm into a convolution or a linear, as timm, mmpretrain, torchvision
 # and the YOLOs call them.
 _FOLDING_METHOD = re.compile(
     r'_?fuse|_?(fuse|fold|merge|absorb)_\w*(bn|norm|conv|kernel|model|block|rep)\w*|\w*to_deploy'
-    r'|deploy|_?re_?param\w*|get_equivalent_\w*')
+    r'|deploy|_?re_?param\w*|get_equivalent_\w*'
+)
 
 
 class NoBatchNormInConfig(ValueError):
@@ -74,10 +78,15 @@ class DNCAct(DNC):
         return self.act(self.drop(super().forward(x)))
 
 
-def convert_norm(model: nn.Module, norm: str = 'DNB', *,
-                 only: str | Sequence[str] | None = None,
-                 skip: str | Sequence[str] | None = None,
-                 sc_requires_grad: bool = True, **args: Any) -> nn.Module:
+def convert_norm(
+    model: nn.Module,
+    norm: str = 'DNB',
+    *,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    sc_requires_grad: bool = True,
+    **args: Any,
+) -> nn.Module:
     """Puts Dynamic Normalization in the place of every BatchNorm of a model.
 
     The layer takes the BatchNorm's name and holds the BatchNorm itself: weights,
@@ -119,18 +128,23 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *,
     family = _family(norm)
     _check_arguments(args)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError('expected a plain model, got one inside DistributedDataParallel, which '
-                         'would not synchronise the new parameters: convert it first')
+        raise ValueError(
+            'expected a plain model, got one inside DistributedDataParallel, which '
+            'would not synchronise the new parameters: convert it first'
+        )
     found = batch_norms(model)
     layers = dn_layers(model)
     chosen = _choose(found, layers, only, skip)
     if not chosen:
         if not layers:
-            raise ValueError(f'found no BatchNorm to convert in {type(model).__name__}'
-                             f'{norms_in_words(model)}')
-        warnings.warn(f'{type(model).__name__} is already converted: it holds {len(layers)} '
-                      f'DN layers and no BatchNorm to convert; nothing was changed',
-                      stacklevel=2)
+            raise ValueError(
+                f'found no BatchNorm to convert in {type(model).__name__}{norms_in_words(model)}'
+            )
+        warnings.warn(
+            f'{type(model).__name__} is already converted: it holds {len(layers)} '
+            f'DN layers and no BatchNorm to convert; nothing was changed',
+            stacklevel=2,
+        )
         return model
     for name, bn in chosen.items():
         _check_convertible(name, bn)
@@ -144,28 +158,39 @@ def convert_norm(model: nn.Module, norm: str = 'DNB', *,
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new[bn])
     for name in misfolded(model):
-        warnings.warn(f'{name}: this BatchNorm follows a converted norm inside one module, and '
-                      f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
-                      f'it as well, or do not fuse this model', stacklevel=2)
+        warnings.warn(
+            f'{name}: this BatchNorm follows a converted norm inside one module, and '
+            f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
+            f'it as well, or do not fuse this model',
+            stacklevel=2,
+        )
     folding = _folding_methods(model, chosen)
     if folding:
-        warnings.warn(f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
-                      f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
-                      stacklevel=2)
+        warnings.warn(
+            f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
+            f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
+            stacklevel=2,
+        )
     return model
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The BatchNorms of a model by name, except those inside DN layers."""
     inside = set(dn_layers(model))
-    return {name: module for name, module in model.named_modules(remove_duplicate=False)
-            if _is_batch_norm(module) and name.rpartition('.')[0] not in inside}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_batch_norm(module) and name.rpartition('.')[0] not in inside
+    }
 
 
 def dn_layers(model: nn.Module) -> dict[str, _DynamicNorm]:
     """The DN layers of a model by name."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, _DynamicNorm)}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _DynamicNorm)
+    }
 
 
 def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
@@ -194,8 +219,9 @@ def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
     family = _family(norm)
     _check_arguments(args)
     if not isinstance(cfg.get('model'), dict):
-        raise ValueError(f'expected a config with a model, found only '
-                         f'{", ".join(cfg) or "nothing"}')
+        raise ValueError(
+            f'expected a config with a model, found only {", ".join(cfg) or "nothing"}'
+        )
     cfg = copy.deepcopy(cfg)
     with in_scope_of(cfg):
         found = list(batch_norm_cfgs(cfg.model, 'model'))
@@ -225,8 +251,11 @@ def batch_norm_cfgs(node: Any, path: str) -> Iterator[tuple[str, dict]]:
         yield path, node
         return
     for name, default in _defaults(cls):
-        if name not in node and isinstance(default, dict) and _is_batch_norm_class(
-                resolve(MODELS, default.get('type'))):
+        if (
+            name not in node
+            and isinstance(default, dict)
+            and _is_batch_norm_class(resolve(MODELS, default.get('type')))
+        ):
             node[name] = copy.deepcopy(default)
     for key, child in node.items():
         if key != 'init_cfg':  # its types are names of layers to initialise
@@ -235,8 +264,9 @@ def batch_norm_cfgs(node: Any, path: str) -> Iterator[tuple[str, dict]]:
 
 def _is_batch_norm_class(cls):
     """torch's BatchNorms, and MMCV's synchronised one, which shares the name alone."""
-    return inspect.isclass(cls) and (issubclass(cls, _BatchNorm)
-                                     or cls.__name__ == 'SyncBatchNorm')
+    return inspect.isclass(cls) and (
+        issubclass(cls, _BatchNorm) or cls.__name__ == 'SyncBatchNorm'
+    )
 
 
 def _defaults(cls):
@@ -257,8 +287,10 @@ def _swap(node, family, args):
     cls = resolve(MODELS, node.get('type'))
     synchronised = not issubclass(cls, _BatchNorm) or issubclass(cls, nn.SyncBatchNorm)
     if not synchronised and cls.forward is not _BatchNorm.forward:
-        raise ValueError(f'{cls.__module__}.{cls.__qualname__} has a forward of its own, which '
-                         f"conversion would lose: use type='BN' there")
+        raise ValueError(
+            f'{cls.__module__}.{cls.__qualname__} has a forward of its own, which '
+            f"conversion would lose: use type='BN' there"
+        )
     layer = family[3 if synchronised else _CHECKS.get(cls._check_input_dim, 3)]
     if node.pop('requires_grad', True) is False:
         node['bn_requires_grad'] = False
@@ -271,31 +303,46 @@ def _report(model, norm, found, model_cfg):
     owners = [_config_path(name, model_cfg) for name in left]
     hard_coded = '; '.join(
         f'{owners.count(owner)} in {type(model.get_submodule(owner)).__name__} '
-        f'(as {left[owners.index(owner)]})' for owner in dict.fromkeys(owners))
+        f'(as {left[owners.index(owner)]})'
+        for owner in dict.fromkeys(owners)
+    )
     if not found and layers:
-        print_log(f'already converted: this config builds {len(layers)} DN layers; nothing was '
-                  f'changed', logger='current')
+        print_log(
+            f'already converted: this config builds {len(layers)} DN layers; nothing was changed',
+            logger='current',
+        )
     elif not found:
         message = 'found no BatchNorm that this config could change'
         if left:
             raise NoBatchNormInConfig(
                 f'{message}: {len(left)} are hard-coded, {hard_coded}; use '
-                f'dn_mmdet.convert.convert_norm on the model')
+                f'dn_mmdet.convert.convert_norm on the model'
+            )
         raise ValueError(f'{message} in {type(model).__name__}{norms_in_words(model)}')
     else:
-        print_log(f'{norm} in place of BatchNorm in {len(layers)} layers, by '
-                  f'{", ".join(path for path, _ in found)}', logger='current')
+        print_log(
+            f'{norm} in place of BatchNorm in {len(layers)} layers, by '
+            f'{", ".join(path for path, _ in found)}',
+            logger='current',
+        )
     frozen = ', '.join(path for path, node in found if node.get('bn_requires_grad') is False)
     if frozen:
-        print_log(f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
-                  f'frozen, SC trains', logger='current')
+        print_log(
+            f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
+            f'frozen, SC trains',
+            logger='current',
+        )
     folding = _folding_methods(model, layers)
     if folding:
-        print_log(f'{folding} can fold BatchNorms, and DN layers cannot be folded: call it only '
-                  f'after dn_mmdet.fold.fold_norm', logger='current')
+        print_log(
+            f'{folding} can fold BatchNorms, and DN layers cannot be folded: call it only '
+            f'after dn_mmdet.fold.fold_norm',
+            logger='current',
+        )
     if left:
-        print_log(f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}',
-                  logger='current')
+        print_log(
+            f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}', logger='current'
+        )
 
 
 def _config_path(name, model_cfg):
@@ -309,8 +356,9 @@ def _config_path(name, model_cfg):
     return '.'.join(parts)
 
 
-def convert_checkpoint(checkpoint: dict, model: nn.Module | None = None, reduction: int = 32,
-                       min_channels: int = 8) -> dict:
+def convert_checkpoint(
+    checkpoint: dict, model: nn.Module | None = None, reduction: int = 32, min_channels: int = 8
+) -> dict:
     """Turns the checkpoint of a BatchNorm model into one of the same model with DN layers.
 
     Works on keys alone, so it takes detectors as well as the backbones of
@@ -335,8 +383,11 @@ def convert_checkpoint(checkpoint: dict, model: nn.Module | None = None, reducti
     sc = {} if model is None else {name: layer.sc for name, layer in dn_layers(model).items()}
     if 'state_dict' not in checkpoint:
         return _convert_state(checkpoint, sc, args, model is None)
-    converted = {key: value for key, value in checkpoint.items()
-                 if key not in ('optimizer', 'param_schedulers')}
+    converted = {
+        key: value
+        for key, value in checkpoint.items()
+        if key not in ('optimizer', 'param_schedulers')
+    }
     for key in ('state_dict', 'ema_state_dict'):
         if key in checkpoint:
             converted[key] = _convert_state(checkpoint[key], sc, args, model is None)
@@ -346,13 +397,16 @@ def convert_checkpoint(checkpoint: dict, model: nn.Module | None = None, reducti
 def _convert_state(state, sc, args, everywhere):
     """One state dict; ``sc`` gathers the SC of each layer that comes without one."""
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f'expected weights, or a dict with weights under "state_dict", found '
-                         f'{", ".join(map(str, list(state)[:8])) or "nothing"}')
+        raise ValueError(
+            f'expected weights, or a dict with weights under "state_dict", found '
+            f'{", ".join(map(str, list(state)[:8])) or "nothing"}'
+        )
     if any(f'.{key}'.endswith('.sc.w_in') for key in state):
         raise ValueError(
             'this checkpoint holds Dynamic Normalization already. From the weights alone there is '
             'no way back to BatchNorm: the scale and shift that a trained SC makes differ from '
-            'image to image. tools/fold.py freezes them at their mean over images')
+            'image to image. tools/fold.py freezes them at their mean over images'
+        )
     new, metadata = OrderedDict(), dict(getattr(state, '_metadata', {}))
     started = set()
     for key, value in state.items():
@@ -371,16 +425,20 @@ def _convert_state(state, sc, args, everywhere):
                 metadata[f'{prefix}.bn'] = metadata.pop(prefix)
         new[f'{prefix}.bn.{leaf}'] = value
     if not started:
-        raise ValueError(f'found no BatchNorm to convert among {len(state)} weights (as '
-                         f'{next(iter(state))})')
+        raise ValueError(
+            f'found no BatchNorm to convert among {len(state)} weights (as {next(iter(state))})'
+        )
     if metadata:
         new._metadata = metadata
     return new
 
 
 def _is_batch_norm(module):
-    return isinstance(module, _BatchNorm) or is_frozen_batch_norm(module) or (
-        type(module).__name__ == 'SyncBatchNorm')
+    return (
+        isinstance(module, _BatchNorm)
+        or is_frozen_batch_norm(module)
+        or (type(module).__name__ == 'SyncBatchNorm')
+    )
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
@@ -395,16 +453,20 @@ def _is_timm_norm_act(module):
 
 def _family(norm):
     if norm not in FAMILIES:
-        raise ValueError(f'norm: expected one of {tuple(FAMILIES)} (dimension and '
-                         f'synchronisation follow each BatchNorm), got {norm!r}')
+        raise ValueError(
+            f'norm: expected one of {tuple(FAMILIES)} (dimension and '
+            f'synchronisation follow each BatchNorm), got {norm!r}'
+        )
     return FAMILIES[norm]
 
 
 def _check_arguments(args):
     for name in args:
         if name not in ARGUMENTS:
-            raise TypeError(f'{name}: no such argument; expected some of {ARGUMENTS}, all '
-                            f'else is kept from each BatchNorm')
+            raise TypeError(
+                f'{name}: no such argument; expected some of {ARGUMENTS}, all '
+                f'else is kept from each BatchNorm'
+            )
 
 
 def _choose(found, layers, only, skip):
@@ -414,12 +476,14 @@ def _choose(found, layers, only, skip):
         if patterns is None:
             continue
         matched = set()
-        for pattern in (patterns, ) if isinstance(patterns, str) else patterns:
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
             names = {name for name in itertools.chain(found, layers) if matches(name, pattern)}
             if not names:
                 some = ', '.join(itertools.islice(itertools.chain(found, layers), 5))
-                raise ValueError(f'{"only" if keep else "skip"}: {pattern!r} matches none of '
-                                 f'{len(found) + len(layers)} norms ({some}, ...)')
+                raise ValueError(
+                    f'{"only" if keep else "skip"}: {pattern!r} matches none of '
+                    f'{len(found) + len(layers)} norms ({some}, ...)'
+                )
             matched |= names
         chosen = {name: bn for name, bn in chosen.items() if (name in matched) == keep}
     return chosen
@@ -432,8 +496,11 @@ def matches(name: str, pattern: str) -> bool:
 
 def norms_in_words(model):
     """', which holds 12 LayerNorm': why there is nothing to convert."""
-    kinds = [type(module).__name__ for module in model.modules()
-             if 'Norm' in type(module).__name__ and list(module.parameters(recurse=False))]
+    kinds = [
+        type(module).__name__
+        for module in model.modules()
+        if 'Norm' in type(module).__name__ and list(module.parameters(recurse=False))
+    ]
     counts = ', '.join(f'{kinds.count(kind)} {kind}' for kind in sorted(set(kinds)))
     return f', which holds {counts}' if counts else ''
 
@@ -442,19 +509,25 @@ def _check_convertible(name, bn):
     what = f'{name or "the model"}: {type(bn).__module__}.{type(bn).__qualname__}'
     instead = f'leave it out with skip={name!r}'
     if isinstance(bn, LazyModuleMixin):
-        raise ValueError(f'{what} does not know its channels yet: run the model once on an '
-                         f'input before converting it, or {instead}')
-    own_forward = not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)
-                       or _is_timm_norm_act(bn))
+        raise ValueError(
+            f'{what} does not know its channels yet: run the model once on an '
+            f'input before converting it, or {instead}'
+        )
+    own_forward = not (
+        is_torch_batch_norm(bn) or is_frozen_batch_norm(bn) or _is_timm_norm_act(bn)
+    )
     if own_forward or 'forward' in vars(bn):
-        raise ValueError(f'{what} has a forward of its own, which conversion would lose: '
-                         f'use a plain BatchNorm there, or {instead}')
-    if (bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks
-            or bn._backward_pre_hooks):
-        raise ValueError(f'{what} has hooks on its forward or backward, which inside a DN layer '
-                         f'would see what the BatchNorm gives and not what the layer does: '
-                         f'remove them and register them on the converted layer or on its .bn, '
-                         f'or {instead}')
+        raise ValueError(
+            f'{what} has a forward of its own, which conversion would lose: '
+            f'use a plain BatchNorm there, or {instead}'
+        )
+    if bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks:
+        raise ValueError(
+            f'{what} has hooks on its forward or backward, which inside a DN layer '
+            f'would see what the BatchNorm gives and not what the layer does: '
+            f'remove them and register them on the converted layer or on its .bn, '
+            f'or {instead}'
+        )
 
 
 def _layer_around(bn, family, model, args):
@@ -485,11 +558,17 @@ def _adopt(layer, bn, args):
 
 def _plain_batch_norm(norm_act):
     """A BatchNorm2d that shares the parameters and buffers of timm's BatchNormAct2d."""
-    bn = nn.BatchNorm2d(norm_act.num_features, norm_act.eps, norm_act.momentum,
-                        norm_act.affine, norm_act.track_running_stats)
+    bn = nn.BatchNorm2d(
+        norm_act.num_features,
+        norm_act.eps,
+        norm_act.momentum,
+        norm_act.affine,
+        norm_act.track_running_stats,
+    )
     bn.train(norm_act.training)
-    for name, tensor in itertools.chain(norm_act.named_parameters(recurse=False),
-                                        norm_act.named_buffers(recurse=False)):
+    for name, tensor in itertools.chain(
+        norm_act.named_parameters(recurse=False), norm_act.named_buffers(recurse=False)
+    ):
         setattr(bn, name, tensor)
     return bn
 
@@ -508,8 +587,13 @@ def _folding_methods(model, names):
 
 @functools.cache
 def _folding_methods_of(cls):
-    return [name for name in dir(cls) if _FOLDING_METHOD.fullmatch(name)
-            and not hasattr(nn.Module, name) and callable(getattr(cls, name))]
+    return [
+        name
+        for name in dir(cls)
+        if _FOLDING_METHOD.fullmatch(name)
+        and not hasattr(nn.Module, name)
+        and callable(getattr(cls, name))
+    ]
 
 
 def misfolded(model: nn.Module) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 requirements/ has the tested versions; docs/install.md tells the two stacks apart.
 """
+
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,8 @@ def check_mmengine() -> None:
                 f'dn_mmdet needs {module}, which is not installed here. In a clone of dn_mmdet '
                 f'`make setup` installs everything; into an environment of your own: install '
                 f"torch and torchvision, then `pip install -e '.[onedl]'` (maintained forks) or "
-                f"`pip install -e '.[openmmlab]'`, then MMCV as docs/install.md says") from None
+                f"`pip install -e '.[openmmlab]'`, then MMCV as docs/install.md says"
+            ) from None
 
 
 def check_mmdet() -> None:
@@ -37,7 +39,8 @@ def check_mmdet() -> None:
         raise ImportError(
             f"MMCV's compiled operators cannot be imported ({error}). Build them against the "
             f'torch that is installed: `pip cache remove "*mmcv*"; pip install --force-reinstall '
-            f'--no-deps --no-build-isolation {_mmcv_requirement()}`') from None
+            f'--no-deps --no-build-isolation {_mmcv_requirement()}`'
+        ) from None
     try:
         with _without_notes_on_optional_parts():
             importlib.import_module('mmdet')
@@ -47,7 +50,8 @@ def check_mmdet() -> None:
         # mmdet asserts its MMCV versions; torchvision needs the torch it was built for
         raise ImportError(
             f"MMDetection cannot be imported ({error}). Install it: `pip install -e '.[onedl]'` "
-            f"or `pip install -e '.[openmmlab]'`") from None
+            f"or `pip install -e '.[openmmlab]'`"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -77,8 +81,10 @@ def check_extra(extra: str, *modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"expected {' and '.join(missing)}, not installed here: in a clone of "
-                          f"dn_mmdet run `pip install -e '.[{extra}]'`")
+        raise ImportError(
+            f'expected {" and ".join(missing)}, not installed here: in a clone of '
+            f"dn_mmdet run `pip install -e '.[{extra}]'`"
+        )
 
 
 def _mmcv_requirement():

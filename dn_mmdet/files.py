@@ -1,4 +1,5 @@
 """Files that are there whole or not at all, whenever the process that writes them ends."""
+
 import contextlib
 import json
 import os

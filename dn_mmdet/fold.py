@@ -3,6 +3,7 @@
 With ``g, h`` constant, ``y = (1 + g) z + h`` is a BatchNorm of weight ``w (1 + g)`` and bias
 ``b (1 + g) + h``. In a trained model most layers make nearly the same g and h of every image.
 """
+
 import contextlib
 import copy
 import math
@@ -45,17 +46,19 @@ class RewrittenBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift()
-        return functional_call(self.bn, dict(weight=scale, bias=shift), (x, ))
+        return functional_call(self.bn, dict(weight=scale, bias=shift), (x,))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Both (C,)."""
         raise NotImplementedError
+
 
 MOST = 0.75  # of the layers are 'most of them': those that vary least
 
 
 class LayerReport(NamedTuple):
     """What became of a layer; g_std, h_std and share are means over its channels."""
+
     name: str
     kind: str  # as DNB
     images: int  # samples behind g and h; 0 where they are constants, or never seen
@@ -75,6 +78,7 @@ class Outputs:
         sums: (3, C), over images, of the squares of g and of h and of their product, each
             without its mean.
     """
+
     count: int
     mean: Tensor
     sums: Tensor
@@ -86,15 +90,21 @@ class Outputs:
         first = values[:, :1]  # subtracted, so that constants have a spread of exactly 0
         mean = (values - first).mean(1, keepdim=True)
         dg, dh = values - first - mean
-        return cls(len(g), (first + mean)[:, 0],
-                   torch.stack((dg.square().sum(0), dh.square().sum(0), (dg * dh).sum(0))))
+        return cls(
+            len(g),
+            (first + mean)[:, 0],
+            torch.stack((dg.square().sum(0), dh.square().sum(0), (dg * dh).sum(0))),
+        )
 
     def __add__(self, other):
         count = self.count + other.count
         dg, dh = moved = other.mean - self.mean
         between = torch.stack((dg.square(), dh.square(), dg * dh))
-        return Outputs(count, self.mean + moved * (other.count / count), self.sums + other.sums
-                       + between * (self.count * other.count / count))
+        return Outputs(
+            count,
+            self.mean + moved * (other.count / count),
+            self.sums + other.sums + between * (self.count * other.count / count),
+        )
 
     def std(self) -> list[float]:
         """Of g and of h over images, averaged over channels."""
@@ -109,13 +119,17 @@ class Outputs:
         var_g, var_h, both = self.sums / self.count
         lost = (var_g * (w.square() + b.square()) + 2 * b * both + var_h).sum().item()
         kept = ((1 + self.mean[0]) * w).square().sum().item()
-        return lost / (lost + kept) if lost > 0 else 0.
+        return lost / (lost + kept) if lost > 0 else 0.0
 
 
 @torch.no_grad()
-def fold_norm(model: nn.Module, batches: Iterable | None = None, *,
-              keep: int | Sequence[str] | None = None,
-              max_change: float | None = None) -> list[LayerReport]:
+def fold_norm(
+    model: nn.Module,
+    batches: Iterable | None = None,
+    *,
+    keep: int | Sequence[str] | None = None,
+    max_change: float | None = None,
+) -> list[LayerReport]:
     """Turns DN layers into BatchNorms, g and h frozen at their mean over some images.
 
     A BatchNorm takes the layer's name and is of the kind of its inner norm (1d, 2d, 3d,
@@ -159,9 +173,11 @@ def fold_norm(model: nn.Module, batches: Iterable | None = None, *,
     if batches is not None and varying:
         outputs = calibrate(model, batches)
     elif set(varying) - set(by_name):
-        raise ValueError(f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
-                         f'shift from each image: give some hundred images like those that the '
-                         f'model will see')
+        raise ValueError(
+            f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
+            f'shift from each image: give some hundred images like those that the '
+            f'model will see'
+        )
     report = measure(model, outputs)
     kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
     if max_change is not None:
@@ -176,18 +192,22 @@ def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
         ValueError: there is none, the model is one itself, or one is more than a DN layer.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError('expected a plain model, got one inside DistributedDataParallel: fold '
-                         'its .module')
+        raise ValueError(
+            'expected a plain model, got one inside DistributedDataParallel: fold its .module'
+        )
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (_DynamicNorm, RewrittenBN)):
             found.setdefault(module, []).append(name)
     if not found:
-        raise ValueError(f'found no DN layer to fold in {type(model).__name__}'
-                         f'{norms_in_words(model)}')
+        raise ValueError(
+            f'found no DN layer to fold in {type(model).__name__}{norms_in_words(model)}'
+        )
     if model in found:
-        raise ValueError(f'expected a model that holds DN layers, got one {type(model).__name__}, '
-                         f'which cannot replace itself: put it into nn.Sequential')
+        raise ValueError(
+            f'expected a model that holds DN layers, got one {type(model).__name__}, '
+            f'which cannot replace itself: put it into nn.Sequential'
+        )
     for layer, (name, *_) in found.items():
         _check_foldable(name, layer)
     return found
@@ -196,16 +216,24 @@ def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
 def _check_foldable(name, layer):
     bn = layer.bn
     if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
-        raise ValueError(f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
-                         f'{type(bn).__qualname__}: leave this layer in a model of its own')
+        raise ValueError(
+            f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
+            f'{type(bn).__qualname__}: leave this layer in a model of its own'
+        )
     own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
-        raise ValueError(f'{name}: {type(layer).__name__} has a forward of its own, which folding '
-                         f'would lose')
-    if bn._modules or any(getattr(module, f'_{kind}_hooks') for module in (layer, bn)
-                          for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')):
-        raise ValueError(f'{name}: has hooks or parametrizations on the layer or on its .bn, '
-                         f'which folding would lose: remove them first')
+        raise ValueError(
+            f'{name}: {type(layer).__name__} has a forward of its own, which folding would lose'
+        )
+    if bn._modules or any(
+        getattr(module, f'_{kind}_hooks')
+        for module in (layer, bn)
+        for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')
+    ):
+        raise ValueError(
+            f'{name}: has hooks or parametrizations on the layer or on its .bn, '
+            f'which folding would lose: remove them first'
+        )
 
 
 def constant(layer: _DynamicNorm | RewrittenBN) -> Outputs | None:
@@ -228,8 +256,9 @@ def constant(layer: _DynamicNorm | RewrittenBN) -> Outputs | None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable,
-              forward: Callable | None = None) -> dict[str, Outputs]:
+def calibrate(
+    model: nn.Module, batches: Iterable, forward: Callable | None = None
+) -> dict[str, Outputs]:
     """What the SCs make of the images in some batches, by layer; the model in eval mode.
 
     A layer that has several names goes by the first.
@@ -243,20 +272,26 @@ def calibrate(model: nn.Module, batches: Iterable,
         ValueError: no batches, or one that the model cannot take or that holds NaN.
     """
     if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f'batches: expected a list or a loader of batches, got '
-                        f'{type(batches).__name__}: put a single batch into a list')
-    layers = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, _DynamicNorm)}
+        raise TypeError(
+            f'batches: expected a list or a loader of batches, got '
+            f'{type(batches).__name__}: put a single batch into a list'
+        )
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, _DynamicNorm)
+    }
     found, at = {}, 0
 
     def keep(name):
         def hook(sc, statistics, outputs):
             if not all(t.isfinite().all() for t in outputs):
-                raise ValueError(f'batch {at}: the statistics in {name} are not finite: it holds '
-                                 f'NaN or infinity, or the model makes them of it')
+                raise ValueError(
+                    f'batch {at}: the statistics in {name} are not finite: it holds '
+                    f'NaN or infinity, or the model makes them of it'
+                )
             if len(outputs[0]):
                 more = Outputs.of(*outputs)
                 found[name] = found[name] + more if name in found else more
+
         return hook
 
     handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
@@ -292,8 +327,10 @@ def _run(model, batch, at, forward):
         if str(error).startswith(f'batch {at}: '):
             raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f'batch {at}: the model cannot take it: {reason}. Expected what its '
-                         f'forward takes, or its own data loader gives') from error
+        raise ValueError(
+            f'batch {at}: the model cannot take it: {reason}. Expected what its '
+            f'forward takes, or its own data loader gives'
+        ) from error
 
 
 @contextlib.contextmanager
@@ -314,9 +351,13 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
     Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
     ``momentum=0`` keep theirs.
     """
-    norms = [module for module in model.modules()
-             if isinstance(module, _BatchNorm) and module.running_mean is not None
-             and module.momentum != 0]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and module.momentum != 0
+    ]
     momenta = [bn.momentum for bn in norms]
     with _modes_kept(model):
         model.eval()
@@ -338,14 +379,15 @@ def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
     for layer, (name, *_) in foldable(model).items():
         exact, seen = constant(layer), outputs.get(name)
         if exact is not None:
-            count, g_std, h_std, share = 0, 0., 0., 0.
+            count, g_std, h_std, share = 0, 0.0, 0.0, 0.0
         elif seen is not None:
             count, share = seen.count, seen.share(layer.bn)
             g_std, h_std = seen.std()
         else:
             count, g_std, h_std, share = 0, math.nan, math.nan, math.nan
-        report.append(LayerReport(name, type(layer).__name__, count, g_std, h_std, share,
-                                  folded=False))
+        report.append(
+            LayerReport(name, type(layer).__name__, count, g_std, h_std, share, folded=False)
+        )
     return report
 
 
@@ -366,19 +408,23 @@ def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> lis
     if keep is None or isinstance(keep, int):
         return []
     kept = []
-    for pattern in (keep, ) if isinstance(keep, str) else keep:
-        found = [names[0] for names in layers.values()
-                 if any(matches(name, pattern) for name in names)]
+    for pattern in (keep,) if isinstance(keep, str) else keep:
+        found = [
+            names[0] for names in layers.values() if any(matches(name, pattern) for name in names)
+        ]
         if not found:
-            raise ValueError(f'keep: {pattern!r} matches none of {len(layers)} layers '
-                             f'({some(name for name, *_ in layers.values())})')
+            raise ValueError(
+                f'keep: {pattern!r} matches none of {len(layers)} layers '
+                f'({some(name for name, *_ in layers.values())})'
+            )
         kept += found
     return kept
 
 
 @torch.no_grad()
-def replace_layers(model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport],
-                   kept: Collection[str]) -> list[LayerReport]:
+def replace_layers(
+    model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport], kept: Collection[str]
+) -> list[LayerReport]:
     """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
 
     Returns:
@@ -396,9 +442,12 @@ def replace_layers(model: nn.Module, outputs: dict[str, Outputs], report: list[L
             put(model, name, bn)
     if len(new) < len(layers):
         for name in misfolded(model):
-            warnings.warn(f'{name}: this BatchNorm follows a dynamic layer inside one module, '
-                          f"and mmcv's fuse_conv_bn would fold it into the wrong convolution; "
-                          f'do not fuse this model', stacklevel=3)
+            warnings.warn(
+                f'{name}: this BatchNorm follows a dynamic layer inside one module, '
+                f"and mmcv's fuse_conv_bn would fold it into the wrong convolution; "
+                f'do not fuse this model',
+                stacklevel=3,
+            )
     return done
 
 
@@ -423,8 +472,10 @@ def batch_norm_of(layer: nn.Module, g: Tensor, h: Tensor) -> nn.Module:
 
 def affine_of(bn, like):
     """Weight and bias (C,) of a BatchNorm, ones and zeros where it has none."""
-    return [torch.full_like(like, fill) if t is None else t.detach().to(like)
-            for t, fill in ((bn.weight, 1), (bn.bias, 0))]
+    return [
+        torch.full_like(like, fill) if t is None else t.detach().to(like)
+        for t, fill in ((bn.weight, 1), (bn.bias, 0))
+    ]
 
 
 def _with_affine(layer, weight, bias):
@@ -447,8 +498,10 @@ def _with_affine(layer, weight, bias):
 def _with_activation(layer, bn):
     """timm's BatchNormAct2d, whose place the layer has taken."""
     from timm.layers import BatchNormAct2d
-    norm_act = BatchNormAct2d(bn.num_features, bn.eps, bn.momentum, bn.affine,
-                              bn.track_running_stats)
+
+    norm_act = BatchNormAct2d(
+        bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats
+    )
     for name in BATCH_NORM_KEYS:
         setattr(norm_act, name, getattr(bn, name))
     norm_act.drop, norm_act.act = layer.drop, layer.act
@@ -477,8 +530,9 @@ def PartlyFolded(part, dynamic, **more):
     layers = foldable(model)
     unknown = set(dynamic) - set(chain.from_iterable(layers.values()))
     if unknown:
-        raise ValueError(f'dynamic: there are no DN layers {some(sorted(unknown))} in '
-                         f'{type(model).__name__}')
+        raise ValueError(
+            f'dynamic: there are no DN layers {some(sorted(unknown))} in {type(model).__name__}'
+        )
     for layer, names in layers.items():
         if not set(names) & set(dynamic):
             nothing = torch.zeros(layer.bn.num_features)

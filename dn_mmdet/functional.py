@@ -10,6 +10,7 @@ and needs one more pass over dy and x, with S the values behind each m::
 
     dx = a dy + p (x - m) + q,       p = 2 dv / S,            q = (dm - a dc) / S         (8)
 """
+
 import functools
 import logging
 import os
@@ -43,8 +44,15 @@ SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
 PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
-def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
-                 ndims: tuple[int, ...] = (), backend: str = 'auto') -> Tensor:
+def dynamic_norm(
+    x: Tensor,
+    bn: nn.Module,
+    sc: nn.Module,
+    *,
+    batch_shared: bool,
+    ndims: tuple[int, ...] = (),
+    backend: str = 'auto',
+) -> Tensor:
     """Normalises x by equations (1) to (6) and updates bn's running averages.
 
     Every backend computes the same. The fused ones keep only x for the backward
@@ -107,8 +115,9 @@ def dynamic_norm(x: Tensor, bn: nn.Module, sc: nn.Module, *, batch_shared: bool,
     if kernels:
         y = _by_operator(kernels, call, planes, w, b)
     elif torch.is_grad_enabled():
-        names, parameters = ((SC_PARAMETERS, sc_parts) if sc_parts else
-                             zip(*sc.named_parameters(), strict=True))
+        names, parameters = (
+            (SC_PARAMETERS, sc_parts) if sc_parts else zip(*sc.named_parameters(), strict=True)
+        )
         y = _FusedNorm.apply(call, ops, names, planes.resolve_neg(), w, b, *parameters)
     else:
         y = _without_gradients(call, ops, planes.resolve_neg(), w, b)
@@ -139,8 +148,10 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     another class.
     """
     cls = type(bn)
-    return (cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-            and cls.__call__ is nn.Module.__call__)
+    return (
+        cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        and cls.__call__ is nn.Module.__call__
+    )
 
 
 def has_registered(module: nn.Module) -> bool:
@@ -149,17 +160,23 @@ def has_registered(module: nn.Module) -> bool:
     Hooks of every kind (which pruning, weight norm and FSDP2 are made of), parametrizations
     (a child module), a forward of the instance's own, and hooks on all modules.
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or module._modules
-                or 'forward' in module.__dict__
-                or torch_module._global_forward_hooks
-                or torch_module._global_forward_pre_hooks
-                or torch_module._global_backward_hooks
-                or torch_module._global_backward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._modules
+        or 'forward' in module.__dict__
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 class _Call(NamedTuple):
     """What a call read from the layer's modules, for a backward that comes later."""
+
     bn: Any  # a BatchNorm, or what a conversion put in its place
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
@@ -183,8 +200,9 @@ class _FusedNorm(torch.autograd.Function):
         if _small_part_is_fused(call, w, b):
             small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
-            small = _CoefficientsByAutograd(call, names, m, v, x, ctx.needs_input_grad[3:],
-                                            (w, b, *sc_parameters))
+            small = _CoefficientsByAutograd(
+                call, names, m, v, x, ctx.needs_input_grad[3:], (w, b, *sc_parameters)
+            )
         ctx.save_for_backward(x, w, b, *sc_parameters)
         ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
         return ops.affine(x, m, small.a, small.c)
@@ -194,8 +212,12 @@ class _FusedNorm(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled() or _autograd_must_see(dy):
-            return None, None, None, *_backward_by_the_reference(ctx.call, ctx.names, needed, dy,
-                                                                 x, *parameters)
+            return (
+                None,
+                None,
+                None,
+                *_backward_by_the_reference(ctx.call, ctx.names, needed, dy, x, *parameters),
+            )
         small, dy = ctx.small, dy.resolve_neg()
         p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m))
         if not needed[0]:
@@ -205,8 +227,13 @@ class _FusedNorm(torch.autograd.Function):
             dx = ctx.ops.affine(dy, zero, small.a, zero)
         else:
             dx = ctx.ops.input_gradient(dy, x, small.m, small.a, p, q)
-        return None, None, None, dx, *(d if needs else None
-                                       for d, needs in zip(rest, needed[1:], strict=True))
+        return (
+            None,
+            None,
+            None,
+            dx,
+            *(d if needs else None for d, needs in zip(rest, needed[1:], strict=True)),
+        )
 
 
 class _CoefficientsByAutograd:
@@ -220,14 +247,20 @@ class _CoefficientsByAutograd:
 
     def __init__(self, call, names, m, v, x, needed, parameters):
         # Aliases, so that gradient hooks on the parameters run once, in the outer graph.
-        self.leaves = [None if t is None else t.detach().requires_grad_(needs)
-                       for t, needs in zip((m, v, *parameters), (needed[0], *needed),
-                                           strict=True)]
+        self.leaves = [
+            None if t is None else t.detach().requires_grad_(needs)
+            for t, needs in zip((m, v, *parameters), (needed[0], *needed), strict=True)
+        ]
         # This graph keeps its tensors: under gradient checkpointing they would be computed
         # again, with all of the layer, once for this graph and once for the outer one.
         with torch.enable_grad(), saved_tensors_hooks(_detached, _as_it_is):
-            a, c, *observed = coefficients(call, *self.leaves[:2], x, *self.leaves[2:4],
-                                           dict(zip(names, self.leaves[4:], strict=True)))
+            a, c, *observed = coefficients(
+                call,
+                *self.leaves[:2],
+                x,
+                *self.leaves[2:4],
+                dict(zip(names, self.leaves[4:], strict=True)),
+            )
         update_running_averages(call.bn, *observed)
         self.outputs = a, c
         self.m, self.a, self.c = m, a.detach(), c.detach()
@@ -235,8 +268,9 @@ class _CoefficientsByAutograd:
 
     def backward(self, da: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
         """p, q of equation (8), where x needs a gradient, and the gradients of parameters."""
-        through = [(t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True)
-                   if t.requires_grad]
+        through = [
+            (t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True) if t.requires_grad
+        ]
         outputs, gradients = zip(*through, strict=True)
         dm, dv, *rest = _gradients(outputs, gradients, self.leaves)
         if not self.leaves[0].requires_grad:
@@ -277,10 +311,13 @@ def _small_part_is_fused(call, w, b):
     momentum is another at each step), not with only one of w and b, and only for SC as it is:
     another module, hooks and parametrizations are called. Nor without any hidden unit.
     """
-    return (call.group is None
-            and not (call.bn.training and call.bn.momentum is None)
-            and (w is None) == (b is None)
-            and call.sc_parts is not None and len(call.sc_parts[1]) > 0)
+    return (
+        call.group is None
+        and not (call.bn.training and call.bn.momentum is None)
+        and (w is None) == (b is None)
+        and call.sc_parts is not None
+        and len(call.sc_parts[1]) > 0
+    )
 
 
 def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
@@ -291,13 +328,27 @@ def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
         momentum = _count_batch(bn)
         if bn.running_mean is not None:
             averages = bn.running_mean, bn.running_var, momentum
-    return ops.Coefficients(m, v, x.numel() // m.numel(), call.running, averages, w, b,
-                            sc_parameters, keep=keep, **_options(call))
+    return ops.Coefficients(
+        m,
+        v,
+        x.numel() // m.numel(),
+        call.running,
+        averages,
+        w,
+        b,
+        sc_parameters,
+        keep=keep,
+        **_options(call),
+    )
 
 
 def _options(call):
-    return dict(eps=call.bn.eps, bound=call.sc.bound, batch_shared=call.batch_shared,
-                standardized=call.sc.inputs == 'standardized' and not call.batch_shared)
+    return dict(
+        eps=call.bn.eps,
+        bound=call.sc.bound,
+        batch_shared=call.batch_shared,
+        standardized=call.sc.inputs == 'standardized' and not call.batch_shared,
+    )
 
 
 def _without_gradients(call, ops, x, w, b):
@@ -319,11 +370,13 @@ def _without_gradients(call, ops, x, w, b):
 def _backward_by_the_reference(call, names, needed, dy, x, w, b, *sc_parameters):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [t.view_as(t) if needs else t
-                   for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)]
+        aliases = [
+            t.view_as(t) if needs else t
+            for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)
+        ]
         y = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
         wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
-        return _gradients((y, ), (dy, ), wanted, create_graph=create_graph)
+        return _gradients((y,), (dy,), wanted, create_graph=create_graph)
 
 
 class _StatelessSC(SC):
@@ -333,10 +386,21 @@ class _StatelessSC(SC):
         pass
 
 
-def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor,
-                      parameters: Sequence[Tensor | None], needed: Sequence[bool], *,
-                      batch: bool, batch_shared: bool, standardized: bool, eps: float,
-                      bound: float | None, group: str) -> tuple[Tensor | None, ...]:
+def replayed_backward(
+    dy: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    sigma: Tensor,
+    parameters: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    *,
+    batch: bool,
+    batch_shared: bool,
+    standardized: bool,
+    eps: float,
+    bound: float | None,
+    group: str,
+) -> tuple[Tensor | None, ...]:
     """A differentiable backward pass for the compiled GPU host, which keeps no modules.
 
     Args:
@@ -351,13 +415,26 @@ def replayed_backward(dy: Tensor, x: Tensor, mu: Tensor, sigma: Tensor,
     w_in, b_in = parameters[2:4]
     assert w_in is not None and b_in is not None
     channels = x.shape[1]
-    sc = _StatelessSC(channels, channels, len(b_in), 'standardized' if standardized else 'raw',
-                      bound, device='meta', dtype=w_in.dtype)
+    sc = _StatelessSC(
+        channels,
+        channels,
+        len(b_in),
+        'standardized' if standardized else 'raw',
+        bound,
+        device='meta',
+        dtype=w_in.dtype,
+    )
     names = [name for name, _ in sc.named_parameters()]
     resolve = dist.distributed_c10d._resolve_process_group
     processes = resolve(group) if group else None  # type: ignore[arg-type]
-    call = _Call(SimpleNamespace(eps=eps), None if batch else (mu, sigma.square() - eps),
-                 processes, sc, None, batch_shared)
+    call = _Call(
+        SimpleNamespace(eps=eps),
+        None if batch else (mu, sigma.square() - eps),
+        processes,
+        sc,
+        None,
+        batch_shared,
+    )
     return tuple(_backward_by_the_reference(call, names, needed, dy, x, *parameters))
 
 
@@ -367,8 +444,16 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
     The graph is kept: a caller may come back with `retain_graph`.
     """
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True,
-                                     create_graph=create_graph, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(
+            outputs,
+            wanted,
+            output_gradients,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
@@ -382,9 +467,11 @@ def _backend_for(x: Tensor, backend: str) -> Backend | None:
             return compiled_kernels() or torch_ops if fits else None
         return _on_gpu(x.device.index) or torch_ops if fits else None
     if not fits:
-        raise ValueError(f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
-                         f'{FUSED_DTYPES}, got {x.dtype} on {x.device}; use '
-                         f"backend='reference' or 'auto'")
+        raise ValueError(
+            f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
+            f'{FUSED_DTYPES}, got {x.dtype} on {x.device}; use '
+            f"backend='reference' or 'auto'"
+        )
     if backend == 'torch':
         return torch_ops
     if backend == 'cpp' and x.is_cuda:
@@ -400,8 +487,10 @@ def _triton_ops():
     try:
         from .kernels import triton_ops
     except ImportError as error:
-        raise ImportError(f"backend='triton': Triton cannot be imported ({error}). It comes with "
-                          f"torch on Linux (pip install triton); or use backend='auto'") from error
+        raise ImportError(
+            f"backend='triton': Triton cannot be imported ({error}). It comes with "
+            f"torch on Linux (pip install triton); or use backend='auto'"
+        ) from error
     return triton_ops
 
 
@@ -409,9 +498,11 @@ def _cpp_ops():
     try:
         from .kernels import cpp_ops
     except ImportError as error:
-        raise ImportError(f"backend='cpp': the compiled kernels cannot be imported ({error}). "
-                          f'With GCC on Linux, install this package against the torch in use: '
-                          f"pip install --no-build-isolation; or use backend='auto'") from error
+        raise ImportError(
+            f"backend='cpp': the compiled kernels cannot be imported ({error}). "
+            f'With GCC on Linux, install this package against the torch in use: '
+            f"pip install --no-build-isolation; or use backend='auto'"
+        ) from error
     return cpp_ops
 
 
@@ -430,10 +521,12 @@ def _gpu_host():
     try:
         from .kernels import host
     except ImportError as error:
-        raise ImportError(f"backend='cpp': the compiled host of the GPU kernels cannot be "
-                          f'imported ({error}). With Triton and GCC on Linux, install this '
-                          f'package against the torch in use: pip install '
-                          f"--no-build-isolation; or use backend='auto'") from error
+        raise ImportError(
+            f"backend='cpp': the compiled host of the GPU kernels cannot be "
+            f'imported ({error}). With Triton and GCC on Linux, install this '
+            f'package against the torch in use: pip install '
+            f"--no-build-isolation; or use backend='auto'"
+        ) from error
     return host
 
 
@@ -443,8 +536,11 @@ def gpu_host():
     try:
         return _gpu_host()
     except ImportError as error:
-        print_log(f'dn_mmdet: on GPUs DN layers are launched from Python, which is slower: '
-                  f'{error}', logger='current', level=logging.WARNING)
+        print_log(
+            f'dn_mmdet: on GPUs DN layers are launched from Python, which is slower: {error}',
+            logger='current',
+            level=logging.WARNING,
+        )
         return None
 
 
@@ -459,14 +555,21 @@ def _on_gpu(index):
 @functools.cache
 def _triton_on_gpu(index):
     if torch.cuda.get_device_capability(index) < (8, 0):
-        print_log(f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
-                  f'needs compute capability 8.0', logger='current', level=logging.WARNING)
+        print_log(
+            f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
+            f'needs compute capability 8.0',
+            logger='current',
+            level=logging.WARNING,
+        )
         return None
     try:
         return _triton_ops()
     except ImportError as error:
-        print_log(f"dn_mmdet: on GPUs DN layers run on torch's own operators: {error}",
-                  logger='current', level=logging.WARNING)
+        print_log(
+            f"dn_mmdet: on GPUs DN layers run on torch's own operators: {error}",
+            logger='current',
+            level=logging.WARNING,
+        )
         return None
 
 
@@ -474,16 +577,21 @@ def fused_backends(device: str) -> tuple[str, ...]:
     """Those that run on 'cpu' or 'cuda' here: what to hold against the reference, and to time."""
     if device == 'cuda':
         return ('torch', 'triton', 'cpp') if gpu_host() else ('torch', 'triton')
-    return ('torch', 'cpp') if compiled_kernels() else ('torch', )
+    return ('torch', 'cpp') if compiled_kernels() else ('torch',)
 
 
 def _autograd_must_see(x):
     """Whether something looks at, or transforms, the operations one by one."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            or is_in_torch_dispatch_mode()
-            or type(x) not in PLAIN or x.layout != torch.strided
-            or not torch._C._has_storage(x))  # a batch of gradients, to torch.autograd.grad
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_in_torch_dispatch_mode()
+        or type(x) not in PLAIN
+        or x.layout != torch.strided
+        or not torch._C._has_storage(x)
+    )  # a batch of gradients, to torch.autograd.grad
 
 
 def _is_recorded(bn):
@@ -495,8 +603,7 @@ def _is_recorded(bn):
     """
     if torch.compiler.is_compiling():  # sizes are symbols
         return False
-    return ((torch.jit.is_tracing() or get_proxy_mode() is not None)
-            and not _is_synchronised(bn))
+    return (torch.jit.is_tracing() or get_proxy_mode() is not None) and not _is_synchronised(bn)
 
 
 def _reference(call, x, w, b, sc_parameters=None, step=False):
@@ -512,13 +619,27 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
             update_running_averages(call.bn, mu, var, count)
         return mu, var
 
-    return reference.dynamic_norm(x, w, b, call.sc, eps=call.bn.eps,
-                                  batch_shared=call.batch_shared, statistics=observed,
-                                  sc_parameters=sc_parameters)
+    return reference.dynamic_norm(
+        x,
+        w,
+        b,
+        call.sc,
+        eps=call.bn.eps,
+        batch_shared=call.batch_shared,
+        statistics=observed,
+        sc_parameters=sc_parameters,
+    )
 
 
-def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
-                 b: Tensor | None, sc_parameters: dict[str, Tensor] | None = None) -> tuple:
+def coefficients(
+    call: _Call,
+    m: Tensor,
+    v: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    sc_parameters: dict[str, Tensor] | None = None,
+) -> tuple:
     """a, c (N, C) of equation (7); mu, var, count.
 
     Of x only the shape is used.
@@ -526,8 +647,9 @@ def coefficients(call: _Call, m: Tensor, v: Tensor, x: Tensor, w: Tensor | None,
     mu, var, count = statistics(call, m, v, x)
     sigma = torch.sqrt(var + call.bn.eps)
     w, b = reference.affine_parameters(w, b, like=mu)
-    g, h = reference.call_sc(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared,
-                             sc_parameters)
+    g, h = reference.call_sc(
+        call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters
+    )
     scale = 1 + g
     a = scale * (w / sigma)
     c = torch.addcmul(h, scale, b) + a * (m - mu)
@@ -548,8 +670,9 @@ def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor) -> tuple:
     return *reference.batch_statistics(m, v), count
 
 
-def synchronized_statistics(m: Tensor, v: Tensor, count: int,
-                            group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def synchronized_statistics(
+    m: Tensor, v: Tensor, count: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """Equations (1) and (2) over all processes of a group, weighted by their counts.
 
     Every process writes (count, mean, variance) into its own row of a table of
@@ -561,20 +684,20 @@ def synchronized_statistics(m: Tensor, v: Tensor, count: int,
     Returns:
         mu (C,), var (C,), count (0-d tensor).
     """
-    row = torch.cat((m.new_full((1, ), count), *reference.batch_statistics(m, v)))
+    row = torch.cat((m.new_full((1,), count), *reference.batch_statistics(m, v)))
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     table = torch.zeros(world_size, len(row), dtype=row.dtype, device=row.device)
-    table = torch.cat((table[:rank], row[None], table[rank + 1:]))
+    table = torch.cat((table[:rank], row[None], table[rank + 1 :]))
     counts, means, variances = all_reduce(table, group=group).split(
-        (1, m.shape[1], m.shape[1]), dim=1)
+        (1, m.shape[1], m.shape[1]), dim=1
+    )
     total = counts.sum().detach()
     share = counts.detach() / total.clamp(min=1)
     mu = (share * means).sum(0)
     return mu, (share * (variances + (means - mu).square())).sum(0), total
 
 
-def update_running_averages(bn: Any, mu: Tensor, var: Tensor,
-                            count: Any) -> None:
+def update_running_averages(bn: Any, mu: Tensor, var: Tensor, count: Any) -> None:
     """One step of bn's running averages, by torch's rule: the unbiased variance."""
     if not _steps(bn):
         return  # before no_grad, which in eval mode would be a region of its own to torch.export
@@ -604,39 +727,50 @@ def _count_batch(bn):
     if bn.momentum is not None:
         return bn.momentum
     if bn.num_batches_tracked is None:
-        return 0.  # torch's rule
+        return 0.0  # torch's rule
     return 1 / bn.num_batches_tracked.item()  # cumulative average
 
 
 def _check_map(x, num_features, ndims):
     if x.dim() < 2 or (ndims and x.dim() not in ndims):
         expected = ' or '.join(f'{n}D' for n in ndims) or 'at least 2D'
-        raise ValueError(f'expected {expected} input (got {x.dim()}D input of size '
-                         f'{tuple(x.shape)})')
+        raise ValueError(
+            f'expected {expected} input (got {x.dim()}D input of size {tuple(x.shape)})'
+        )
     if x.shape[1] != num_features:
-        raise ValueError(f'expected {num_features} channels in dimension 1 (got {x.shape[1]} '
-                         f'channels, input size {tuple(x.shape)}); num_features is set '
-                         f'where the layer is built')
+        raise ValueError(
+            f'expected {num_features} channels in dimension 1 (got {x.shape[1]} '
+            f'channels, input size {tuple(x.shape)}); num_features is set '
+            f'where the layer is built'
+        )
     if not x.is_floating_point():
-        raise TypeError(f'expected a floating-point map, got one of {x.dtype}; convert it, as by '
-                        f'x.float()')
+        raise TypeError(
+            f'expected a floating-point map, got one of {x.dtype}; convert it, as by x.float()'
+        )
 
 
 def _parts_of_norm(bn):
     """What of a torch BatchNorm kernels read; see `PER_CHANNEL`."""
     parameters, buffers = bn._parameters, bn._buffers
     try:  # the attributes cost eight times as much
-        return (parameters['weight'], parameters['bias'], buffers['running_mean'],
-                buffers['running_var'])
+        return (
+            parameters['weight'],
+            parameters['bias'],
+            buffers['running_mean'],
+            buffers['running_var'],
+        )
     except KeyError:  # replaced by plain attributes, as in nn.DataParallel's replicas
         return tuple(getattr(bn, name) for name in PER_CHANNEL)
 
 
 def _parts_of_sc(sc):
     """SC's four parameters, or None where sc is more than an SC, or another module."""
-    if (type(sc).forward is SC.forward and not has_registered(sc)
-            and tuple(sc._parameters) == SC_PARAMETERS):
-        return (*sc._parameters.values(), )
+    if (
+        type(sc).forward is SC.forward
+        and not has_registered(sc)
+        and tuple(sc._parameters) == SC_PARAMETERS
+    ):
+        return (*sc._parameters.values(),)
     return None
 
 
@@ -657,14 +791,15 @@ def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
     channels, kernels = sc.num_features, compiled_kernels() if fast else None
     if kernels and sc_parts and kernels.fits(x, channels, norm_parts, sc_parts):
         return True
-    names, shapes = PER_CHANNEL, ((channels, ), ) * 4
+    names, shapes = PER_CHANNEL, ((channels,),) * 4
     if sc_parts:
         hidden = tuple(sc_parts[0].shape[:1])
         names += SC_PARAMETERS
-        shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels, )
+        shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels,)
     for name, t, shape in zip(names, (*norm_parts, *(sc_parts or ())), shapes, strict=True):
-        if t is not None and (t.shape != shape or t.device != x.device
-                              or not t.dtype.is_floating_point):
+        if t is not None and (
+            t.shape != shape or t.device != x.device or not t.dtype.is_floating_point
+        ):
             raise RuntimeError(_misfit(name, t, shape, x))
     parameters = sc_parts or tuple(sc.parameters())
     return len(parameters) > 0 and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
@@ -673,8 +808,10 @@ def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
 def _misfit(name, tensor, shape, x):
     """What of a parameter or buffer does not fit the map x."""
     if tensor.device != x.device:
-        return (f'Expected all tensors to be on the same device, but {name} is on '
-                f'{tensor.device} and the input on {x.device}; move one of them with .to()')
+        return (
+            f'Expected all tensors to be on the same device, but {name} is on '
+            f'{tensor.device} and the input on {x.device}; move one of them with .to()'
+        )
     if tensor.shape == shape:
         return f'{name}: expected a floating-point dtype, got {tensor.dtype}'
     if len(shape) == 1 and tensor.numel() != shape[0]:
@@ -684,8 +821,10 @@ def _misfit(name, tensor, shape, x):
 
 def _check_count(x, call):
     if call.running is None and call.group is None and _values_per_channel(x) == 1:
-        raise ValueError(f'Expected more than 1 value per channel when training, got input '
-                         f'size {tuple(x.shape)}; use larger batches or inputs, or eval()')
+        raise ValueError(
+            f'Expected more than 1 value per channel when training, got input '
+            f'size {tuple(x.shape)}; use larger batches or inputs, or eval()'
+        )
 
 
 def _values_per_channel(x):
@@ -701,8 +840,12 @@ def _running_statistics(bn):
 
 
 def _is_synchronised(bn):
-    return (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available()
-            and dist.is_initialized())
+    return (
+        isinstance(bn, nn.SyncBatchNorm)
+        and bn.training
+        and dist.is_available()
+        and dist.is_initialized()
+    )
 
 
 def process_group(bn: Any) -> dist.ProcessGroup | None:
@@ -720,14 +863,23 @@ def _kernels_of_operator(call, x, w, b, backend):
     """
     if not torch.compiler.is_compiling():
         return ''
-    state = [t for t in (call.bn.running_mean, call.bn.running_var, call.bn.num_batches_tracked)
-             if t is not None]
-    if (x.dtype not in FUSED_DTYPES or call.group is not None or call.sc_parts is None
-            or len(call.sc_parts[1]) == 0
-            or (w is None) != (b is None) or (_steps(call.bn) and call.bn.running_mean is None)
-            or not all(t.is_contiguous() and t.device == x.device for t in state)
-            or x.numel() == 0 or x.shape[0] * x.shape[1] >= LARGEST
-            or x.numel() >= x.shape[0] * x.shape[1] * LARGEST):
+    state = [
+        t
+        for t in (call.bn.running_mean, call.bn.running_var, call.bn.num_batches_tracked)
+        if t is not None
+    ]
+    if (
+        x.dtype not in FUSED_DTYPES
+        or call.group is not None
+        or call.sc_parts is None
+        or len(call.sc_parts[1]) == 0
+        or (w is None) != (b is None)
+        or (_steps(call.bn) and call.bn.running_mean is None)
+        or not all(t.is_contiguous() and t.device == x.device for t in state)
+        or x.numel() == 0
+        or x.shape[0] * x.shape[1] >= LARGEST
+        or x.numel() >= x.shape[0] * x.shape[1] * LARGEST
+    ):
         return ''
     return _kept_by_compile(backend, x.device.type, x.device.index)
 
@@ -738,8 +890,12 @@ def _kept_by_compile(backend, device, index):
 
     That goes into what torch.export makes, which is to run where this package is not installed.
     """
-    if (torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0 or backend in ('reference', 'torch')):
+    if (
+        torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or backend in ('reference', 'torch')
+    ):
         return ''
     if device == 'cpu' and backend == 'triton':
         return 'triton' if os.environ.get('TRITON_INTERPRET') == '1' else ''
@@ -751,36 +907,48 @@ def _kept_by_compile(backend, device, index):
 def _by_operator(kernels, call, x, w, b):
     bn, sc = call.bn, call.sc
     parts = x, w, b, *call.sc_parts, bn.running_mean, bn.running_var
-    options = (float(bn.eps), None if sc.bound is None else float(sc.bound),
-               call.running is None, call.batch_shared,
-               sc.inputs == 'standardized' and not call.batch_shared, torch.is_grad_enabled(),
-               kernels)
+    options = (
+        float(bn.eps),
+        None if sc.bound is None else float(sc.bound),
+        call.running is None,
+        call.batch_shared,
+        sc.inputs == 'standardized' and not call.batch_shared,
+        torch.is_grad_enabled(),
+        kernels,
+    )
     if not _steps(bn):
         return torch.ops.dn_mmdet.dynamic_norm(*parts, *options)[0]
     momentum = bn.momentum
     if momentum is not None:
         momentum = float(momentum)
     elif bn.num_batches_tracked is None:
-        momentum = 0.  # torch's rule
-    return torch.ops.dn_mmdet.dynamic_norm_step(*parts, bn.num_batches_tracked, momentum,
-                                                *options)[0]
+        momentum = 0.0  # torch's rule
+    return torch.ops.dn_mmdet.dynamic_norm_step(
+        *parts, bn.num_batches_tracked, momentum, *options
+    )[0]
 
 
 def _around_the_inner_norm(x, norm, sc, batch_shared):
     """Equation (6) with z from a call of the inner norm, and SC by the statistics it used."""
     if isinstance(norm, nn.Identity):
-        raise TypeError('the inner norm is an Identity: something has folded it into a '
-                        'convolution, and SC would get the statistics of another map. Make '
-                        'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm')
+        raise TypeError(
+            'the inner norm is an Identity: something has folded it into a '
+            'convolution, and SC would get the statistics of another map. Make '
+            'BatchNorms of the layers first, by dn_mmdet.fold.fold_norm'
+        )
     if not torch.jit.is_tracing():  # where sizes are no numbers
         _check_called(x, norm, sc)
     z, x, running = _call(norm, x)
     if not isinstance(z, Tensor):
-        raise TypeError(f'expected the inner {type(norm).__name__} to give a tensor, got a '
-                        f'{type(z).__name__}; see the hooks that are registered on it')
+        raise TypeError(
+            f'expected the inner {type(norm).__name__} to give a tensor, got a '
+            f'{type(z).__name__}; see the hooks that are registered on it'
+        )
     if not torch.jit.is_tracing() and z.shape != x.shape:
-        raise ValueError(f'expected the inner {type(norm).__name__} to keep the shape '
-                         f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it')
+        raise ValueError(
+            f'expected the inner {type(norm).__name__} to keep the shape '
+            f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it'
+        )
     call = _Call(norm, running, process_group(norm), sc, None, batch_shared)
     m, v = reference.moments(x)
     mu, var, _ = statistics(call, m, v, x)
@@ -807,7 +975,7 @@ def _call(norm, x):
         seen[:] = given, running and tuple(t.clone() for t in running)
 
     if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
-        look(norm, (x, ), {})
+        look(norm, (x,), {})
         return norm(x), *seen
     with norm.register_forward_pre_hook(look, with_kwargs=True):  # the last one
         return norm(x), *seen

@@ -1,4 +1,5 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
+
 import re
 import sys
 import warnings
@@ -20,8 +21,10 @@ torch.fx.wrap('dynamic_norm')
 BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 # How functions are called that fold a BatchNorm into a convolution or a linear: those of
 # torch, timm, mmpretrain and the YOLOs, and what others would call theirs.
-FOLDING = re.compile('(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
-                     '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy')
+FOLDING = re.compile(
+    '(^|_)(fus(e|ing|ion)|fold|merge|absorb|re_?param|deploy)'
+    '|Fus(e|ing|ion)|Fold|Merge|Absorb|Re_?[Pp]aram|Deploy'
+)
 # By which of these the code of such functions, whatever they are called, takes the root of the
 # variance and eps.
 ROOTS = {'sqrt', 'rsqrt', 'pow', 'float_power', 0.5, -0.5}
@@ -51,23 +54,52 @@ class _DynamicNorm(nn.Module):
     batch_shared: bool
     ndims: tuple[int, ...]
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
-                 affine: bool = True, track_running_stats: bool = True, reduction: int = 32,
-                 min_channels: int = 8, inputs: str = 'raw', bound: float | None = 0.25,
-                 bn_requires_grad: bool = True, backend: str = 'auto',
-                 device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None, sc: dict | None = None):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        reduction: int = 32,
+        min_channels: int = 8,
+        inputs: str = 'raw',
+        bound: float | None = 0.25,
+        bn_requires_grad: bool = True,
+        backend: str = 'auto',
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        sc: dict | None = None,
+    ):
         super().__init__()
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
-            raise ValueError(f"inputs: {type(self).__name__} makes its scale and shift from "
-                             f"the batch statistics themselves: expected 'raw', got "
-                             f'{inputs!r}')
-        self.sc = _build_sc(sc, dict(num_features=num_features, reduction=reduction,
-                                     min_channels=min_channels, inputs=inputs, bound=bound,
-                                     device=device, dtype=dtype))
-        self.bn = self.bn_type(self.sc.num_features, eps, momentum, affine, track_running_stats,
-                               device=device, dtype=dtype)
+            raise ValueError(
+                f'inputs: {type(self).__name__} makes its scale and shift from '
+                f"the batch statistics themselves: expected 'raw', got "
+                f'{inputs!r}'
+            )
+        self.sc = _build_sc(
+            sc,
+            dict(
+                num_features=num_features,
+                reduction=reduction,
+                min_channels=min_channels,
+                inputs=inputs,
+                bound=bound,
+                device=device,
+                dtype=dtype,
+            ),
+        )
+        self.bn = self.bn_type(
+            self.sc.num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
         check_backend(backend)
         self.backend = backend
         self.bn_requires_grad = bn_requires_grad
@@ -76,8 +108,14 @@ class _DynamicNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # As attributes, both would cost as much as the whole compiled call.
         parts: dict[str, Any] = self._modules
-        return dynamic_norm(x, parts['bn'], parts['sc'], batch_shared=self.batch_shared,
-                            ndims=self.ndims, backend=self.backend)
+        return dynamic_norm(
+            x,
+            parts['bn'],
+            parts['sc'],
+            batch_shared=self.batch_shared,
+            ndims=self.ndims,
+            backend=self.backend,
+        )
 
     def parameters(self, recurse=True):
         """As in torch, but without those that ``bn_requires_grad=False`` froze.
@@ -88,8 +126,7 @@ class _DynamicNorm(nn.Module):
         they were thawed (``layer.bn.requires_grad_()``, ``model.requires_grad_()``).
         """
         for name, parameter in self.named_parameters(recurse=recurse):
-            if (self.bn_requires_grad or parameter.requires_grad
-                    or not name.startswith('bn.')):
+            if self.bn_requires_grad or parameter.requires_grad or not name.startswith('bn.'):
                 yield parameter
 
     def reset_running_stats(self):
@@ -119,8 +156,10 @@ class _DynamicNorm(nn.Module):
             state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.', device))
 
     def __prepare_scriptable__(self):
-        raise TypeError(f'{type(self).__name__} cannot be scripted, its forward chooses by device '
-                        f'and mode: use torch.jit.trace or torch.export instead')
+        raise TypeError(
+            f'{type(self).__name__} cannot be scripted, its forward chooses by device '
+            f'and mode: use torch.jit.trace or torch.export instead'
+        )
 
     def extra_repr(self):
         shown = [] if self.bn_requires_grad else ['bn_requires_grad=False']
@@ -154,14 +193,21 @@ class _DynamicNorm(nn.Module):
         if not (named or any(map(_seems_to_fold, codes))) or self.sc.is_identity():
             return
         kind = type(self).__name__
-        remedy = ('make BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or leave this '
-                  'one as it is. Code that only reads it finds the inner BatchNorm as .bn')
+        remedy = (
+            'make BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or leave this '
+            'one as it is. Code that only reads it finds the inner BatchNorm as .bn'
+        )
         if named:
-            raise TypeError(f'{name}: expected a BatchNorm to fold, got {kind}, whose scale and '
-                            f'shift follow the input and would be lost: {remedy}')
-        warnings.warn(f'{name} reads what functions read that fuse a BatchNorm into a '
-                      f'convolution. Of a {kind} they would lose the scale and shift that follow '
-                      f'the input: {remedy}', stacklevel=3)
+            raise TypeError(
+                f'{name}: expected a BatchNorm to fold, got {kind}, whose scale and '
+                f'shift follow the input and would be lost: {remedy}'
+            )
+        warnings.warn(
+            f'{name} reads what functions read that fuse a BatchNorm into a '
+            f'convolution. Of a {kind} they would lose the scale and shift that follow '
+            f'the input: {remedy}',
+            stacklevel=3,
+        )
 
     @property
     def eps(self):
@@ -196,9 +242,12 @@ def _seems_to_fold(code):
     """
     called = code.co_names + code.co_freevars
     names = {*called, *code.co_consts}
-    return (code.co_name != '<module>' and {'running_var', 'eps'} <= names
-            and 'sc' not in names
-            and (not names.isdisjoint(ROOTS) or any(map(FOLDING.search, called))))
+    return (
+        code.co_name != '<module>'
+        and {'running_var', 'eps'} <= names
+        and 'sc' not in names
+        and (not names.isdisjoint(ROOTS) or any(map(FOLDING.search, called)))
+    )
 
 
 def _register(cls):
@@ -275,24 +324,28 @@ class DNB(_DNB):
         >>> layer(torch.randn(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
     """
-    bn_type, ndims = nn.BatchNorm2d, (4, )
+
+    bn_type, ndims = nn.BatchNorm2d, (4,)
 
 
 @_register
 class DNB1d(_DNB):
     """DN-B over (N, C) or (N, C, L); the arguments are those of `DNB`."""
+
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNB3d(_DNB):
     """DN-B over (N, C, D, H, W); the arguments are those of `DNB`."""
-    bn_type, ndims = nn.BatchNorm3d, (5, )
+
+    bn_type, ndims = nn.BatchNorm3d, (5,)
 
 
 @_register
 class SyncDNB(_DNB):
     """DN-B over (N, C, ...), with batch statistics over all processes; else as `DNB`."""
+
     bn_type, ndims = nn.SyncBatchNorm, ()
 
 
@@ -309,22 +362,26 @@ class DNC(_DNC):
         >>> layer(torch.randn(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
     """
-    bn_type, ndims = nn.BatchNorm2d, (4, )
+
+    bn_type, ndims = nn.BatchNorm2d, (4,)
 
 
 @_register
 class DNC1d(_DNC):
     """DN-C over (N, C) or (N, C, L); the arguments are those of `DNB`."""
+
     bn_type, ndims = nn.BatchNorm1d, (2, 3)
 
 
 @_register
 class DNC3d(_DNC):
     """DN-C over (N, C, D, H, W); the arguments are those of `DNB`."""
-    bn_type, ndims = nn.BatchNorm3d, (5, )
+
+    bn_type, ndims = nn.BatchNorm3d, (5,)
 
 
 @_register
 class SyncDNC(_DNC):
     """DN-C over (N, C, ...), with batch statistics over all processes; else as `DNC`."""
+
     bn_type, ndims = nn.SyncBatchNorm, ()

@@ -1,4 +1,5 @@
 """What messages of the tools are made of: an error class, suggestions, short lists."""
+
 import difflib
 import logging
 import re
@@ -8,6 +9,7 @@ from mmengine.logging import print_log
 
 class UserError(ValueError):
     """What the user can put right; a tool says it in one message."""
+
     exit_code = 2  # of the tool
 
 

@@ -1,4 +1,5 @@
 """Where figures come from: the commit of this code, the device, the versions of packages."""
+
 import platform
 import subprocess
 from importlib import metadata
@@ -8,15 +9,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout, where this is one
 # Under each name, the distributions that may provide it.
-DISTRIBUTIONS = dict(torch=('torch', ), triton=('triton', ),
-                     mmengine=('mmengine', 'onedl-mmengine'), mmdet=('mmdet', 'onedl-mmdetection'))
+DISTRIBUTIONS = dict(
+    torch=('torch',),
+    triton=('triton',),
+    mmengine=('mmengine', 'onedl-mmengine'),
+    mmdet=('mmdet', 'onedl-mmdetection'),
+)
 
 
 def commit_of(root: Path = ROOT) -> str:
     """The commit that the code is at, with '+' where its files differ from it."""
+
     def git(*arguments):
-        return subprocess.run(['git', '-C', str(root), *arguments], check=True, text=True,
-                              capture_output=True).stdout.strip()
+        return subprocess.run(
+            ['git', '-C', str(root), *arguments], check=True, text=True, capture_output=True
+        ).stdout.strip()
+
     try:
         changed = git('status', '--porcelain', '--untracked-files=no', '--', 'dn_mmdet', 'tools')
         return git('rev-parse', '--short=10', 'HEAD') + ('+' if changed else '')

@@ -6,6 +6,7 @@ as text; what it leaves open is this project's own design.
 `dynamic_norm` here is all of it. Never optimised. Every backend is tested against it, and it
 runs wherever autograd has to see each operation (export, transforms, double backward).
 """
+
 from collections.abc import Callable
 
 import torch
@@ -23,9 +24,17 @@ def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return mu, (v + (m - mu).square()).mean(0)
 
 
-def dynamic_norm(x: Tensor, w: Tensor | None, b: Tensor | None, sc: nn.Module, *, eps: float,
-                 batch_shared: bool, statistics: Statistics = batch_statistics,
-                 sc_parameters: dict[str, Tensor] | None = None) -> Tensor:
+def dynamic_norm(
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    sc: nn.Module,
+    *,
+    eps: float,
+    batch_shared: bool,
+    statistics: Statistics = batch_statistics,
+    sc_parameters: dict[str, Tensor] | None = None,
+) -> Tensor:
     """DN-B or DN-C of a map x (N, C, ...).
 
     With ``m, v`` (N, C) the mean and population variance of each sample's channel and
@@ -80,9 +89,16 @@ def normalize(x: Tensor, mu: Tensor, sigma: Tensor, w: Tensor, b: Tensor) -> Ten
     return w * (widen(x) - mu) / sigma + b
 
 
-def call_sc(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps: float,
-            batch_shared: bool,
-            parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def call_sc(
+    sc: nn.Module,
+    m: Tensor,
+    v: Tensor,
+    mu: Tensor,
+    sigma: Tensor,
+    eps: float,
+    batch_shared: bool,
+    parameters: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """g, h by equation (4), (N, C) each, or (5), (1, C) each.
 
     ``parameters``, where given, stand in for SC's own.
@@ -99,8 +115,10 @@ def call_sc(sc: nn.Module, m: Tensor, v: Tensor, mu: Tensor, sigma: Tensor, eps:
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         for name, t in (('g', g), ('h', h)):
             if t.shape != inputs[0].shape:
-                raise RuntimeError(f'{name}, made by {type(sc).__name__}, should have the shape '
-                                   f'{tuple(inputs[0].shape)} not {tuple(t.shape)}')
+                raise RuntimeError(
+                    f'{name}, made by {type(sc).__name__}, should have the shape '
+                    f'{tuple(inputs[0].shape)} not {tuple(t.shape)}'
+                )
     return g, h
 
 
@@ -111,8 +129,10 @@ def modulate(z: Tensor, g: Tensor, h: Tensor) -> Tensor:
 
 def affine_parameters(w: Tensor | None, b: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """w and b in the dtype of `like` (C,), or ones and zeros where a norm has none."""
-    return (torch.ones_like(like) if w is None else w.to(like.dtype),
-            torch.zeros_like(like) if b is None else b.to(like.dtype))
+    return (
+        torch.ones_like(like) if w is None else w.to(like.dtype),
+        torch.zeros_like(like) if b is None else b.to(like.dtype),
+    )
 
 
 def widen(x: Tensor) -> Tensor:
@@ -122,4 +142,4 @@ def widen(x: Tensor) -> Tensor:
 
 def _over(x, t):
     """(C,) or (N, C) coefficients, to be broadcast over x's spatial positions."""
-    return t.view(-1, x.shape[1], *(1, ) * (x.dim() - 2))
+    return t.view(-1, x.shape[1], *(1,) * (x.dim() - 2))

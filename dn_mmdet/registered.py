@@ -1,4 +1,5 @@
 """What a ``type`` in a config means: a name, a name with a scope, a dotted path or a class."""
+
 import inspect
 import sys
 

@@ -2,6 +2,7 @@
 
 A finished training keeps its config, and that names modules in ``custom_imports``.
 """
+
 import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder

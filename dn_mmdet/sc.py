@@ -1,4 +1,5 @@
 """The SC module: scale and shift made from the features' own mean and std."""
+
 import contextlib
 import copy
 import math
@@ -90,23 +91,31 @@ class SC(nn.Module):
 
     OUTPUT_PARAMETERS = ('w_out', 'b_out')  # g = h = 0 where these are zero
 
-    def __init__(self, num_features: int, reduction: int = 32, min_channels: int = 8,
-                 inputs: str = 'raw', bound: float | None = 0.25,
-                 device: torch.device | str | int | None = None,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        num_features: int,
+        reduction: int = 32,
+        min_channels: int = 8,
+        inputs: str = 'raw',
+        bound: float | None = 0.25,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         num_features = _positive_integer('num_features', num_features)
         reduction = _positive_integer('reduction', reduction)
         min_channels = _positive_integer('min_channels', min_channels)
         check_choices(dict(inputs=inputs), dict(inputs=INPUTS))
         if bound is not None and not (isinstance(bound, Real) and 0 < bound < math.inf):
-            raise ValueError(f'bound: expected a number above 0, or None for no bound, '
-                             f'got {bound!r}')
+            raise ValueError(
+                f'bound: expected a number above 0, or None for no bound, got {bound!r}'
+            )
         self.num_features = num_features
         self.inputs = inputs
         self.bound = bound
-        self._make_parameters(max(num_features // reduction, min_channels),
-                              dict(device=device, dtype=dtype))
+        self._make_parameters(
+            max(num_features // reduction, min_channels), dict(device=device, dtype=dtype)
+        )
         self.reset_parameters()
 
     def _make_parameters(self, hidden, factory, given=2, made=2):
@@ -123,7 +132,8 @@ class SC(nn.Module):
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         w_in, b_in, w_out, b_out = in_dtype_of(
-            mean, (self.w_in, self.b_in, self.w_out, self.b_out))
+            mean, (self.w_in, self.b_in, self.w_out, self.b_out)
+        )
         with no_autocast(mean.device.type):
             hidden = F.relu(F.linear(torch.cat((mean, std), dim=1), w_in, b_in))
             out = F.linear(hidden, w_out, b_out)
@@ -136,8 +146,9 @@ class SC(nn.Module):
         """Whether g = h = 0 whatever the input: not trained yet, or reset."""
         return not any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS)
 
-    def identity_state_dict(self, prefix: str = '',
-                            device: torch.device | None = None) -> dict[str, Tensor]:
+    def identity_state_dict(
+        self, prefix: str = '', device: torch.device | None = None
+    ) -> dict[str, Tensor]:
         """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0.
 
         Where it has no values, on meta, those of a fresh module on ``device``, if given.
@@ -153,12 +164,16 @@ class SC(nn.Module):
         for name in self.OUTPUT_PARAMETERS:
             pruned = f'{prefix}{name}_orig'
             if prefix + name not in state and pruned not in state:
-                raise ValueError(f'{prefix}{name} is computed from other parameters, which cannot '
-                                 f'be set so that g = h = 0: remove its parametrization first, by '
-                                 f'torch.nn.utils.parametrize.remove_parametrizations')
+                raise ValueError(
+                    f'{prefix}{name} is computed from other parameters, which cannot '
+                    f'be set so that g = h = 0: remove its parametrization first, by '
+                    f'torch.nn.utils.parametrize.remove_parametrizations'
+                )
             state[pruned if pruned in state else prefix + name].zero_()
         return state
 
     def extra_repr(self):
-        return (f'{self.num_features}, hidden={len(self.b_in)}, inputs={self.inputs!r}, '
-                f'bound={self.bound}')
+        return (
+            f'{self.num_features}, hidden={len(self.b_in)}, inputs={self.inputs!r}, '
+            f'bound={self.bound}'
+        )

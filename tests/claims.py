@@ -1,7 +1,8 @@
 """The table "What works with DN-B" of docs/tested.md, made of the tests that show it.
 
-    python tests/claims.py    # writes it again
+python tests/claims.py    # writes it again
 """
+
 import ast
 import re
 from collections import defaultdict
@@ -25,8 +26,10 @@ def claims() -> dict[str, list[str]]:
 
 def table() -> str:
     found = claims()
-    rows = [f'| {what} | {", ".join(f"`{test}`" for test in found[what])} |'
-            for what in sorted(found, key=lambda what: what.strip('`').lower())]
+    rows = [
+        f'| {what} | {", ".join(f"`{test}`" for test in found[what])} |'
+        for what in sorted(found, key=lambda what: what.strip('`').lower())
+    ]
     return '\n'.join(('| what | shown by, in `tests/` |', '|---|---|', *rows))
 
 

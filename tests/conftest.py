@@ -1,4 +1,5 @@
 """What all tests share: one table of tolerances, seeds, one thread, an awake SC."""
+
 import pytest
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ def close():
     """Asserts that two tensors of one dtype agree within that dtype's tolerance."""
 
     def assert_close(actual, expected, dtype=None):
-        torch.testing.assert_close(actual, expected,
-                                   **TOLERANCE[dtype or torch.as_tensor(actual).dtype])
+        torch.testing.assert_close(
+            actual, expected, **TOLERANCE[dtype or torch.as_tensor(actual).dtype]
+        )
 
     return assert_close
 

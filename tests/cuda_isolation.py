@@ -9,6 +9,7 @@ test that hangs ends its worker in the same way, by pytest-timeout's method 'thr
 
 Results are written as they come, so that they are there even when the run is killed.
 """
+
 import os
 import time
 
@@ -18,8 +19,9 @@ import pytest
 def pytest_addoption(parser):
     group = parser.getgroup('GPU tests')
     group.addoption('--results', metavar='FILE', help='append each result here as it comes')
-    group.addoption('--stop-after', metavar='SECONDS', type=float,
-                    help='begin no test after this time')
+    group.addoption(
+        '--stop-after', metavar='SECONDS', type=float, help='begin no test after this time'
+    )
 
 
 def pytest_configure(config):
@@ -33,14 +35,18 @@ def pytest_runtest_makereport(item, call):
     if report.failed and os.environ.get('PYTEST_XDIST_WORKER') and _device_is_lost():
         path = item.config.getoption('--results')
         if path:
-            _write(path, f'CUDA ERROR {report.nodeid} ({report.when}): its process ends; the '
-                   f'error:\n{report.longreprtext[-4000:]}')
+            _write(
+                path,
+                f'CUDA ERROR {report.nodeid} ({report.when}): its process ends; the '
+                f'error:\n{report.longreprtext[-4000:]}',
+            )
         os._exit(1)  # no atexit handler: they would wait for the device
     return report
 
 
 def _device_is_lost():
     import torch
+
     if not torch.cuda.is_initialized():
         return False
     try:

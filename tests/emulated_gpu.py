@@ -5,6 +5,7 @@ from the memory that a GPU would read them from, and Triton's interpreter runs t
 those very pointers, each load and store of which is checked against what the plan says lies
 behind it.
 """
+
 import contextlib
 import ctypes
 import subprocess
@@ -30,8 +31,14 @@ one_at_a_time = threading.RLock()  # the interpreter's state is global
 load_by_driver = host._load
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
-                  ctypes.POINTER(ctypes.c_void_p))
+@ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+)
 def on_launch(function, grid, threads, shared, params):
     with one_at_a_time:
         return run(function, grid, threads, shared, params)
@@ -51,7 +58,7 @@ def run(function, grid, threads, shared, params):
         for extra in range(2):  # Triton's scratch memory
             assert ctypes.c_uint64.from_address(params[len(names) + extra]).value == 0
         with torch.no_grad():
-            getattr(triton_kernels, launch.kernel)[(grid, )](**arguments)
+            getattr(triton_kernels, launch.kernel)[(grid,)](**arguments)
         return 0
     except BaseException:
         errors.append(traceback.format_exc())
@@ -102,8 +109,10 @@ def guard(name, mask_at):
             addresses = addresses[(addresses < first) | (addresses >= last)]
         if intervals and len(addresses):
             near = min(intervals, key=lambda i: abs(int(addresses[0]) - i[2]))
-            raise IndexError(f'{name}: {len(addresses)} addresses outside, the first '
-                             f'{int(addresses[0]) - near[1]} of {near[2] - near[1]} in {near[0]}')
+            raise IndexError(
+                f'{name}: {len(addresses)} addresses outside, the first '
+                f'{int(addresses[0]) - near[1]} of {near[2] - near[1]} in {near[0]}'
+            )
         return real(pointers, *args)
 
     setattr(interpreter_builder, name, guarded)
@@ -123,8 +132,9 @@ def dynamic_norm(x, bn, sc, *, batch_shared, ndims=(), backend='auto'):
             return y
     if backend == 'cpp':
         backend = 'triton'
-    return functional.dynamic_norm(x, bn, sc, batch_shared=batch_shared, ndims=ndims,
-                                   backend=backend)
+    return functional.dynamic_norm(
+        x, bn, sc, batch_shared=batch_shared, ndims=ndims, backend=backend
+    )
 
 
 def told(function, *args):
@@ -141,8 +151,10 @@ def install():
     """Puts the fake driver in the real one's place, for good."""
     folder = Path(tempfile.mkdtemp())
     library = folder / 'libfake.so'
-    subprocess.run(['gcc', '-shared', '-fPIC', '-o', library,
-                    Path(__file__).with_name('fake_cuda.c')], check=True)
+    subprocess.run(
+        ['gcc', '-shared', '-fPIC', '-o', library, Path(__file__).with_name('fake_cuda.c')],
+        check=True,
+    )
     _host.use_driver(str(library))
     fake = ctypes.CDLL(str(library))
     fake.fake_set_callback(on_launch)

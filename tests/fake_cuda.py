@@ -3,6 +3,7 @@
 Tensors asked for on 'cuda' come on the CPU. What is called in a graph's capture runs once; a
 replay takes a thousandth of a second on the clock of the events and nothing else.
 """
+
 import contextlib
 import time
 
@@ -19,10 +20,11 @@ def _on_cpu(value):
 
 
 class _OnCPU(TorchFunctionMode):
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*(_on_cpu(arg) for arg in args),
-                        **{name: _on_cpu(arg) for name, arg in (kwargs or {}).items()})
+        return function(
+            *(_on_cpu(arg) for arg in args),
+            **{name: _on_cpu(arg) for name, arg in (kwargs or {}).items()},
+        )
 
 
 class FakeCuda:
@@ -38,7 +40,6 @@ class FakeCuda:
         fake, generator, autocast = self, torch.Generator, torch.autocast
 
         class Event:
-
             def __init__(self, enable_timing=False):
                 assert enable_timing
 
@@ -49,12 +50,10 @@ class FakeCuda:
                 return 1e3 * (end.time - self.time)
 
         class Stream:
-
             def wait_stream(self, other):
                 assert isinstance(other, Stream)
 
         class Graph:
-
             def capture_begin(self):
                 assert not fake.capturing and fake.on_side_stream
                 if uncapturable(fake.captures):
@@ -90,25 +89,37 @@ class FakeCuda:
 
         def memory_stats():  # each call leaves 10 MB, and took as much besides
             fake.allocated += 10**7
-            return {'requested_bytes.all.current': fake.allocated,
-                    'requested_bytes.all.peak': fake.allocated + 10**7}
+            return {
+                'requested_bytes.all.current': fake.allocated,
+                'requested_bytes.all.peak': fake.allocated + 10**7,
+            }
 
         self.on_side_stream, self.allocated = False, 0
         for name, value in dict(
-                Event=Event, Stream=Stream, CUDAGraph=Graph, stream=stream,
-                synchronize=synchronize, current_stream=Stream, is_available=lambda: True,
-                device_count=lambda: 1,
-                empty_cache=lambda: None, reset_peak_memory_stats=lambda: None,
-                get_device_name=lambda: 'a fake GPU',
-                memory_stats=memory_stats).items():
+            Event=Event,
+            Stream=Stream,
+            CUDAGraph=Graph,
+            stream=stream,
+            synchronize=synchronize,
+            current_stream=Stream,
+            is_available=lambda: True,
+            device_count=lambda: 1,
+            empty_cache=lambda: None,
+            reset_peak_memory_stats=lambda: None,
+            get_device_name=lambda: 'a fake GPU',
+            memory_stats=memory_stats,
+        ).items():
             monkeypatch.setattr(torch.cuda, name, value)
-        class Generator:  # a class: annotations name it
 
+        class Generator:  # a class: annotations name it
             def __new__(cls, device='cpu'):
                 return generator(_on_cpu(device))
 
         monkeypatch.setattr(torch, 'Generator', Generator)
-        monkeypatch.setattr(torch, 'autocast', lambda device, *args, **kwargs: autocast(
-            _on_cpu(device), *args, **kwargs))
+        monkeypatch.setattr(
+            torch,
+            'autocast',
+            lambda device, *args, **kwargs: autocast(_on_cpu(device), *args, **kwargs),
+        )
         monkeypatch.setitem(timing.COPIED, 'cuda', timing.COPIED['cpu'])
         self.mode = _OnCPU()

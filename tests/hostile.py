@@ -1,4 +1,5 @@
 """Checkpoints that run a program when they are unpickled."""
+
 import os
 import pickle
 
@@ -6,12 +7,11 @@ import torch
 
 
 class _Evil:
-
     def __init__(self, target):
         self.target = str(target)
 
     def __reduce__(self):
-        return os.mkdir, (self.target, )
+        return os.mkdir, (self.target,)
 
 
 def write_hostile(path, kind='zip', state_dict=()):

@@ -1,4 +1,5 @@
 """How every fused backend is held against the float64 reference, on any device."""
+
 import copy
 import os
 import subprocess
@@ -12,19 +13,27 @@ from torch.utils._pytree import tree_leaves
 
 from dn_mmdet import DNB, DNC
 
-CUDA = pytest.param('cuda', marks=[
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')])
+CUDA = pytest.param(
+    'cuda',
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+    ],
+)
 
 # Whether this process runs Triton's kernels on the CPU, in Triton's interpreter.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICES = pytest.mark.parametrize('device', ['cpu'] if INTERPRETED else [CUDA])
-KINDS = {'dnb-raw': (DNB, dict(inputs='raw')),
-         'dnb-standardized': (DNB, dict(inputs='standardized')),
-         'dnc': (DNC, {})}
-LAYOUTS = {'contiguous': lambda x: x.contiguous(),
-           'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
-           'transposed': lambda x: x.mT.contiguous().mT}
+KINDS = {
+    'dnb-raw': (DNB, dict(inputs='raw')),
+    'dnb-standardized': (DNB, dict(inputs='standardized')),
+    'dnc': (DNC, {}),
+}
+LAYOUTS = {
+    'contiguous': lambda x: x.contiguous(),
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+}
 # The mean, in standard deviations, up to which accuracy is asked for: the most that leaves
 # the values of a dtype apart.
 OFFSETS = {torch.float64: 1e4, torch.float32: 1e4, torch.float16: 1e2, torch.bfloat16: 10}
@@ -39,12 +48,15 @@ def assert_interpreted_tests_pass(file, marker):
     env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
     process = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marker, file],
-        env=dict(env, TRITON_INTERPRET='1'), capture_output=True, text=True)
+        env=dict(env, TRITON_INTERPRET='1'),
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     assert ' passed' in process.stdout and 'skipped' not in process.stdout, process.stdout
 
 
-def make_layer(kind, channels, backend, training, offset=0., **kwargs):
+def make_layer(kind, channels, backend, training, offset=0.0, **kwargs):
     """A layer as after training on features of this mean, SC neither asleep nor saturated."""
     cls, more = KINDS[kind]
     layer = awake(cls(channels, backend=backend, **more, **kwargs), std=0.3).train(training)
@@ -65,12 +77,15 @@ def step(layer, x, dy):
     parameters = dict(layer.named_parameters())
     y = layer(x)
     gradients = torch.autograd.grad(y, (x, *parameters.values()), dy)
-    return dict(zip(('y', 'dx', *parameters), (y.detach(), *gradients), strict=True),
-                **dict(layer.named_buffers()))
+    return dict(
+        zip(('y', 'dx', *parameters), (y.detach(), *gradients), strict=True),
+        **dict(layer.named_buffers()),
+    )
 
 
-def assert_as_accurate_as_plain_pytorch(backend, kind, shape, layout, dtype, training, device,
-                                        offset=0., draws=5):
+def assert_as_accurate_as_plain_pytorch(
+    backend, kind, shape, layout, dtype, training, device, offset=0.0, draws=5
+):
     """Errors against float64 of all that a step gives are within twice plain PyTorch's.
 
     In norms, over several draws together: a single draw can be lucky for either. The
@@ -87,16 +102,20 @@ def assert_as_accurate_as_plain_pytorch(backend, kind, shape, layout, dtype, tra
         actual, by_plain = step(layer, x, dy), step(plain, x, dy)
         for name, wanted in step(exact, x.double(), dy.double()).items():
             assert actual[name].dtype == by_plain[name].dtype, name
-            for sums, value in ((errors, actual[name] - wanted),
-                                (plain_errors, by_plain[name] - wanted), (norms, wanted)):
+            for sums, value in (
+                (errors, actual[name] - wanted),
+                (plain_errors, by_plain[name] - wanted),
+                (norms, wanted),
+            ):
                 sums[name] = sums.get(name, 0) + value.double().square().sum().item()
     for name in errors:
         stored_in = dtype if name in ('y', 'dx') else torch.float32
         eps = torch.finfo(stored_in).eps * (max(offset, 1) if stored_in == torch.float32 else 1)
-        allowed = max(2 * plain_errors[name]**0.5, FEW * eps * norms[name]**0.5)
-        assert errors[name]**0.5 <= allowed, (
-            f'{name}: off by {errors[name]**0.5:.3g} of {norms[name]**0.5:.3g}; allowed '
-            f'{allowed:.3g}, plain PyTorch {plain_errors[name]**0.5:.3g}')
+        allowed = max(2 * plain_errors[name] ** 0.5, FEW * eps * norms[name] ** 0.5)
+        assert errors[name] ** 0.5 <= allowed, (
+            f'{name}: off by {errors[name] ** 0.5:.3g} of {norms[name] ** 0.5:.3g}; allowed '
+            f'{allowed:.3g}, plain PyTorch {plain_errors[name] ** 0.5:.3g}'
+        )
 
 
 def assert_equals_reference(backend, kind, x, training, **kwargs):
@@ -107,11 +126,15 @@ def assert_equals_reference(backend, kind, x, training, **kwargs):
     dy = torch.randn_like(x)
     actual = step(layer, x, dy)
     for name, wanted in step(reference, x, dy).items():
-        torch.testing.assert_close(actual[name].double(), wanted.double(),
-                                   **TOLERANCE[torch.float64], msg=lambda m, n=name: f'{n}: {m}')
+        torch.testing.assert_close(
+            actual[name].double(),
+            wanted.double(),
+            **TOLERANCE[torch.float64],
+            msg=lambda m, n=name: f'{n}: {m}',
+        )
 
 
-def assert_primitives(ops, x, offset=0.):
+def assert_primitives(ops, x, offset=0.0):
     """Each primitive's result is float64's within x's dtype, in x's dtype and layout."""
     n, c = x.shape[:2]
     dense = x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
@@ -127,17 +150,21 @@ def assert_primitives(ops, x, offset=0.):
     flat, flat_dy = x.double().flatten(2), dy.double().flatten(2)
     centre, a, shift, p, q = (t.double()[..., None] for t in (m, a, shift, p, q))
     centred = flat - centre
-    expected = dict(m=flat.mean(2), v=flat.var(2, correction=0),
-                    y=(a * centred + shift).view(x.shape),
-                    da=(flat_dy * centred).sum(2), dc=flat_dy.sum(2),
-                    dx=(a * flat_dy + p * centred + q).view(x.shape))
+    expected = dict(
+        m=flat.mean(2),
+        v=flat.var(2, correction=0),
+        y=(a * centred + shift).view(x.shape),
+        da=(flat_dy * centred).sum(2),
+        dc=flat_dy.sum(2),
+        dx=(a * flat_dy + p * centred + q).view(x.shape),
+    )
     for name, wanted in expected.items():
         stored_in = x.dtype if name in ('y', 'dx') else wide
         tolerance = TOLERANCE[stored_in]['rtol'] * max(wanted.abs().max().item(), 1)
         if name == 'y':  # a x + (c - a m) in torch's kernel
             tolerance += FEW * offset * torch.finfo(wide).eps
         if name in ('da', 'dc'):  # sums of flat.shape[2] terms of size 1
-            tolerance *= flat.shape[2]**0.5
+            tolerance *= flat.shape[2] ** 0.5
         assert results[name].dtype == stored_in, name
         error = (results[name].double() - wanted).abs().max().item()
         assert error <= tolerance, f'{name}: off by {error:.3g}, allowed {tolerance:.3g}'
@@ -162,10 +189,12 @@ class WritesApart(TorchDispatchMode):
                     where = t.untyped_storage()._cdata
                     name, written = seen.setdefault(where, (argument.name, writes))
                     assert name == argument.name or not (writes or written), (
-                        f'{function}: {name} and {argument.name} are the same memory')
+                        f'{function}: {name} and {argument.name} are the same memory'
+                    )
         return function(*args, **kwargs)
 
 
 def _is_channels_last(x):
-    return ((x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-            or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)))
+    return (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
+        x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    )

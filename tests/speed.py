@@ -6,6 +6,7 @@ A page says where: ``<!-- speed on a GPU, written by tests/speed.py -->`` to ``<
 in docs/gpu.md ``<!-- tile sizes, train, channels_last -->``, ``<!-- torch.compile -->``.
 Without the file a table says that nothing was measured.
 """
+
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ BEGIN, END = '<!-- speed on a GPU, written by tests/speed.py -->', '<!-- end -->
 
 class Line(NamedTuple):
     """What a line of the table shows: a measure of the benchmark, eager or on the GPU alone."""
+
     label: str
     part: str
     task: str
@@ -35,24 +37,31 @@ class Line(NamedTuple):
 
 
 LINES = (
-    Line('the 76 layers, forward + backward', 'layers', 'train', 'sum of times',
-         'sum of GPU times'),
+    Line(
+        'the 76 layers, forward + backward', 'layers', 'train', 'sum of times', 'sum of GPU times'
+    ),
     Line('the same, batch 192', 'layers', 'train', 'sum of times', 'sum of GPU times', batch=192),
-    Line('the same, batch 24, float32', 'layers', 'train', 'sum of times', 'sum of GPU times',
-         dtype='float32'),
+    Line(
+        'the same, batch 24, float32',
+        'layers',
+        'train',
+        'sum of times',
+        'sum of GPU times',
+        dtype='float32',
+    ),
     Line('the 76 layers, inference', 'layers', 'inference', 'sum of times', 'sum of GPU times'),
     Line('SSDLite, training step', 'detector', 'train', 'time'),
     Line('SSDLite, inference', 'detector', 'inference', 'time', 'GPU time'),
     Line('SSDLite, peak memory of a training step', 'detector', 'train', 'peak memory'),
     Line('host time of a forward', 'host', 'train', 'forward', batch=2),
-    Line('host time of `backward()`', 'host', 'train', 'backward', batch=2))
+    Line('host time of `backward()`', 'host', 'train', 'backward', batch=2),
+)
 MISSING = 'not measured'
 
 
 def table(rows) -> str:
     """DN-B over BatchNorm: eager and on the GPU alone, for each memory format."""
-    lines = ['| | contiguous | GPU alone | channels_last | GPU alone |',
-             '|---|--:|--:|--:|--:|']
+    lines = ['| | contiguous | GPU alone | channels_last | GPU alone |', '|---|--:|--:|--:|--:|']
     for line in LINES:
         cells = []
         for layout in bars.LAYOUTS:
@@ -63,27 +72,38 @@ def table(rows) -> str:
 
 
 def _cell(rows, line, layout, measure):
-    wanted = dict(part=line.part, task=line.task, measure=measure, batch=line.batch,
-                  dtype=line.dtype, memory_format=layout, unit='of BN',
-                  norm=bars.MEASURED.norm, backend=bars.MEASURED.backend)
+    wanted = dict(
+        part=line.part,
+        task=line.task,
+        measure=measure,
+        batch=line.batch,
+        dtype=line.dtype,
+        memory_format=layout,
+        unit='of BN',
+        norm=bars.MEASURED.norm,
+        backend=bars.MEASURED.backend,
+    )
     found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-    return f"{found[-1]['median']:.2f}" if found else MISSING
+    return f'{found[-1]["median"]:.2f}' if found else MISSING
 
 
 def _source(rows):
     if not rows:
         return 'On a GPU: not measured. `tools/gpu_check.sh` does it in one call.'
-    sources = {tuple(row[key] for key in ('device', 'commit', 'torch', 'triton'))
-               for row in rows}
+    sources = {tuple(row[key] for key in ('device', 'commit', 'torch', 'triton')) for row in rows}
     if len(sources) > 1:
-        raise ValueError(f'{ROWS.name}: expected rows of one device, commit, torch and triton, '
-                         f'got {sorted(sources)}; keep one run')
+        raise ValueError(
+            f'{ROWS.name}: expected rows of one device, commit, torch and triton, '
+            f'got {sorted(sources)}; keep one run'
+        )
     device, commit, torch, triton = sources.pop()
     date = min(row['date'] for row in rows)[:10]
-    return (f'On a GPU: {device}, commit `{commit}`, torch {torch}, triton {triton}, {date}. Time '
-            f'of DN-B as a\nratio to `nn.BatchNorm2d` in the same run, batch {bars.GPU_BATCH}, '
-            f'{bars.GPU_DTYPE} where a line does not say another; "GPU\nalone" is the replay of a '
-            f'CUDA graph, which leaves the host out. `tools/gpu_check.sh` measures it.')
+    return (
+        f'On a GPU: {device}, commit `{commit}`, torch {torch}, triton {triton}, {date}. Time '
+        f'of DN-B as a\nratio to `nn.BatchNorm2d` in the same run, batch {bars.GPU_BATCH}, '
+        f'{bars.GPU_DTYPE} where a line does not say another; "GPU\nalone" is the replay of a '
+        f'CUDA graph, which leaves the host out. `tools/gpu_check.sh` measures it.'
+    )
 
 
 def read(path=ROWS) -> list[dict]:
@@ -98,15 +118,19 @@ def with_table(page: str, rows) -> str:
 
 def with_tuning_tables(page: str, rows) -> str:
     """A page with each table of tile sizes written again, in the row before it its source."""
+
     def written(match):
         begin, task, layout = match.groups()
         chosen = [row for row in rows if row['memory_format'] == layout]
         text = MISSING
         if chosen:
             first = chosen[0]
-            text = (f"{first['device']}, commit `{first['commit']}`, {layout}, {first['dtype']}, "
-                    f"batch {first['batch']}:\n\n{benchmark.tuning_table(chosen, task)}")
+            text = (
+                f'{first["device"]}, commit `{first["commit"]}`, {layout}, {first["dtype"]}, '
+                f'batch {first["batch"]}:\n\n{benchmark.tuning_table(chosen, task)}'
+            )
         return f'{begin}{text}\n'
+
     return TUNING.sub(written, page)
 
 
@@ -115,12 +139,15 @@ def with_compiled_table(page: str, rows) -> str:
     chosen = [row for row in rows if row['part'] == 'compiled']
     text = MISSING
     if chosen:
-        text = (f"{chosen[0]['device']}, commit `{chosen[0]['commit']}`:\n\n"
-                f'{benchmark.compiled_table(chosen)}')
+        text = (
+            f'{chosen[0]["device"]}, commit `{chosen[0]["commit"]}`:\n\n'
+            f'{benchmark.compiled_table(chosen)}'
+        )
     return COMPILED.sub(lambda match: f'{match[1]}{text}\n', page)
 
 
 if __name__ == '__main__':
-    TUNING_PAGE.write_text(with_compiled_table(with_tuning_tables(
-        TUNING_PAGE.read_text(), read(TUNING_ROWS)), read()))
+    TUNING_PAGE.write_text(
+        with_compiled_table(with_tuning_tables(TUNING_PAGE.read_text(), read(TUNING_ROWS)), read())
+    )
     PAGE.write_text(with_table(PAGE.read_text(), read()))

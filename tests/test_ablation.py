@@ -1,4 +1,5 @@
 """The ablation's variants of SC: each is what its name says, in every backend."""
+
 import pytest
 import torch
 from conftest import awake
@@ -25,7 +26,7 @@ def test_scale_or_shift_alone_leaves_the_other_at_zero():
     statistics = torch.randn(2, 4, 16).unbind()
     for outputs, place in (('scale', 0), ('shift', 1)):
         sc = awake(VariantSC(16, outputs=outputs))
-        assert sc.w_out.shape == (16, 8) and sc.b_out.shape == (16, )
+        assert sc.w_out.shape == (16, 8) and sc.b_out.shape == (16,)
         made = sc(*statistics)
         assert made[place].any() and not made[1 - place].any()
         assert all(t.shape == (4, 16) for t in made)
@@ -34,13 +35,14 @@ def test_scale_or_shift_alone_leaves_the_other_at_zero():
 def test_the_default_choices_are_sc_itself():
     plain, variant = awake(SC(16)), VariantSC(16)
     variant.load_state_dict(plain.state_dict())
-    for actual, expected in zip(variant(*torch.ones(2, 4, 16)), plain(*torch.ones(2, 4, 16)),
-                                strict=True):
+    for actual, expected in zip(
+        variant(*torch.ones(2, 4, 16)), plain(*torch.ones(2, 4, 16)), strict=True
+    ):
         assert torch.equal(actual, expected)
 
 
 def test_2_sigmoid_1(close):
-    sc, free = awake(VariantSC(16, bound=1., squash='sigmoid')), VariantSC(16, bound=None)
+    sc, free = awake(VariantSC(16, bound=1.0, squash='sigmoid')), VariantSC(16, bound=None)
     free.load_state_dict(sc.state_dict())
     statistics = torch.randn(2, 4, 16).unbind()
     for made, raw in zip(sc(*statistics), free(*statistics), strict=True):
@@ -68,9 +70,9 @@ def test_channelwise_is_four_parameters_a_channel_and_each_channel_for_itself():
 
 def test_channelwise_by_hand():
     sc = VariantSC(1, hidden='channelwise', bound=None)
-    sc.w_out.data = torch.tensor([[[2.], [3.]], [[-1.], [0.5]]])
-    g, h = sc(torch.tensor([[5.]]), torch.tensor([[7.]]))
-    assert (g.item(), h.item()) == (31., -1.5)
+    sc.w_out.data = torch.tensor([[[2.0], [3.0]], [[-1.0], [0.5]]])
+    g, h = sc(torch.tensor([[5.0]]), torch.tensor([[7.0]]))
+    assert (g.item(), h.item()) == (31.0, -1.5)
 
 
 def test_a_stopped_gradient_leaves_sc_to_train_and_the_statistics_alone():
@@ -83,7 +85,7 @@ def test_a_stopped_gradient_leaves_sc_to_train_and_the_statistics_alone():
 
 def test_default_init_does_not_start_at_batch_norm():
     layer = DNB(16, sc=dict(type=VariantSC, init='default'))
-    limit = layer.sc.w_out.shape[1]**-0.5
+    limit = layer.sc.w_out.shape[1] ** -0.5
     assert 0.9 * limit < layer.sc.w_out.abs().max() <= limit
     x = torch.randn(4, 16, 5, 5)
     assert (layer(x) - layer.bn(x)).abs().max() > 0.01
@@ -129,4 +131,5 @@ def test_an_argument_that_does_not_exist_is_named():
 
 def test_repr_shows_what_was_changed():
     assert repr(VariantSC(16, hidden='channelwise', outputs='both')) == (
-        "VariantSC(16, inputs='raw', bound=0.25, parameters=64, hidden='channelwise')")
+        "VariantSC(16, inputs='raw', bound=0.25, parameters=64, hidden='channelwise')"
+    )

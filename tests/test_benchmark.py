@@ -1,4 +1,5 @@
 """The benchmark proves parity before it times, and what it says of its figures is right."""
+
 import copy
 import csv
 import importlib.util
@@ -21,12 +22,12 @@ from dn_mmdet.kernels import torch_ops
 TOOL = Path(__file__).parents[1] / 'tools' / 'benchmark.py'
 FUSED = Variant('DNB', 'torch')
 # Without MMDetection and MMCV, as on a machine that has only torch and mmengine.
-BARE = '''
+BARE = """
 import runpy, sys
 sys.modules.update(mmdet=None, mmcv=None)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
-'''
+"""
 
 
 @pytest.fixture
@@ -43,13 +44,38 @@ def wrong_affine(x, m, a, c):
 
 @pytest.mark.slow
 def test_layers_alone_where_mmdet_is_missing(tmp_path):
-    command = [sys.executable, '-W', 'ignore', '-c', BARE, TOOL, '--parts', 'layers', '--size',
-               '32', '--batch', '2', '--pairs', '2', '--compiled', '0', '--csv', 'rows.csv',
-               '--plot', 'layers.png']
+    command = [
+        sys.executable,
+        '-W',
+        'ignore',
+        '-c',
+        BARE,
+        TOOL,
+        '--parts',
+        'layers',
+        '--size',
+        '32',
+        '--batch',
+        '2',
+        '--pairs',
+        '2',
+        '--compiled',
+        '0',
+        '--csv',
+        'rows.csv',
+        '--plot',
+        'layers.png',
+    ]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for text in ('layers, forward + backward, batch 2, time', 'layers, inference, batch 2, time',
-                 'bytes saved', 'copy bandwidth', 'DNB torch', '1.15  0.95'):
+    for text in (
+        'layers, forward + backward, batch 2, time',
+        'layers, inference, batch 2, time',
+        'bytes saved',
+        'copy bandwidth',
+        'DNB torch',
+        '1.15  0.95',
+    ):
         assert text in run.stdout
     assert (tmp_path / 'layers.png').stat().st_size > 10_000
     with open(tmp_path / 'rows.csv', newline='') as file:
@@ -90,14 +116,19 @@ def test_parity_of_the_detector_comes_first_too(tmp_path, monkeypatch, dtype, ch
 
 def test_detector_rows(tmp_path):
     variants = [BN, FOLDED, GN, FUSED]
-    detectors = benchmark.Detectors(Setting('cpu', pairs=2), variants, write_config(tmp_path),
-                                    size=64)
+    detectors = benchmark.Detectors(
+        Setting('cpu', pairs=2), variants, write_config(tmp_path), size=64
+    )
     before = copy.deepcopy(detectors.models[FUSED].state_dict())
     rows = detectors.measure('train', 2)
-    assert {(row['norm'], row['backend']) for row in rows} == {tuple(v) for v in variants
-                                                               if v != FOLDED}
-    peaks = {row['norm']: row['median'] for row in rows
-             if row['measure'] == 'peak memory' and row['unit'] == 'of BN'}
+    assert {(row['norm'], row['backend']) for row in rows} == {
+        tuple(v) for v in variants if v != FOLDED
+    }
+    peaks = {
+        row['norm']: row['median']
+        for row in rows
+        if row['measure'] == 'peak memory' and row['unit'] == 'of BN'
+    }
     assert peaks['BN'] == 1 and peaks['DNB'] > 1  # SC's parameters
     rows = detectors.measure('inference', 2)
     assert {row['unit'] for row in rows} == {'s', 'of BN', 'of BN folded'}
@@ -107,8 +138,9 @@ def test_detector_rows(tmp_path):
 
 
 def test_detectors_share_weights_and_are_awake(tmp_path):
-    models = benchmark.Detectors(Setting('cpu'), [BN, FOLDED, GN, FUSED, REFERENCE],
-                                 write_config(tmp_path), size=64).models
+    models = benchmark.Detectors(
+        Setting('cpu'), [BN, FOLDED, GN, FUSED, REFERENCE], write_config(tmp_path), size=64
+    ).models
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         out = {v: model.eval()(x, mode='tensor')[0][0] for v, model in models.items()}
@@ -123,6 +155,7 @@ def test_detectors_share_weights_and_are_awake(tmp_path):
 def test_shapes_are_those_of_mmdets_detector():
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
+
     cfg = Config.fromfile(benchmark.CONFIG)
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
@@ -141,8 +174,12 @@ def test_rounds_alternate_and_each_gives_a_pair():
     setting = Setting('cpu', pairs=4)
     long = 2 * benchmark.LONG_ENOUGH['cpu']
     found = benchmark.alternate(
-        {BN: lambda: (calls.append('bn'), busy(long)),
-         FUSED: lambda: (calls.append('dn'), busy(2 * long))}, setting)
+        {
+            BN: lambda: (calls.append('bn'), busy(long)),
+            FUSED: lambda: (calls.append('dn'), busy(2 * long)),
+        },
+        setting,
+    )
     assert calls[-8:] == ['bn', 'dn', 'dn', 'bn'] * 2
     assert len(found[BN]) == len(found[FUSED]) == 4
     assert all(seconds >= long for seconds in found[BN])
@@ -162,7 +199,7 @@ def test_allocations_are_counted():
         return kept
 
     result, left, peak = benchmark.allocations(call, 'cpu')
-    assert result.shape == (1000, ) and 4000 <= left < 4200 and 16000 <= peak < 16400
+    assert result.shape == (1000,) and 4000 <= left < 4200 and 16000 <= peak < 16400
 
 
 def test_rows_are_not_appended_to_another_table(tmp_path):
@@ -171,9 +208,14 @@ def test_rows_are_not_appended_to_another_table(tmp_path):
         benchmark.write_rows(tmp_path / 'rows.csv', [])
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--pairs', '0'], 'at least 1'), (['--plot', 'x.png', '--parts', 'detector'], '--parts'),
-    (['--csv', 'missing/rows.csv'], 'no such folder')])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--pairs', '0'], 'at least 1'),
+        (['--plot', 'x.png', '--parts', 'detector'], '--parts'),
+        (['--csv', 'missing/rows.csv'], 'no such folder'),
+    ],
+)
 def test_wrong_options(main, argv, message, capsys):
     with pytest.raises(SystemExit, match='2'):
         main(argv)

@@ -1,4 +1,5 @@
 """How a GPU is timed, and what is made of it, on a CUDA device that is the CPU."""
+
 import importlib.util
 from collections import Counter
 from pathlib import Path
@@ -28,8 +29,9 @@ def main():
 def test_gpu_alone_is_the_time_of_replays(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     calls = Counter()
-    found = benchmark.gpu_alone({BN: lambda: calls.update(bn=1), FUSED: lambda: calls.update(
-        dn=1)}, CUDA, repeats=5)
+    found = benchmark.gpu_alone(
+        {BN: lambda: calls.update(bn=1), FUSED: lambda: calls.update(dn=1)}, CUDA, repeats=5
+    )
     assert calls == dict(bn=7, dn=7)  # two to warm up and five in the graph; none in a replay
     assert cuda.captures == 2 and cuda.live == 0
     for values in found.values():
@@ -64,8 +66,9 @@ def test_a_variant_that_cannot_be_captured_costs_its_gpu_time_alone(monkeypatch)
     cuda = FakeCuda(monkeypatch, uncapturable=lambda i: i == 1)
     failures = []
     with cuda.mode:
-        rows = benchmark.measure_layers(CUDA, 2, Counter({(8, 4): 1, (8, 2): 2}), [BN, FUSED],
-                                        failures=failures)
+        rows = benchmark.measure_layers(
+            CUDA, 2, Counter({(8, 4): 1, (8, 2): 2}), [BN, FUSED], failures=failures
+        )
     timed = {(row['norm'], row['measure']) for row in rows if row['part'] == 'layers'}
     assert ('BN', 'sum of GPU times') in timed and ('DNB', 'sum of GPU times') not in timed
     assert ('DNB', 'sum of times') in timed
@@ -83,8 +86,11 @@ def test_sums_weigh_shapes_by_their_layers(monkeypatch):
     measured = [8, 8, 16, 16]  # training and inference; larger maps first
     monkeypatch.setattr(benchmark.layers, 'alternate', alternate)
     rows = benchmark.measure_layers(Setting('cpu', pairs=2), 2, shapes, [BN, FUSED])
-    found = {(row['norm'], row['unit']): row for row in rows
-             if (row['task'], row['measure']) == ('train', 'sum of times')}
+    found = {
+        (row['norm'], row['unit']): row
+        for row in rows
+        if (row['task'], row['measure']) == ('train', 'sum of times')
+    }
     assert found['BN', 's']['median'] == 4 + 3 * 1
     assert found['DNB', 'of BN']['median'] == pytest.approx((2 + 3 * 3) / (4 + 3 * 1))
     assert found['DNB', 'of BN']['layers'] == 4
@@ -94,10 +100,18 @@ def test_no_time_left_is_said_and_the_rest_is_there():
     now = iter([0, 0.5, 2])
     deadline = benchmark.Deadline(1, clock=lambda: next(now))
     failures = []
-    rows = benchmark.measure_layers(Setting('cpu', pairs=1), 2, Counter({(8, 4): 1, (8, 2): 2}),
-                                    [BN, FUSED], deadline=deadline, failures=failures)
-    assert failures == ['layers, batch 2, float32, contiguous: no time left for 2 of 3 layers, '
-                        'those from 8 x 2 x 2 on']
+    rows = benchmark.measure_layers(
+        Setting('cpu', pairs=1),
+        2,
+        Counter({(8, 4): 1, (8, 2): 2}),
+        [BN, FUSED],
+        deadline=deadline,
+        failures=failures,
+    )
+    assert failures == [
+        'layers, batch 2, float32, contiguous: no time left for 2 of 3 layers, '
+        'those from 8 x 2 x 2 on'
+    ]
     assert {row['layers'] for row in rows if row['part'] == 'layers'} == {1}
 
 
@@ -105,7 +119,6 @@ def test_host_times_are_between_the_calls_and_layers_take_turns():
     turns = []
 
     class Layer(torch.nn.Module):
-
         def __init__(self, name):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(1))
@@ -117,21 +130,27 @@ def test_host_times_are_between_the_calls_and_layers_take_turns():
 
     time = iter(range(10**6))
     x = torch.randn(2, 3)
-    found = host_alone({BN: Layer('bn'), FUSED: Layer('dn')}, Setting('cpu'), x,
-                       torch.ones_like(x), blocks=2, clock=lambda: next(time))
+    found = host_alone(
+        {BN: Layer('bn'), FUSED: Layer('dn')},
+        Setting('cpu'),
+        x,
+        torch.ones_like(x),
+        blocks=2,
+        clock=lambda: next(time),
+    )
     for by_call in found.values():
-        assert set(by_call) == {'forward', 'backward', 'autograd.grad',
-                                'forward without gradient'}
+        assert set(by_call) == {'forward', 'backward', 'autograd.grad', 'forward without gradient'}
         assert all(values == [1] * (2 * BLOCK) for values in by_call.values())
-    blocks = turns[::3 * BLOCK]  # three forwards a call
+    blocks = turns[:: 3 * BLOCK]  # three forwards a call
     assert blocks == ['dn', 'bn', 'bn', 'dn', 'dn', 'bn']
 
 
 def test_one_step_runs_all_layers_and_alternates():
     shapes = Counter({(8, 4): 2, (16, 2): 1})
     time = iter(range(10**6))
-    rows = benchmark.measure_step(Setting('cpu'), 2, shapes, [BN, FUSED], rounds=2,
-                                  clock=lambda: next(time))
+    rows = benchmark.measure_step(
+        Setting('cpu'), 2, shapes, [BN, FUSED], rounds=2, clock=lambda: next(time)
+    )
     found = {(row['norm'], row['measure'], row['unit']): row['median'] for row in rows}
     assert found['DNB', 'time', 's'] == 3  # ticks of the clock from start to the end
     assert found['DNB', 'host time of forward', 's'] == 1
@@ -159,9 +178,31 @@ def test_the_tool_on_a_gpu(main, tmp_path, monkeypatch, capsys):
     table, picture = tmp_path / 'gpu.csv', tmp_path / 'gpu.png'
     with cuda.mode:
         for layout in ([], ['--channels-last']):
-            code = main(['--device', 'cuda', '--size', '32', '--batch', '24', '--pairs', '1',
-                         '--amp', *layout, '--norms', 'BN', 'DNB:auto', '--parts', 'layers',
-                         'step', 'host', '--commit', 'abc', '--csv', str(table)])
+            code = main(
+                [
+                    '--device',
+                    'cuda',
+                    '--size',
+                    '32',
+                    '--batch',
+                    '24',
+                    '--pairs',
+                    '1',
+                    '--amp',
+                    *layout,
+                    '--norms',
+                    'BN',
+                    'DNB:auto',
+                    '--parts',
+                    'layers',
+                    'step',
+                    'host',
+                    '--commit',
+                    'abc',
+                    '--csv',
+                    str(table),
+                ]
+            )
             assert code == 0, capsys.readouterr().err
     capsys.readouterr()
     assert main(['--bars', str(table), '--plot', str(picture)]) == 0
@@ -176,45 +217,100 @@ def test_the_tool_on_a_gpu(main, tmp_path, monkeypatch, capsys):
 
 def test_a_backend_that_does_not_run_here_is_left_out_and_said(main, tmp_path, capsys):
     table = tmp_path / 'rows.csv'
-    assert main(['--size', '32', '--batch', '4', '--pairs', '1', '--parts', 'host', '--norms',
-                 'BN', 'DNB:triton', 'DNB:torch', '--csv', str(table)]) == 1
+    assert (
+        main(
+            [
+                '--size',
+                '32',
+                '--batch',
+                '4',
+                '--pairs',
+                '1',
+                '--parts',
+                'host',
+                '--norms',
+                'BN',
+                'DNB:triton',
+                'DNB:torch',
+                '--csv',
+                str(table),
+            ]
+        )
+        == 1
+    )
     assert "not measured: DNB triton: backend='triton': " in capsys.readouterr().err
     assert {row['backend'] for row in benchmark.read_rows(table)} == {'', 'torch'}
 
 
 def test_compile_only_runs_every_dtype_and_layout_and_times_nothing(main, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(benchmark, 'run_layers', lambda setting, batch, shapes, variants:
-                        ran.append((setting.dtype, setting.channels_last, tuple(shapes))))
+    monkeypatch.setattr(
+        benchmark,
+        'run_layers',
+        lambda setting, batch, shapes, variants: ran.append(
+            (setting.dtype, setting.channels_last, tuple(shapes))
+        ),
+    )
     for i in ('1/2', '2/2'):
         assert main(['--compile-only', i, '--norms', 'BN', 'DNB:auto']) == 0
     assert capsys.readouterr().out == ''
     assert len(set(ran)) == 8
-    shapes = [shape for dtype, last, part in ran if dtype == torch.float16 and last
-              for shape in part]
+    shapes = [
+        shape for dtype, last, part in ran if dtype == torch.float16 and last for shape in part
+    ]
     assert sorted(shapes) == sorted(benchmark.ssdlite_shapes())
 
 
 def row(what, layout, median, **others):
-    return dict(dict(part=what.part, task=what.task, measure=what.measure, unit='of BN',
-                     memory_format=layout, dtype='float16', batch=24, norm='DNB', backend='auto',
-                     median=median, q10=median, q90=median, layers=76, device='GPU', torch='1',
-                     triton='2', commit='abc'), **others)
+    return dict(
+        dict(
+            part=what.part,
+            task=what.task,
+            measure=what.measure,
+            unit='of BN',
+            memory_format=layout,
+            dtype='float16',
+            batch=24,
+            norm='DNB',
+            backend='auto',
+            median=median,
+            q10=median,
+            q90=median,
+            layers=76,
+            device='GPU',
+            torch='1',
+            triton='2',
+            commit='abc',
+        ),
+        **others,
+    )
 
 
 def test_bars_say_what_was_reached():
     eager, _, alone, *_ = bars.GPU_BARS
-    text = benchmark.bars_table([
-        row(eager, 'contiguous', 0.64), row(eager, 'channels_last', 1.04),
-        row(alone, 'contiguous', 0.51), row(alone, 'channels_last', 0.9, layers=60),
-        row(eager, 'contiguous', 9, backend='triton'), row(eager, 'contiguous', 9, batch=192),
-        row(eager, 'contiguous', 9, dtype='float32')]).splitlines()
+    text = benchmark.bars_table(
+        [
+            row(eager, 'contiguous', 0.64),
+            row(eager, 'channels_last', 1.04),
+            row(alone, 'contiguous', 0.51),
+            row(alone, 'channels_last', 0.9, layers=60),
+            row(eager, 'contiguous', 9, backend='triton'),
+            row(eager, 'contiguous', 9, batch=192),
+            row(eager, 'contiguous', 9, dtype='float32'),
+        ]
+    ).splitlines()
     found = {line[:56].strip(): line[78:].split() for line in text[3:]}
     assert len(found) == 2 * len(bars.GPU_BARS)
 
     def ending(what, layout):
-        return ' '.join(next(words for name, words in found.items()
-                             if name.split('  ')[0] == what and name.endswith(layout)))
+        return ' '.join(
+            next(
+                words
+                for name, words in found.items()
+                if name.split('  ')[0] == what and name.endswith(layout)
+            )
+        )
+
     assert ending(eager.what, 'contiguous').endswith('0.65 aim')
     assert ending(eager.what, 'channels_last').endswith('0.90 must')
     assert ending(alone.what, 'contiguous').endswith('0.40 MISSED')
@@ -229,10 +325,16 @@ def test_bars_without_rows_and_of_another_file(main, tmp_path, capsys):
     assert 'expected the columns of a benchmark' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--norms', 'BN', 'DNX'], "expected 'BN', 'GN'"), (['--norms', 'BN', 'DNB'], 'DNB:BACKEND'),
-    (['--norms', 'DNB:auto'], 'BN is what the others are compared with'),
-    (['--compile-only', '3/2'], 'expected I/N'), (['--compile-only', 'x'], 'expected I/N')])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--norms', 'BN', 'DNX'], "expected 'BN', 'GN'"),
+        (['--norms', 'BN', 'DNB'], 'DNB:BACKEND'),
+        (['--norms', 'DNB:auto'], 'BN is what the others are compared with'),
+        (['--compile-only', '3/2'], 'expected I/N'),
+        (['--compile-only', 'x'], 'expected I/N'),
+    ],
+)
 def test_wrong_options(main, argv, message, capsys):
     with pytest.raises(SystemExit, match='2'):
         main(argv)

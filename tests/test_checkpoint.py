@@ -37,15 +37,27 @@ def saved(tmp_path):
     """A checkpoint with all that mmengine puts into one."""
     history = HistoryBuffer([1.0, 2.0], [1, 1])
     content = dict(
-        meta=dict(epoch=1, iter=2, cfg='norm_cfg=dict(type="BN")', experiment_name='one',
-                  dataset_meta=dict(classes=('cat', 'dog'), palette=[(1, 2, 3)])),
+        meta=dict(
+            epoch=1,
+            iter=2,
+            cfg='norm_cfg=dict(type="BN")',
+            experiment_name='one',
+            dataset_meta=dict(classes=('cat', 'dog'), palette=[(1, 2, 3)]),
+        ),
         state_dict=net(nn.BatchNorm2d).state_dict(),
-        message_hub=dict(log_scalars=dict(loss=history), resumed_keys=dict(loss=True),
-                         runtime_info=dict(best=np.float64(0.5), count=np.int64(3),
-                                           flag=np.bool_(True),
-                                           names=np.array(['a', 'bc']))),
+        message_hub=dict(
+            log_scalars=dict(loss=history),
+            resumed_keys=dict(loss=True),
+            runtime_info=dict(
+                best=np.float64(0.5),
+                count=np.int64(3),
+                flag=np.bool_(True),
+                names=np.array(['a', 'bc']),
+            ),
+        ),
         optimizer=torch.optim.SGD(net(DNB).parameters(), 0.1).state_dict(),
-        param_schedulers=[dict(last_step=2, milestones=slice(1, 2))])
+        param_schedulers=[dict(last_step=2, milestones=slice(1, 2))],
+    )
     path = tmp_path / 'epoch_1.pth'
     torch.save(content, path)
     return path
@@ -66,16 +78,27 @@ def test_opens_all_that_mmengine_writes(saved):
 
 
 SCHEDULERS = dict(
-    ConstantLR={}, CosineAnnealingLR=dict(T_max=4), ExponentialLR=dict(gamma=0.5), LinearLR={},
-    MultiStepLR=dict(milestones=[2, 3]), StepLR=dict(step_size=2), PolyLR={},
-    OneCycleLR=dict(eta_max=1, total_steps=9), ReduceOnPlateauLR=dict(monitor='loss'),
+    ConstantLR={},
+    CosineAnnealingLR=dict(T_max=4),
+    ExponentialLR=dict(gamma=0.5),
+    LinearLR={},
+    MultiStepLR=dict(milestones=[2, 3]),
+    StepLR=dict(step_size=2),
+    PolyLR={},
+    OneCycleLR=dict(eta_max=1, total_steps=9),
+    ReduceOnPlateauLR=dict(monitor='loss'),
     CosineRestartLR=dict(periods=[2, 2], restart_weights=[1, 1], eta_min=0),
-    QuadraticWarmupLR=dict(by_epoch=True, begin=0, end=4))
+    QuadraticWarmupLR=dict(by_epoch=True, begin=0, end=4),
+)
 
 
-@pytest.mark.parametrize('name, args', [
-    *SCHEDULERS.items(),
-    ('OneCycleLR', dict(eta_max=1, total_steps=9, anneal_strategy='linear'))])
+@pytest.mark.parametrize(
+    'name, args',
+    [
+        *SCHEDULERS.items(),
+        ('OneCycleLR', dict(eta_max=1, total_steps=9, anneal_strategy='linear')),
+    ],
+)
 def test_opens_the_state_of_every_scheduler(name, args, tmp_path):
     register_all_modules()  # QuadraticWarmupLR is mmdet's
     optimizer = torch.optim.SGD(net(nn.BatchNorm2d).parameters(), 0.1)
@@ -124,7 +147,6 @@ def test_trust_executes(tmp_path, kind):
 def test_getattr_in_a_checkpoint_reaches_nothing_but_known_functions(tmp_path):
 
     class Reach:
-
         def __reduce__(self):
             return getattr, (HistoryBuffer, '__init__')
 
@@ -150,10 +172,17 @@ def _script():
     return file.getvalue()
 
 
-@pytest.mark.parametrize('content, message', [
-    (b'', 'truncated'), (b'hello\n', 'truncated'), (bytes(range(256)) * 9, 'truncated'),
-    (pickle.dumps({}), 'truncated'), (_script(), 'expected a checkpoint'),
-], ids=['empty', 'text', 'noise', 'pickle', 'list'])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'truncated'),
+        (b'hello\n', 'truncated'),
+        (bytes(range(256)) * 9, 'truncated'),
+        (pickle.dumps({}), 'truncated'),
+        (_script(), 'expected a checkpoint'),
+    ],
+    ids=['empty', 'text', 'noise', 'pickle', 'list'],
+)
 def test_what_is_no_checkpoint_is_told(tmp_path, content, message):
     (tmp_path / 'x.pth').write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -163,7 +192,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path, content, message):
 @pytest.mark.parametrize('share', [0.2, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_told(saved, share):
     data = saved.read_bytes()
-    saved.write_bytes(data[:int(share * len(data))])
+    saved.write_bytes(data[: int(share * len(data))])
     with pytest.raises(CheckpointError, match='truncated'):
         open_checkpoint(saved)
 
@@ -197,13 +226,13 @@ def server(tmp_path, monkeypatch):
     """The address at which tmp_path is served; downloads go to a cache of the test's own."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-
         def log_message(self, *args):
             pass
 
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
     with http.server.ThreadingHTTPServer(
-            ('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path)) as httpd:
+        ('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path)
+    ) as httpd:
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
         yield f'http://127.0.0.1:{httpd.server_port}'
@@ -223,8 +252,16 @@ def test_downloads_are_opened_safely(saved, tmp_path, server):
     assert not (tmp_path / 'hub' / 'checkpoints' / 'absent.pth').exists()
 
 
-@pytest.mark.parametrize('address', ['torchvision://no_such_net', 'open-mmlab://no_such_net',
-                                     'pavi://x', 's3://bucket/x.pth', 'mmcls://resnet'])
+@pytest.mark.parametrize(
+    'address',
+    [
+        'torchvision://no_such_net',
+        'open-mmlab://no_such_net',
+        'pavi://x',
+        's3://bucket/x.pth',
+        'mmcls://resnet',
+    ],
+)
 def test_addresses_without_a_safe_loader_are_refused(address):
     with safe_loading(), pytest.raises(CheckpointError, match=address):
         load_checkpoint(net(nn.BatchNorm2d), address)
@@ -241,6 +278,7 @@ def test_weights_fit_their_own_model(norm, prefix):
 @pytest.mark.parametrize('norm', [DNB, DNC])
 def test_batch_norm_weights_fit_a_dn_model_and_that_is_said(norm, caplog):
     from mmengine.logging import MMLogger
+
     logger = MMLogger.get_instance(f'fits{norm.__name__}')
     logger.addHandler(caplog.handler)
     with caplog.at_level(logging.WARNING):
@@ -267,13 +305,29 @@ class OwnDNC(DNC):
     """A user's subclass."""
 
 
-@pytest.mark.parametrize('kind', [
-    "'DNC'", "'SyncDNC'", "'DNC3d'", "'mmengine.DNC'", "'dn_mmdet.DNC'", "'dn_mmdet.layers.DNC'",
-    'dn_mmdet.layers.DNC', 'dn_mmdet.layers.SyncDNC', f"'{OwnDNC.__module__}.OwnDNC'",
-    f'{OwnDNC.__module__}.OwnDNC'])
-@pytest.mark.parametrize('text', [
-    "model = dict(\n    neck=[dict(norm_cfg=dict(eps=0.001, type={}))])\nnorm = dict(type='DNB')",
-    "model = {{'neck': dict(a=1), 'norm_cfg': {{'type': {}}}}}"], ids=['dict', 'braces'])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        "'DNC'",
+        "'SyncDNC'",
+        "'DNC3d'",
+        "'mmengine.DNC'",
+        "'dn_mmdet.DNC'",
+        "'dn_mmdet.layers.DNC'",
+        'dn_mmdet.layers.DNC',
+        'dn_mmdet.layers.SyncDNC',
+        f"'{OwnDNC.__module__}.OwnDNC'",
+        f'{OwnDNC.__module__}.OwnDNC',
+    ],
+)
+@pytest.mark.parametrize(
+    'text',
+    [
+        "model = dict(\n    neck=[dict(norm_cfg=dict(eps=0.001, type={}))])\nn = dict(type='DNB')",
+        "model = {{'neck': dict(a=1), 'norm_cfg': {{'type': {}}}}}",
+    ],
+    ids=['dict', 'braces'],
+)
 def test_a_checkpoint_may_name_its_norm_in_every_way(kind, text):
     """As mmengine writes configs, with classes as paths, in quotes or without."""
     meta = dict(cfg=text.format(kind))
@@ -283,9 +337,20 @@ def test_a_checkpoint_may_name_its_norm_in_every_way(kind, text):
         check_fits(net(DNB), checkpoint, 'x.pth')
 
 
-@pytest.mark.parametrize('text', [
-    None, '', 3, 'no ( python', 'x = ' + '(' * 5000, "model = dict(type='DNX')", 'model = 1',
-    "model = dict(type=open('x'))", '\0'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        None,
+        '',
+        3,
+        'no ( python',
+        'x = ' + '(' * 5000,
+        "model = dict(type='DNX')",
+        'model = 1',
+        "model = dict(type=open('x'))",
+        '\0',
+    ],
+)
 def test_a_config_that_says_nothing_is_no_error(text):
     checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(cfg=text))
     check_fits(net(DNB), checkpoint, 'x.pth')
@@ -294,19 +359,25 @@ def test_a_config_that_says_nothing_is_no_error(text):
 def test_the_config_in_a_checkpoint_is_never_executed(tmp_path, monkeypatch):
     (tmp_path / 'named_by_a_checkpoint.py').write_text(f"open('{tmp_path}/executed', 'w')")
     monkeypatch.syspath_prepend(tmp_path)
-    for text in (f"model = dict(type=open('{tmp_path}/executed', 'w'))",
-                 "model = dict(type='named_by_a_checkpoint.Norm')",
-                 "model = dict(type=named_by_a_checkpoint)"):
+    for text in (
+        f"model = dict(type=open('{tmp_path}/executed', 'w'))",
+        "model = dict(type='named_by_a_checkpoint.Norm')",
+        'model = dict(type=named_by_a_checkpoint)',
+    ):
         checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(cfg=text))
         check_fits(net(DNB), checkpoint, 'x.pth')
     assert not (tmp_path / 'executed').exists()
 
 
-@pytest.mark.parametrize('other, message', [
-    (nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)), r'6 of another size'),
-    (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(as 1.bias\)'),
-    (nn.Sequential(*net(nn.BatchNorm2d), nn.Conv2d(8, 8, 1)), r'2 not in the model'),
-], ids=['size', 'missing', 'unexpected'])
+@pytest.mark.parametrize(
+    'other, message',
+    [
+        (nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)), r'6 of another size'),
+        (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(as 1.bias\)'),
+        (nn.Sequential(*net(nn.BatchNorm2d), nn.Conv2d(8, 8, 1)), r'2 not in the model'),
+    ],
+    ids=['size', 'missing', 'unexpected'],
+)
 def test_weights_of_another_architecture_do_not_fit(other, message):
     with pytest.raises(CheckpointError, match='not of the model'):
         check_fits(net(nn.BatchNorm2d), other.state_dict(), 'x.pth')

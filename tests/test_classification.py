@@ -1,4 +1,5 @@
 """The classification configs: twins but for the norm, and a backbone that detectors load."""
+
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
-mmpretrain = pytest.importorskip('mmpretrain', reason="needs the extra 'cls'",
-                                 exc_type=ImportError)
+mmpretrain = pytest.importorskip(
+    'mmpretrain', reason="needs the extra 'cls'", exc_type=ImportError
+)
 
 import mmcv  # noqa: E402
 from test_configs import flat  # noqa: E402
@@ -35,8 +37,10 @@ def folders(tmp_path):
     for split in ('train', 'val'):
         for name in ('n01', 'n02'):
             for i in range(2):
-                mmcv.imwrite(rng.integers(0, 255, (64, 64, 3), np.uint8),
-                             str(tmp_path / f'data/tinyin100/{split}/{name}/{i}.JPEG'))
+                mmcv.imwrite(
+                    rng.integers(0, 255, (64, 64, 3), np.uint8),
+                    str(tmp_path / f'data/tinyin100/{split}/{name}/{i}.JPEG'),
+                )
     return tmp_path
 
 
@@ -45,8 +49,10 @@ def folders(tmp_path):
 def test_twins_differ_in_nothing_but_the_norm(norm, data):
     bn, dn = flat(dict(read('bn', data))), flat(dict(read(norm, data)))
     differing = {key: dn.get(key) for key in bn.keys() | dn.keys() if bn.get(key) != dn.get(key)}
-    assert differing == {'norm_cfg.type': norm.upper(),
-                         'model.backbone.norm_cfg.type': norm.upper()}
+    assert differing == {
+        'norm_cfg.type': norm.upper(),
+        'model.backbone.norm_cfg.type': norm.upper(),
+    }
 
 
 @pytest.mark.parametrize('norm,layers', [('bn', 0), ('dnb', 52), ('dnc', 52)])
@@ -63,20 +69,21 @@ def test_builds_and_trains(norm, layers):
         loss.backward()
         optimizer.step()
     assert torch.isfinite(loss)
-    moved = [not torch.equal(old, new)
-             for old, new in zip(before, model.parameters(), strict=True)]
+    moved = [
+        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
+    ]
     assert sum(moved) > 0.9 * len(moved)
 
 
 def test_at_64_px_the_last_map_has_4_x_4_cells():
     backbone = check_model(read('bn', 'tinyin100')).backbone
     with torch.no_grad():
-        out, = backbone(torch.randn(1, 3, 64, 64))
+        (out,) = backbone(torch.randn(1, 3, 64, 64))
     assert out.shape == (1, 1280, 4, 4)
 
 
 def test_strides_are_checked():
-    for strides in ((2, ) * 7, (2, 1, 2, 2, 2, 1, 2, 4)):
+    for strides in ((2,) * 7, (2, 1, 2, 2, 2, 1, 2, 4)):
         with pytest.raises(ValueError, match='expected eight numbers'):
             StridedMobileNetV2(strides)
 
@@ -92,16 +99,23 @@ def test_a_class_list_chooses_and_orders_the_labels(folders):
     assert every.metainfo['classes'] == ('n01', 'n02')
 
 
-@pytest.mark.parametrize('text,message', [
-    ('', 'got 0'), ('n01\nn01\n', '1 of them different'), ('n01\nn03\n', 'found none'),
-    (None, 'no such class list')])
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        ('', 'got 0'),
+        ('n01\nn01\n', '1 of them different'),
+        ('n01\nn03\n', 'found none'),
+        (None, 'no such class list'),
+    ],
+)
 def test_a_class_list_that_does_not_fit_is_told(text, message, folders):
     path = folders / 'list.txt'
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        ListedImageFolder(str(path), data_root=str(folders / 'data/tinyin100'),
-                          data_prefix='train')
+        ListedImageFolder(
+            str(path), data_root=str(folders / 'data/tinyin100'), data_prefix='train'
+        )
 
 
 def test_the_checks_before_training_know_folders_of_classes(folders, monkeypatch):
@@ -125,8 +139,7 @@ def test_a_trained_backbone_is_that_of_the_ssdlite_config(close):
     cfg = Config.fromfile(CONFIGS / 'ssdlite_mbv2_dnb_voc07.py')
     cfg.model.backbone.norm_cfg.eps = 1e-5
     theirs = check_model(cfg).double()
-    state = {key: value for key, value in ours.state_dict().items()
-             if key.startswith('backbone.')}
+    state = {key: value for key, value in ours.state_dict().items() if key.startswith('backbone.')}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     assert not any(key.startswith('backbone.') for key in missing)
@@ -136,29 +149,48 @@ def test_a_trained_backbone_is_that_of_the_ssdlite_config(close):
 
 @pytest.mark.slow
 def test_the_tools_train_and_test_and_a_detector_starts_from_the_backbone(folders):
-    options = ('--cfg-options', 'model.head.num_classes=2', 'data_preprocessor.num_classes=2',
-               'model.backbone.widen_factor=0.1', 'train_dataloader.batch_size=2',
-               'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0',
-               'test_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-               'val_dataloader.persistent_workers=False',
-               'test_dataloader.persistent_workers=False', 'train_cfg.max_epochs=1',
-               'param_scheduler.total_steps=1', 'val_evaluator.topk=1',
-               'test_evaluator.topk=1')
+    options = (
+        '--cfg-options',
+        'model.head.num_classes=2',
+        'data_preprocessor.num_classes=2',
+        'model.backbone.widen_factor=0.1',
+        'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=0',
+        'val_dataloader.num_workers=0',
+        'test_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'val_dataloader.persistent_workers=False',
+        'test_dataloader.persistent_workers=False',
+        'train_cfg.max_epochs=1',
+        'param_scheduler.total_steps=1',
+        'val_evaluator.topk=1',
+        'test_evaluator.topk=1',
+    )
     config = CONFIGS / 'mobilenetv2_dnb_tinyin100.py'
     succeed('train', config, '--work-dir', 'work', *options, cwd=folders)
-    output = succeed('test', config, 'work/epoch_1.pth', '--out', 'out.pkl', *options,
-                     cwd=folders)
+    output = succeed('test', config, 'work/epoch_1.pth', '--out', 'out.pkl', *options, cwd=folders)
     assert 'accuracy/top1' in output
     assert (folders / 'out.pkl').is_file()
 
     (folders / 'images').mkdir()
     make_coco(folders)
-    succeed('train', write_config(folders, 'DNB'), '--work-dir', 'detector', '--cfg-options',
-            'load_from=work/epoch_1.pth', 'optim_wrapper.optimizer.lr=0.', cwd=folders)
-    before, after = (open_checkpoint(folders / name / 'epoch_1.pth')['state_dict']
-                     for name in ('work', 'detector'))
-    shared = [key for key in before if key.startswith('backbone.')
-              and key.endswith(('.weight', '.w_in'))]
+    succeed(
+        'train',
+        write_config(folders, 'DNB'),
+        '--work-dir',
+        'detector',
+        '--cfg-options',
+        'load_from=work/epoch_1.pth',
+        'optim_wrapper.optimizer.lr=0.',
+        cwd=folders,
+    )
+    before, after = (
+        open_checkpoint(folders / name / 'epoch_1.pth')['state_dict']
+        for name in ('work', 'detector')
+    )
+    shared = [
+        key for key in before if key.startswith('backbone.') and key.endswith(('.weight', '.w_in'))
+    ]
     assert len(shared) > 100
     for key in shared:
         assert torch.equal(after[key], before[key]), key

@@ -1,4 +1,5 @@
 """Each rule of COCO files, by a file that breaks it, and what mmdet and pycocotools make of it."""
+
 import copy
 import json
 
@@ -19,10 +20,19 @@ def make(boxes=((4, 6, 20, 30), (10, 20, 8, 9), (30, 2, 30, 60))):
     """Three images of 64 x 64 with a box each, of both classes in turn."""
     return dict(
         images=[dict(id=i, file_name=f'{i}.png', width=64, height=64) for i in range(len(boxes))],
-        annotations=[dict(id=i + 1, image_id=i, category_id=(7, 3)[i % 2], iscrowd=0,
-                          bbox=list(box), area=box[2] * box[3])
-                     for i, box in enumerate(boxes)],
-        categories=[dict(id=7, name='kite'), dict(id=3, name='vase'), dict(id=9, name='cup')])
+        annotations=[
+            dict(
+                id=i + 1,
+                image_id=i,
+                category_id=(7, 3)[i % 2],
+                iscrowd=0,
+                bbox=list(box),
+                area=box[2] * box[3],
+            )
+            for i, box in enumerate(boxes)
+        ],
+        categories=[dict(id=7, name='kite'), dict(id=3, name='vase'), dict(id=9, name='cup')],
+    )
 
 
 @pytest.fixture
@@ -40,8 +50,10 @@ def test_a_right_file_passes(content):
     check_all(content)
 
 
-@pytest.mark.parametrize('part, ids', [
-    ('images', ['a', 'b', 'c']), ('images', [-1, 0, 2 ** 62]), ('annotations', [5., 6., 7.])])
+@pytest.mark.parametrize(
+    'part, ids',
+    [('images', ['a', 'b', 'c']), ('images', [-1, 0, 2**62]), ('annotations', [5.0, 6.0, 7.0])],
+)
 def test_ids_may_be_texts_whole_floats_and_far_apart(part, ids):
     """pycocotools finds boxes by them all the same."""
     content = make()
@@ -53,7 +65,7 @@ def test_ids_may_be_texts_whole_floats_and_far_apart(part, ids):
 
 
 @pytest.mark.parametrize('part', list(coco.KEYS))
-@pytest.mark.parametrize('number', [None, True, [1], {}, 1.5, NAN, INFINITE, 2 ** 63])
+@pytest.mark.parametrize('number', [None, True, [1], {}, 1.5, NAN, INFINITE, 2**63])
 def test_what_cannot_be_an_id_is_told(content, part, number):
     content[part][1]['id'] = number
     with pytest.raises(CocoError, match=f'^{part}: number 1 has the id .*expected a whole number'):
@@ -89,9 +101,22 @@ def test_a_file_name_that_is_none_is_told(content, name):
         coco.check_format(content)
 
 
-@pytest.mark.parametrize('box', [
-    [], None, [1, 2, 3], [1, 2, 3, 4, 5], '1234', {'x': 1}, [1, 2, 3, None], [1, 2, '3', 4],
-    [NAN, 2, 3, 4], [1, 2, INFINITE, 4], [True, 2, 3, 4]])
+@pytest.mark.parametrize(
+    'box',
+    [
+        [],
+        None,
+        [1, 2, 3],
+        [1, 2, 3, 4, 5],
+        '1234',
+        {'x': 1},
+        [1, 2, 3, None],
+        [1, 2, '3', 4],
+        [NAN, 2, 3, 4],
+        [1, 2, INFINITE, 4],
+        [True, 2, 3, 4],
+    ],
+)
 def test_a_box_that_is_none_is_told(content, box):
     content['annotations'][1]['bbox'] = box
     with pytest.raises(CocoError, match=r'^annotations: number 1 \(id 2\) has the bbox .*x, y, w'):
@@ -120,7 +145,7 @@ def test_a_crowd_flag_that_is_none_is_told(content, crowd):
         coco.check_format(content)
 
 
-@pytest.mark.parametrize('crowd', [0, 1, False, True, 0., 1., None])
+@pytest.mark.parametrize('crowd', [0, 1, False, True, 0.0, 1.0, None])
 def test_crowd_flags_of_all_kinds_pass(content, crowd):
     content['annotations'][0]['iscrowd'] = crowd
     coco.check_format(content)
@@ -158,7 +183,7 @@ def test_corners_are_told():
 
 def test_shares_of_the_image_are_told():
     with pytest.raises(CocoError, match='all 2 boxes lie within one pixel.*shares'):
-        coco.check_format(make([(0.1, 0.2, 0.3, 0.4), (0, 0, 1., 1.)]))
+        coco.check_format(make([(0.1, 0.2, 0.3, 0.4), (0, 0, 1.0, 1.0)]))
 
 
 def test_boxes_that_reach_out_by_more_than_rounding_are_found():
@@ -169,14 +194,19 @@ def test_boxes_that_reach_out_by_more_than_rounding_are_found():
 
 
 def test_a_class_that_is_not_there_is_told(content):
-    with pytest.raises(CocoError, match=r'has 3 classes \(kite, vase, cup\), and not kit, .* of '
-                                        r'the 2 that are expected. Set OPTION '):
+    with pytest.raises(
+        CocoError,
+        match=r'has 3 classes \(kite, vase, cup\), and not kit, .* of '
+        r'the 2 that are expected. Set OPTION ',
+    ):
         coco.check_labels(content, ('kit', 'vas'), 'OPTION')
 
 
 def test_classes_in_another_order_than_the_categories_are_told(content):
-    with pytest.raises(CocoError, match='order kite, vase, OPTION in the order vase, kite.*kite '
-                                        'would be taken for vase'):
+    with pytest.raises(
+        CocoError,
+        match='order kite, vase, OPTION in the order vase, kite.*kite would be taken for vase',
+    ):
         coco.check_labels(content, ('vase', 'kite'), 'OPTION')
     coco.check_labels(content, ['kite', 'cup'])  # a part of them is a choice
     with pytest.raises(CocoError, match='kite would be taken for cup'):
@@ -192,8 +222,11 @@ def test_categories_may_be_sorted_by_their_reader(content):
 def test_two_categories_of_one_name_are_told(content):
     """As files of some labelling tools begin with a category for all."""
     content['categories'].insert(0, dict(id=1, name='kite'))
-    with pytest.raises(CocoError, match=r"2 have the name 'kite' \(id 1 with 0 boxes, id 7 with "
-                                        r'2 boxes\)'):
+    with pytest.raises(
+        CocoError,
+        match=r"2 have the name 'kite' \(id 1 with 0 boxes, id 7 with "
+        r'2 boxes\)',
+    ):
         coco.check_labels(content, CLASSES)
     coco.check_labels(content, ('vase', 'cup'))  # of no class that is asked for
 
@@ -201,15 +234,24 @@ def test_two_categories_of_one_name_are_told(content):
 def labels_of_mmdet(content, classes, folder):
     path = folder / 'file.json'
     path.write_text(json.dumps(content))
-    dataset = CocoDataset(str(path), metainfo=dict(classes=classes), data_prefix=dict(img=''),
-                          test_mode=True, serialize_data=False)
+    dataset = CocoDataset(
+        str(path),
+        metainfo=dict(classes=classes),
+        data_prefix=dict(img=''),
+        test_mode=True,
+        serialize_data=False,
+    )
     return [instance['bbox_label'] for info in dataset.data_list for instance in info['instances']]
 
 
-@pytest.mark.parametrize('change', [
-    lambda content: content['categories'].reverse(),
-    lambda content: content['categories'].insert(0, dict(id=1, name='kite')),
-], ids=['order', 'name'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda content: content['categories'].reverse(),
+        lambda content: content['categories'].insert(0, dict(id=1, name='kite')),
+    ],
+    ids=['order', 'name'],
+)
 def test_mmdet_numbers_the_labels_of_such_files_otherwise(content, change, tmp_path):
     """Why they are refused: this is what would be trained."""
     assert labels_of_mmdet(content, CLASSES, tmp_path) == [0, 1, 0]
@@ -217,7 +259,7 @@ def test_mmdet_numbers_the_labels_of_such_files_otherwise(content, change, tmp_p
     assert labels_of_mmdet(content, CLASSES, tmp_path) != [0, 1, 0]
 
 
-@pytest.mark.parametrize('number', [0, 0., 'a', '5'])
+@pytest.mark.parametrize('number', [0, 0.0, 'a', '5'])
 def test_an_id_that_pycocotools_takes_for_no_match_is_told(content, number):
     content['annotations'] = content['annotations'][:1]
     content['annotations'][0]['id'] = number
@@ -231,8 +273,12 @@ def ap(content):
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     truth.createIndex()
-    found = truth.loadRes([dict(image_id=a['image_id'], category_id=a['category_id'],
-                                bbox=a['bbox'], score=0.9) for a in content['annotations']])
+    found = truth.loadRes(
+        [
+            dict(image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], score=0.9)
+            for a in content['annotations']
+        ]
+    )
     evaluation = COCOeval(truth, found, 'bbox')
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         step()
@@ -249,9 +295,14 @@ def test_pycocotools_takes_the_id_0_for_no_match(content):
     assert ap(content) < 0.9
 
 
-@pytest.mark.parametrize('change', [
-    lambda annotation: annotation.pop('iscrowd'),
-    lambda annotation: annotation.update(iscrowd=None)], ids=['absent', 'null'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda annotation: annotation.pop('iscrowd'),
+        lambda annotation: annotation.update(iscrowd=None),
+    ],
+    ids=['absent', 'null'],
+)
 def test_evaluation_needs_iscrowd_and_training_does_not(content, change):
     change(content['annotations'][2])
     coco.check_format(content)
@@ -262,8 +313,11 @@ def test_evaluation_needs_iscrowd_and_training_does_not(content, change):
     coco.check_evaluation(content, CLASSES)
 
 
-@pytest.mark.parametrize('change', [
-    dict(iscrowd=1), dict(category_id=9), dict(image_id=77)], ids=['crowds', 'classes', 'images'])
+@pytest.mark.parametrize(
+    'change',
+    [dict(iscrowd=1), dict(category_id=9), dict(image_id=77)],
+    ids=['crowds', 'classes', 'images'],
+)
 def test_nothing_to_compare_with_is_told(content, change):
     for annotation in content['annotations']:
         annotation.update(change)
@@ -281,9 +335,18 @@ def test_masks_are_asked_for_where_they_are_evaluated(content):
             coco.check_evaluation(content, CLASSES, masks=True)
 
 
-@pytest.mark.parametrize('mask', [
-    [[0, 0, 9, 9]], [[0, 0, 9, 0, 9]], [0, 0, 9, 0, 9, 9], [['0', 0, 9, 0, 9, 9]], 'abc',
-    dict(counts=[4])], ids=str)
+@pytest.mark.parametrize(
+    'mask',
+    [
+        [[0, 0, 9, 9]],
+        [[0, 0, 9, 0, 9]],
+        [0, 0, 9, 0, 9, 9],
+        [['0', 0, 9, 0, 9, 9]],
+        'abc',
+        dict(counts=[4]),
+    ],
+    ids=str,
+)
 def test_a_mask_that_is_none_is_told(content, mask):
     content['annotations'][0]['segmentation'] = mask
     with pytest.raises(CocoError, match='^annotations: id 1 has the segmentation .*Write poly'):
@@ -299,8 +362,11 @@ def test_pycocotools_cannot_read_a_polygon_of_two_points(content):
         file.annToMask(content['annotations'][0])
 
 
-@pytest.mark.parametrize('mask', [
-    [[0, 0, 9, 0, 9, 9]], [[0, 0, 9, 0, 9, 9.5], [1, 1]], dict(counts=[4], size=[2, 2])], ids=str)
+@pytest.mark.parametrize(
+    'mask',
+    [[[0, 0, 9, 0, 9, 9]], [[0, 0, 9, 0, 9, 9.5], [1, 1]], dict(counts=[4], size=[2, 2])],
+    ids=str,
+)
 def test_masks_of_all_kinds_pass(content, mask):
     for annotation in content['annotations']:
         annotation['segmentation'] = mask
@@ -320,15 +386,22 @@ def test_boxes_that_no_detection_can_match(content, box):
 
 
 USES = [
-    (dict(), coco.TRAINED), (dict(iscrowd=1), coco.CROWDS), (dict(image_id=5), coco.ABSENT),
-    (dict(category_id=9), 'of no class of the config'), (dict(ignore=1), 'marked ignore'),
-    (dict(bbox=[70, 0, 4, 4]), coco.OUTSIDE), (dict(bbox=[0, -9, 4, 9]), coco.OUTSIDE),
-    (dict(bbox=[9, 9, 0.9, 4]), coco.SMALL), (dict(area=0), coco.NO_AREA),
-    (dict(image_id=1), 'in images that filter_cfg leaves out')]
+    (dict(), coco.TRAINED),
+    (dict(iscrowd=1), coco.CROWDS),
+    (dict(image_id=5), coco.ABSENT),
+    (dict(category_id=9), 'of no class of the config'),
+    (dict(ignore=1), 'marked ignore'),
+    (dict(bbox=[70, 0, 4, 4]), coco.OUTSIDE),
+    (dict(bbox=[0, -9, 4, 9]), coco.OUTSIDE),
+    (dict(bbox=[9, 9, 0.9, 4]), coco.SMALL),
+    (dict(area=0), coco.NO_AREA),
+    (dict(image_id=1), 'in images that filter_cfg leaves out'),
+]
 
 
-@pytest.mark.parametrize('change, use', USES, ids=[
-    '-'.join(change) + '-' + use.split()[0] for change, use in USES])
+@pytest.mark.parametrize(
+    'change, use', USES, ids=['-'.join(change) + '-' + use.split()[0] for change, use in USES]
+)
 def test_boxes_are_sorted_as_mmdet_does(content, change, use, tmp_path):
     """A use of its own for each reason, and as many instances as mmdet makes."""
     content['annotations'][0].update(change)
@@ -338,7 +411,8 @@ def test_boxes_are_sorted_as_mmdet_does(content, change, use, tmp_path):
     assert {name: len(found) for name, found in boxes.items()} == expected
     everywhere = coco.sort_boxes(content, CLASSES)
     assert len(labels_of_mmdet(content, CLASSES, tmp_path)) == sum(
-        len(everywhere.get(name, [])) for name in (coco.TRAINED, coco.CROWDS))
+        len(everywhere.get(name, [])) for name in (coco.TRAINED, coco.CROWDS)
+    )
 
 
 def test_the_same_content_is_no_difference(content):
@@ -350,22 +424,32 @@ def test_the_same_content_is_no_difference(content):
     assert coco.difference([content], content, [0, 1, 2]) is None
 
 
-@pytest.mark.parametrize('change, expected', [
-    (lambda other: other['images'].pop(), '1 images of the data are not in it, and 0 of'),
-    (lambda other: other['images'].append(dict(id=9, file_name='9.png')), '0 .* 1 of its images'),
-    (lambda other: other['images'][1].update(file_name='7.png'), 'id 1 is 1.png .* and 7.png'),
-    (lambda other: other['annotations'][1].update(bbox=[0, 0, 8, 8]), 'id 2 is .*8, 8'),
-    (lambda other: other['annotations'][1].update(category_id=7), 'annotation id 2'),
-    (lambda other: other['annotations'][1].update(iscrowd=1), 'annotation id 2'),
-    (lambda other: other['annotations'].pop(), 'annotation id 3 is .* and absent'),
-    (lambda other: other['annotations'].append(dict(other['annotations'][0], id=8)),
-     'annotation id 8 is absent')])
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (lambda other: other['images'].pop(), '1 images of the data are not in it, and 0 of'),
+        (
+            lambda other: other['images'].append(dict(id=9, file_name='9.png')),
+            '0 .* 1 of its images',
+        ),
+        (lambda other: other['images'][1].update(file_name='7.png'), 'id 1 is 1.png .* and 7.png'),
+        (lambda other: other['annotations'][1].update(bbox=[0, 0, 8, 8]), 'id 2 is .*8, 8'),
+        (lambda other: other['annotations'][1].update(category_id=7), 'annotation id 2'),
+        (lambda other: other['annotations'][1].update(iscrowd=1), 'annotation id 2'),
+        (lambda other: other['annotations'].pop(), 'annotation id 3 is .* and absent'),
+        (
+            lambda other: other['annotations'].append(dict(other['annotations'][0], id=8)),
+            'annotation id 8 is absent',
+        ),
+    ],
+)
 def test_another_ground_truth_is_told(content, change, expected):
     other = copy.deepcopy(content)
     change(other)
     with pytest.raises(AssertionError, match=expected):
         assert coco.difference([content], other, [0, 1, 2]) is None, coco.difference(
-            [content], other, [0, 1, 2])
+            [content], other, [0, 1, 2]
+        )
 
 
 def test_images_without_annotations_have_theirs_in_the_evaluators_file(content):
@@ -375,7 +459,9 @@ def test_images_without_annotations_have_theirs_in_the_evaluators_file(content):
 
 
 def test_one_file_over_several_data_sets(content):
-    parts = [dict(content, images=content['images'][:1]),
-             dict(content, images=content['images'][1:])]
+    parts = [
+        dict(content, images=content['images'][:1]),
+        dict(content, images=content['images'][1:]),
+    ]
     assert coco.difference(parts, content, [0, 1, 2]) is None
     assert 'is in several' in coco.difference([content, content], content, [0, 1, 2, 0])

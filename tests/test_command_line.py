@@ -1,4 +1,5 @@
 """Configs are read with all that they need; what a user can mend ends in one message."""
+
 import argparse
 import errno
 import gc
@@ -40,7 +41,7 @@ def message(capsys):
             raise error
         text = capsys.readouterr().err
         assert text.startswith('tool: error: ') and text.endswith('\n')
-        return done.value.code, text[len('tool: error: '):-1]
+        return done.value.code, text[len('tool: error: ') : -1]
 
     return run
 
@@ -68,9 +69,10 @@ def test_our_ssd_head_is_found_without_an_import(config):
     assert cfg.custom_imports.imports == ['dn_mmdet.models.ssdlite_head']
 
 
-@pytest.mark.parametrize('text', [
-    MODEL.format('BN'),
-    MODEL.format('DNB') + "custom_imports = dict(imports=['dn_mmdet'])\n"])
+@pytest.mark.parametrize(
+    'text',
+    [MODEL.format('BN'), MODEL.format('DNB') + "custom_imports = dict(imports=['dn_mmdet'])\n"],
+)
 def test_a_config_that_needs_nothing_more_stays_as_it_is(config, text):
     path = config(text + "default_scope = 'mmengine'\n")
     assert command_line.load_config(path).to_dict() == Config.fromfile(path).to_dict()
@@ -88,13 +90,16 @@ def test_options_are_merged(config):
     assert cfg.custom_imports.imports == ['dn_mmdet']
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('model = dict(', 'cannot be read as a config'),
-    ('model = dict(a=1/0)', 'ZeroDivisionError'),
-    ("_base_ = './absent.py'", 'cannot be read as a config'),
-    ("_base_ = 'mmdet::ssd/absent.py'", 'cannot be read as a config'),
-    ('lr = 1', 'it has no model'),
-])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('model = dict(', 'cannot be read as a config'),
+        ('model = dict(a=1/0)', 'ZeroDivisionError'),
+        ("_base_ = './absent.py'", 'cannot be read as a config'),
+        ("_base_ = 'mmdet::ssd/absent.py'", 'cannot be read as a config'),
+        ('lr = 1', 'it has no model'),
+    ],
+)
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # mmengine's, on errors
 def test_a_config_that_cannot_be_used_is_named(config, text, expected):
     path = config(text)
@@ -128,14 +133,17 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
     command_line.check_launcher('none')
 
 
-@pytest.mark.parametrize('launcher, variables, first', [
-    ('none', dict(RANK='1'), True),
-    ('pytorch', dict(RANK='0'), True),
-    ('pytorch', dict(RANK='1'), False),
-    ('slurm', dict(SLURM_PROCID='0'), True),
-    ('slurm', dict(SLURM_PROCID='3'), False),
-    ('mpi', dict(OMPI_COMM_WORLD_RANK='1'), False),
-])
+@pytest.mark.parametrize(
+    'launcher, variables, first',
+    [
+        ('none', dict(RANK='1'), True),
+        ('pytorch', dict(RANK='0'), True),
+        ('pytorch', dict(RANK='1'), False),
+        ('slurm', dict(SLURM_PROCID='0'), True),
+        ('slurm', dict(SLURM_PROCID='3'), False),
+        ('mpi', dict(OMPI_COMM_WORLD_RANK='1'), False),
+    ],
+)
 def test_one_process_is_the_first(monkeypatch, launcher, variables, first):
     for name in command_line.RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -170,8 +178,9 @@ def test_an_interruption_is_no_traceback(message):
     assert message(KeyboardInterrupt()) == (130, 'interrupted')
 
 
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
-                                    errno.EACCES])
+@pytest.mark.parametrize(
+    'number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES]
+)
 def test_a_full_or_read_only_disk_is_told(message, number):
     code, text = message(OSError(number, os.strerror(number), '/a/file'))
     assert code == 2 and text.startswith(f'/a/file: {os.strerror(number)}.')
@@ -179,8 +188,12 @@ def test_a_full_or_read_only_disk_is_told(message, number):
 
 
 def test_one_value_per_channel_says_what_to_change(message):
-    code, text = message(ValueError('Expected more than 1 value per channel when training, '
-                                    'got input size torch.Size([1, 8, 1, 1])'))
+    code, text = message(
+        ValueError(
+            'Expected more than 1 value per channel when training, '
+            'got input size torch.Size([1, 8, 1, 1])'
+        )
+    )
     assert code == 2 and 'train_dataloader.drop_last=True' in text and '[1, 8, 1, 1]' in text
 
 
@@ -191,9 +204,15 @@ def test_a_layers_own_error_is_a_message(message):
     assert code == 2 and text == str(raised.value)
 
 
-@pytest.mark.parametrize('error', [
-    ValueError('somewhere else'), KeyError('x'), OSError(errno.ENOENT, 'absent'),
-    RuntimeError('a bug')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('somewhere else'),
+        KeyError('x'),
+        OSError(errno.ENOENT, 'absent'),
+        RuntimeError('a bug'),
+    ],
+)
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)), command_line.one_message(argparse.ArgumentParser()):
         raise error

@@ -1,4 +1,5 @@
 """A grid runs every combination once, whatever is killed, and records what diverged."""
+
 import io
 import json
 import random
@@ -43,9 +44,12 @@ def config(**changes):
         val_evaluator=[dict(type='CocoMetric')],
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
         train_cfg=dict(by_epoch=True, max_epochs=10, val_interval=5),
-        param_scheduler=[dict(type='LinearLR', by_epoch=False, begin=0, end=100),
-                         dict(type='MultiStepLR', by_epoch=True, milestones=[6, 8]),
-                         dict(type='OneCycleLR', eta_max=0.2, by_epoch=True, total_steps=10)])
+        param_scheduler=[
+            dict(type='LinearLR', by_epoch=False, begin=0, end=100),
+            dict(type='MultiStepLR', by_epoch=True, milestones=[6, 8]),
+            dict(type='OneCycleLR', eta_max=0.2, by_epoch=True, total_steps=10),
+        ],
+    )
     return Config(dict(cfg, **changes))
 
 
@@ -64,13 +68,17 @@ def test_a_point_at_the_configs_own_values_changes_no_schedule():
 def test_of_a_preset_some_variants_can_be_chosen_and_the_first_stays():
     points = [point(name=name, seed=seed) for seed in (0, 1) for name in ('bn', 'a', 'b')]
     assert [(p.seed, p.variant.name) for p in compare.choose(points, ['b'])] == [
-        (0, 'bn'), (0, 'b'), (1, 'bn'), (1, 'b')]
+        (0, 'bn'),
+        (0, 'b'),
+        (1, 'bn'),
+        (1, 'b'),
+    ]
     with pytest.raises(ConfigError, match='c, d: no such variant; expected some of a, b'):
         compare.choose(points, ['d', 'b', 'c'])
 
 
 def test_the_learning_rate_follows_factor_and_batch_and_schedules_with_it():
-    cfg, numbers = configured(point(lr_factor=4., batch=16))
+    cfg, numbers = configured(point(lr_factor=4.0, batch=16))
     assert numbers['lr'] == cfg.optim_wrapper.optimizer.lr == pytest.approx(0.8)
     assert cfg.train_dataloader.batch_size == 16
     assert cfg.param_scheduler[2].eta_max == pytest.approx(1.6)
@@ -89,16 +97,19 @@ def test_schedules_keep_their_shape_when_epochs_change():
 
 
 def test_an_automatic_learning_rate_is_the_real_one_in_the_table():
-    cfg, numbers = configured(point(config(auto_scale_lr=dict(enable=True,
-                                                              base_batch_size=64))))
+    cfg, numbers = configured(point(config(auto_scale_lr=dict(enable=True, base_batch_size=64))))
     assert numbers['lr'] == cfg.optim_wrapper.optimizer.lr == pytest.approx(0.1 / 8)
     assert not cfg.auto_scale_lr.enable
 
 
 @pytest.mark.parametrize('kind', ['RepeatDataset', 'mmengine.RepeatDataset', RepeatDataset])
 def test_epochs_are_passes_over_the_data(kind):
-    repeated = config(train_dataloader=dict(batch_size=8, dataset=dict(
-        type=kind, times=5, dataset=dict(type='Data', data_root='x/voc/'))))
+    repeated = config(
+        train_dataloader=dict(
+            batch_size=8,
+            dataset=dict(type=kind, times=5, dataset=dict(type='Data', data_root='x/voc/')),
+        )
+    )
     cfg, numbers = configured(point(repeated, epochs=20))
     assert (cfg.train_cfg.max_epochs, numbers['epochs']) == (4, 20)
     assert configured(point(repeated))[1]['epochs'] == 50
@@ -108,9 +119,15 @@ def test_epochs_are_passes_over_the_data(kind):
 
 
 @pytest.mark.parametrize('kind', ['CocoMetric', 'mmdet.CocoMetric', CocoMetric])
-@pytest.mark.parametrize('form', [
-    lambda metric: metric, lambda metric: [dict(type='VOCMetric'), metric],
-    lambda metric: dict(metrics=[metric])], ids=['dict', 'list', 'metrics'])
+@pytest.mark.parametrize(
+    'form',
+    [
+        lambda metric: metric,
+        lambda metric: [dict(type='VOCMetric'), metric],
+        lambda metric: dict(metrics=[metric]),
+    ],
+    ids=['dict', 'list', 'metrics'],
+)
 def test_mmdets_coco_metric_is_asked_for_its_classes(kind, form):
     metric = dict(type=kind)
     compare._ask_for_classes(form(metric))
@@ -119,7 +136,7 @@ def test_mmdets_coco_metric_is_asked_for_its_classes(kind, form):
 
 def test_the_config_that_was_given_is_left_as_it_is():
     given = config()
-    configured(point(given, lr_factor=2., batch=4, epochs=20))
+    configured(point(given, lr_factor=2.0, batch=4, epochs=20))
     assert given.to_dict() == config().to_dict()
 
 
@@ -132,8 +149,9 @@ def test_every_class_is_asked_for_and_two_checkpoints_are_kept():
     assert 'dn_mmdet.experiments.recording' in cfg.custom_imports.imports
 
 
-@pytest.mark.parametrize('changes', [dict(train_cfg=dict(max_iters=100)),
-                                     dict(optim_wrapper=dict(head=dict(lr=1)))])
+@pytest.mark.parametrize(
+    'changes', [dict(train_cfg=dict(max_iters=100)), dict(optim_wrapper=dict(head=dict(lr=1)))]
+)
 def test_a_config_that_no_grid_can_be_made_of_is_told(changes):
     with pytest.raises(ConfigError, match='expected a config with'):
         configured(point(config(**changes)))
@@ -141,20 +159,25 @@ def test_a_config_that_no_grid_can_be_made_of_is_told(changes):
 
 def test_a_grid_that_is_cut_short_has_whole_comparisons():
     variants = [Variant(name, name, config()) for name in 'ab']
-    points = product(variants, [0, 1], [1., 4.], [None, 16], 3)
+    points = product(variants, [0, 1], [1.0, 4.0], [None, 16], 3)
     assert len(points) == len(set(points)) == 2 * 2 * 2 * 2
     assert [(p.seed, p.variant.name) for p in points[:2]] == [(0, 'a'), (0, 'b')]
     assert [p.seed for p in points] == [0] * 8 + [1] * 8
 
 
 def test_norms_are_no_difference_and_the_rest_is_listed():
-    other = config(model=dict(type='Some', norm_cfg=dict(type='DNB', bound=None)),
-                   custom_imports=dict(imports=['dn_mmdet']), work_dir='elsewhere')
+    other = config(
+        model=dict(type='Some', norm_cfg=dict(type='DNB', bound=None)),
+        custom_imports=dict(imports=['dn_mmdet']),
+        work_dir='elsewhere',
+    )
     assert differences(config(), other) == []
     other.optim_wrapper.optimizer.lr = 0.3
     other.train_cfg.max_epochs = 12
-    assert differences(config(), other) == ['optim_wrapper.optimizer.lr: 0.1 and 0.3',
-                                            'train_cfg.max_epochs: 10 and 12']
+    assert differences(config(), other) == [
+        'optim_wrapper.optimizer.lr: 0.1 and 0.3',
+        'train_cfg.max_epochs: 10 and 12',
+    ]
 
 
 def test_configs_that_differ_in_more_than_the_norm_go_on_only_if_allowed(tmp_path):
@@ -168,14 +191,14 @@ def test_configs_that_differ_in_more_than_the_norm_go_on_only_if_allowed(tmp_pat
     with pytest.raises(ConfigError, match=r'b differs from a .*\n.*lr: 0.01 and 0.5'):
         compare.check(points)
     checked = compare.check(points, allow_different=True)
-    assert checked[1].variant.different == ('optim_wrapper.optimizer.lr: 0.01 and 0.5', )
+    assert checked[1].variant.different == ('optim_wrapper.optimizer.lr: 0.01 and 0.5',)
     cfgs[1].model.backbone.norm_cfg.type = 'DBN'
     with pytest.raises(ConfigError, match='DBN'):
         compare.check(points, allow_different=True)
 
 
 def test_a_folder_with_a_run_of_another_config_is_not_taken_for_this_one(tmp_path):
-    run, = plan([point()], tmp_path, 'why', 'abc')
+    (run,) = plan([point()], tmp_path, 'why', 'abc')
     run.folder.mkdir(parents=True)
     compare.write_json(run.folder / 'run.json', run.spec)
     assert plan([point()], tmp_path, 'why', 'another commit') == [run]
@@ -185,7 +208,7 @@ def test_a_folder_with_a_run_of_another_config_is_not_taken_for_this_one(tmp_pat
 
 # --- the grid, with a trainer that takes a moment instead of minutes ---
 
-TRAINER = '''
+TRAINER = """
 import fcntl, json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index('--work-dir') + 1])
 if 'taken' in str(folder) and (folder / 'starts.json').read_text() == '1':
@@ -214,7 +237,7 @@ with open(folder / '.train.lock', 'a+') as lock:
     (folder / 'measured.json').write_text(json.dumps(dict(
         norms={'DNB' if 'dn' in folder.parent.name else 'BN': 1}, parameters=5,
         mult_adds=None, peak_memory=dict(megabytes=1.))))
-'''
+"""
 
 
 @pytest.fixture
@@ -225,13 +248,18 @@ def trainer(tmp_path, monkeypatch):
     return path
 
 
-def runs_of(folder, *names, seeds=(0, )):
-    return plan(product([Variant(name, f'{name}.py', config()) for name in names], seeds),
-                folder, '', 'abc')
+def runs_of(folder, *names, seeds=(0,)):
+    return plan(
+        product([Variant(name, f'{name}.py', config()) for name in names], seeds),
+        folder,
+        '',
+        'abc',
+    )
 
 
 def test_what_ended_is_not_repeated_what_diverged_is_a_result_and_what_failed_is_told(
-        tmp_path, trainer):
+    tmp_path, trainer
+):
     runs = runs_of(tmp_path / 'out', 'good', 'diverging', 'noisy', 'failing')
     failures = compare.run_grid(runs, 2, Console(file=io.StringIO()))
     assert list(failures) == [runs[3].name]
@@ -239,7 +267,11 @@ def test_what_ended_is_not_repeated_what_diverged_is_a_result_and_what_failed_is
     assert 'no such operator' in failures[runs[3].name]
     results = [compare.read_result(run.folder) for run in runs]
     assert [result and result['status'] for result in results] == [
-        'finished', 'diverged', 'diverged', None]
+        'finished',
+        'diverged',
+        'diverged',
+        None,
+    ]
     assert results[1]['reason'] == 'the loss became nan'
     assert 'infinite or NaN' in results[2]['reason']
     assert results[0]['seconds'] == 8 and results[0]['steps'] == 8
@@ -250,7 +282,7 @@ def test_what_ended_is_not_repeated_what_diverged_is_a_result_and_what_failed_is
     assert starts == [1, 1, 1, 2]
 
 
-FOLDER = '''
+FOLDER = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 with open(folder / 'foldings', 'a') as file:
@@ -259,7 +291,7 @@ if 'hopeless' in str(folder):
     print('ConfigError: no such images')
     sys.exit(2)
 (folder / 'folded.json').write_text(json.dumps(dict(folded={})))
-'''
+"""
 
 
 @pytest.fixture
@@ -275,12 +307,14 @@ def foldings(run):
 
 
 def test_runs_that_finish_are_folded_once_and_those_that_diverge_are_not(
-        tmp_path, trainer, folder):
+    tmp_path, trainer, folder
+):
     runs = runs_of(tmp_path / 'out', 'bn', 'dnb', 'diverging_dnb', 'hopeless_dnb')
     failures = compare.run_grid(runs, 2, Console(file=io.StringIO()), folded=True)
     assert [foldings(run) for run in runs] == [0, 1, 0, 1]
     assert compare.read_folded(runs[0].folder) == dict.fromkeys(
-        FOLDED, compare.read_result(runs[0].folder)['metrics'])
+        FOLDED, compare.read_result(runs[0].folder)['metrics']
+    )
     assert list(failures) == [runs[3].name] and 'no such images' in failures[runs[3].name]
     assert 'exit code 2; the end of' in failures[runs[3].name]
     assert not (runs[3].folder / 'failure.json').exists()  # its training has not failed
@@ -292,7 +326,8 @@ def test_runs_that_finish_are_folded_once_and_those_that_diverge_are_not(
 
 
 def test_runs_that_finished_before_are_folded_where_their_checkpoint_is_there(
-        tmp_path, trainer, folder):
+    tmp_path, trainer, folder
+):
     runs = runs_of(tmp_path / 'out', 'bn', 'dnb', 'gone_dnb')
     compare.run_grid(runs, 2, Console(file=io.StringIO()))
     assert [foldings(run) for run in runs] == [0, 0, 0]
@@ -304,7 +339,7 @@ def test_runs_that_finished_before_are_folded_where_their_checkpoint_is_there(
 
 
 def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatch):
-    run, = runs_of(tmp_path / 'out', 'good')
+    (run,) = runs_of(tmp_path / 'out', 'good')
 
     def interrupt(folder):
         if not read_log(folder):
@@ -324,7 +359,7 @@ def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatc
 
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
-    run, = runs_of(tmp_path / 'out', 'good')
+    (run,) = runs_of(tmp_path / 'out', 'good')
     run.folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, trainer, '--work-dir', run.folder])
     while not compare.is_reserved(run.folder):
@@ -337,7 +372,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
 
 def test_a_run_whose_folder_another_process_took_first_is_tried_again(tmp_path, trainer):
     assert preflight.FolderInUse.exit_code == 75  # as the trainer ends
-    run, = runs_of(tmp_path / 'out', 'taken')
+    (run,) = runs_of(tmp_path / 'out', 'taken')
     assert compare.run_grid([run], 1, Console(file=io.StringIO())) == {}
     assert compare.read_result(run.folder)['status'] == 'finished'
     assert json.loads((run.folder / 'starts.json').read_text()) == 2
@@ -346,10 +381,16 @@ def test_a_run_whose_folder_another_process_took_first_is_tried_again(tmp_path, 
 @pytest.mark.slow
 def test_a_lock_ends_with_its_holder(tmp_path):
     assert not compare.is_reserved(tmp_path)
-    code = f'from dn_mmdet.checks.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n' \
+    code = (
+        f'from dn_mmdet.checks.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n'
         '    print("held", flush=True)\n    input()'
-    with subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    )
+    with subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
         while 'held' not in holder.stdout.readline():
             pass
         assert compare.is_reserved(tmp_path)
@@ -364,7 +405,7 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
     torch.save(whole, tmp_path / 'epoch_9.pth')
     torch.save(whole, tmp_path / 'epoch_10.pth')
     cut = (tmp_path / 'epoch_10.pth').read_bytes()
-    (tmp_path / 'epoch_11.pth').write_bytes(cut[:len(cut) // 2])
+    (tmp_path / 'epoch_11.pth').write_bytes(cut[: len(cut) // 2])
     # the path of another machine, as in a folder that was copied
     (tmp_path / 'last_checkpoint').write_text('/elsewhere/epoch_11.pth')
     assert compare._resume(tmp_path) == ['--resume', tmp_path / 'epoch_10.pth']
@@ -380,6 +421,7 @@ def test_where_git_cannot_tell_the_commit_is_unknown(tmp_path):
 
 # --- the real thing ---
 
+
 @pytest.fixture(scope='module')
 def detectors(tmp_path_factory):
     root = tmp_path_factory.mktemp('detectors')
@@ -389,8 +431,12 @@ def detectors(tmp_path_factory):
 
 
 def tool(*arguments):
-    return subprocess.Popen([sys.executable, '-W', 'ignore', TOOL, *map(str, arguments)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, '-W', 'ignore', TOOL, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def to_the_end(*arguments):
@@ -438,18 +484,23 @@ def test_a_grid_that_is_killed_at_random_moments_loses_and_repeats_nothing(detec
     assert all(row['folded'] is not None for row in read_rows(out / 'report' / 'runs.csv'))
 
 
-@pytest.mark.parametrize('arguments,message', [
-    (('--preset', 'robustness', 'a.py', 'b.py'), 'expected one config'),
-    (('a.py', '--variants', 'dnb'), 'none is given'),
-    ((), 'expected config files, or --report-only'),
-    (('a.py', '--lr', 'x0'), 'expected a factor above 0'),
-    (('a.py', '--batch', '2.5'), 'expected an integer'),
-    (('absent.py', ), 'no such config'),
-    (('tiny_bn.py', 'tiny_bn.py'), 'different file names'),
-    (('tiny_bn.py', '--cfg-options', 'model.backbone.norm_cfg.type=DBN'), 'DBN'),
-    (('--report-only', 'images'), 'holds no runs')])
-def test_the_tool_says_what_is_wrong_before_it_writes(arguments, message, detectors, tmp_path,
-                                                      monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        (('--preset', 'robustness', 'a.py', 'b.py'), 'expected one config'),
+        (('a.py', '--variants', 'dnb'), 'none is given'),
+        ((), 'expected config files, or --report-only'),
+        (('a.py', '--lr', 'x0'), 'expected a factor above 0'),
+        (('a.py', '--batch', '2.5'), 'expected an integer'),
+        (('absent.py',), 'no such config'),
+        (('tiny_bn.py', 'tiny_bn.py'), 'different file names'),
+        (('tiny_bn.py', '--cfg-options', 'model.backbone.norm_cfg.type=DBN'), 'DBN'),
+        (('--report-only', 'images'), 'holds no runs'),
+    ],
+)
+def test_the_tool_says_what_is_wrong_before_it_writes(
+    arguments, message, detectors, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(detectors[0].parent)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:

@@ -1,4 +1,5 @@
 """torch.compile and torch.export take whole detectors with DN-B; traces fit any batch."""
+
 import copy
 
 import pytest
@@ -84,12 +85,12 @@ class Tensors(nn.Module):
 
 @pytest.mark.shows('`torch.compile(fullgraph=True)`, `torch.export`')
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
+@pytest.mark.filterwarnings('ignore:`isinstance.treespec, LeafSpec.` is deprecated')  # torch's own
 def test_export_keeps_a_detector_through_a_file_for_any_batch(detector, tmp_path, close):
     model, x = detector
     model = Tensors(model.eval())
     batch = torch.export.Dim('batch')
-    program = torch.export.export(model, (x, ), dynamic_shapes=({0: batch}, ))
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / 'detector.pt2')
     loaded = torch.export.load(tmp_path / 'detector.pt2').module()
     for images in (x, x[:1], torch.cat((x, x + 1))):
@@ -97,17 +98,23 @@ def test_export_keeps_a_detector_through_a_file_for_any_batch(detector, tmp_path
             close(flat(loaded(images)), flat(model(images)))
 
 
-KINDS = {'dnb': (DNB, {}), 'dnb-standardized': (DNB, dict(inputs='standardized')),
-         'dnc': (DNC, {}), 'sync': (SyncDNB, {}), 'without averages': (
-             DNB, dict(affine=False, track_running_stats=False))}
+KINDS = {
+    'dnb': (DNB, {}),
+    'dnb-standardized': (DNB, dict(inputs='standardized')),
+    'dnc': (DNC, {}),
+    'sync': (SyncDNB, {}),
+    'without averages': (DNB, dict(affine=False, track_running_stats=False)),
+}
 RECORDERS = {
     'jit.trace': lambda layer, x: torch.jit.trace(layer, x, check_trace=False),
     'make_fx': lambda layer, x: make_fx(layer)(x),
-    'make_fx symbolic': lambda layer, x: make_fx(layer, tracing_mode='symbolic',
-                                                 _allow_non_fake_inputs=True)(x),
+    'make_fx symbolic': lambda layer, x: make_fx(
+        layer, tracing_mode='symbolic', _allow_non_fake_inputs=True
+    )(x),
     'export': lambda layer, x: torch.export.export(
-        layer, (x, ), dynamic_shapes=({0: torch.export.Dim('n', min=2, max=64)}, ),
-        strict=False).module()}
+        layer, (x,), dynamic_shapes=({0: torch.export.Dim('n', min=2, max=64)},), strict=False
+    ).module(),
+}
 
 
 @pytest.mark.shows('`torch.jit.trace`, `make_fx` and `torch.export` for any batch')
@@ -115,7 +122,7 @@ RECORDERS = {
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('record', RECORDERS)
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # shapes are checked in Python
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
+@pytest.mark.filterwarnings('ignore:`isinstance.treespec, LeafSpec.` is deprecated')  # torch's own
 def test_what_was_recorded_is_right_for_another_batch(record, kind, training, close):
     """The output, and in training the running averages, which count the values behind them."""
     cls, kwargs = KINDS[kind]
@@ -150,7 +157,7 @@ def test_hooks_on_the_inner_norm_are_compiled(register, close):
     if register == 'register_forward_hook':
         layer.bn.register_forward_hook(lambda bn, inputs, output: 2 * output)
     else:
-        layer.bn.register_forward_pre_hook(lambda bn, inputs: (inputs[0].tanh(), ))
+        layer.bn.register_forward_pre_hook(lambda bn, inputs: (inputs[0].tanh(),))
     compiled = copy.deepcopy(layer)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     close(torch.compile(compiled, backend='aot_eager')(x), layer(x))

@@ -1,4 +1,5 @@
 """A config's dicts are found wherever they are, and its imports are edited in one way."""
+
 import pytest
 from mmengine.config import Config
 
@@ -6,9 +7,13 @@ from dn_mmdet.config_tree import add_imports, dicts, imports_of, remove_imports
 
 
 def test_dicts_come_outer_ones_first_with_their_options():
-    node = dict(neck=[dict(a=1), (dict(b=dict(c=2)), )], depth=3)
+    node = dict(neck=[dict(a=1), (dict(b=dict(c=2)),)], depth=3)
     assert [option for option, _ in dicts(node, 'model')] == [
-        'model', 'model.neck.0', 'model.neck.1.0', 'model.neck.1.0.b']
+        'model',
+        'model.neck.0',
+        'model.neck.1.0',
+        'model.neck.1.0.b',
+    ]
 
 
 def test_what_is_changed_on_the_way_is_what_is_visited():
@@ -19,10 +24,15 @@ def test_what_is_changed_on_the_way_is_what_is_visited():
     assert [option for option, _ in dicts(node, 'model')] == ['model', 'model.a', 'model.a.new']
 
 
-@pytest.mark.parametrize('before, names', [
-    ({}, []), (dict(custom_imports=None), []),
-    (dict(custom_imports=dict(imports='some')), ['some']),
-    (dict(custom_imports=dict(imports=['some', 'dn_mmdet'])), ['some', 'dn_mmdet'])])
+@pytest.mark.parametrize(
+    'before, names',
+    [
+        ({}, []),
+        (dict(custom_imports=None), []),
+        (dict(custom_imports=dict(imports='some')), ['some']),
+        (dict(custom_imports=dict(imports=['some', 'dn_mmdet'])), ['some', 'dn_mmdet']),
+    ],
+)
 def test_imports_are_added_once_behind_those_that_are_there(before, names):
     cfg = Config(before)
     assert imports_of(cfg) == names

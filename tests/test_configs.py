@@ -1,4 +1,5 @@
 """Every config: a diff of its BN twin in nothing but the norm, and it builds and trains."""
+
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,11 @@ def build(cfg, dtype=torch.float32):
 def flat(node, name=''):
     """{'model.neck.norm_cfg.type': 'BN', ...}"""
     if isinstance(node, dict):
-        return {key: value for child in node
-                for key, value in flat(node[child], f'{name}.{child}').items()}
+        return {
+            key: value
+            for child in node
+            for key, value in flat(node[child], f'{name}.{child}').items()
+        }
     return {name[1:]: node}
 
 
@@ -42,10 +46,14 @@ def batch(model, size=96, dtype=torch.float32):
     inputs = torch.randn(2, 3, size, size, dtype=dtype)
     samples = []
     for label in (0, 1):
-        sample = DetDataSample(metainfo=dict(
-            img_shape=(size, size), pad_shape=(size, size), batch_input_shape=(size, size)))
-        sample.gt_instances = InstanceData(bboxes=torch.tensor([[8., 16., 64., 80.]]),
-                                           labels=torch.tensor([label]))
+        sample = DetDataSample(
+            metainfo=dict(
+                img_shape=(size, size), pad_shape=(size, size), batch_input_shape=(size, size)
+            )
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[8.0, 16.0, 64.0, 80.0]]), labels=torch.tensor([label])
+        )
         samples.append(sample)
     return inputs, samples
 
@@ -55,8 +63,10 @@ def batch(model, size=96, dtype=torch.float32):
 def test_twins_differ_in_nothing_but_the_norm(norm, data):
     bn, dn = flat(dict(read('bn', data))), flat(dict(read(norm, data)))
     differing = {key: dn.get(key) for key in bn.keys() | dn.keys() if bn.get(key) != dn.get(key)}
-    assert differing == {f'{place}norm_cfg.type': norm.upper() for place in (
-        '', 'model.backbone.', 'model.neck.', 'model.bbox_head.')}
+    assert differing == {
+        f'{place}norm_cfg.type': norm.upper()
+        for place in ('', 'model.backbone.', 'model.neck.', 'model.bbox_head.')
+    }
     for part in ('backbone', 'neck', 'bbox_head'):
         assert dn[f'model.{part}.norm_cfg.eps'] == 1e-3
         assert dn[f'model.{part}.norm_cfg.momentum'] == bn[f'model.{part}.norm_cfg.momentum']
@@ -71,8 +81,7 @@ def test_line_1_names_the_parent(path):
 @pytest.mark.parametrize('norm', NORMS)
 def test_every_norm_is_dynamic(norm, data):
     model = build(read(norm, data))
-    dynamic = {name for name, module in model.named_modules()
-               if isinstance(module, _DynamicNorm)}
+    dynamic = {name for name, module in model.named_modules() if isinstance(module, _DynamicNorm)}
     plain = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     assert len(dynamic) == NORM_LAYERS[data]
     assert plain == {f'{name}.bn' for name in dynamic}
@@ -97,17 +106,20 @@ def test_a_fresh_dn_detector_computes_what_its_bn_twin_does(norm, close):
             model.zero_grad()
             maps = model.backbone(inputs) if training else sum(model(inputs, mode='tensor'), [])
             sum(map(torch.sum, map(torch.sin, maps))).backward()
-            gradients.append({name.replace('.bn.bn.', '.bn.'): parameter.grad
-                              for name, parameter in model.named_parameters()
-                              if parameter.grad is not None})
+            gradients.append(
+                {
+                    name.replace('.bn.bn.', '.bn.'): parameter.grad
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None
+                }
+            )
         assert len(gradients[0]) == (156 if training else 252)
         for name, gradient in gradients[0].items():
             scale = gradient.abs().max().clamp(min=1)
             close(gradients[1][name] / scale, gradient / scale)
 
 
-@pytest.mark.parametrize('path', sorted(CONFIGS.glob('ssdlite_*.py')),
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('ssdlite_*.py')), ids=lambda path: path.stem)
 def test_builds_and_trains(path):
     model = build(Config.fromfile(path))
     model.init_weights()
@@ -121,8 +133,9 @@ def test_builds_and_trains(path):
         loss.backward()
         optimizer.step()
     assert torch.isfinite(loss)
-    still = [name for name, parameter in model.backbone.named_parameters()
-             if not parameter.grad.any()]
+    still = [
+        name for name, parameter in model.backbone.named_parameters() if not parameter.grad.any()
+    ]
     assert not still
 
 

@@ -1,4 +1,5 @@
 """The controls: each is what its equation says, starts as BatchNorm and learns as it should."""
+
 import copy
 
 import pytest
@@ -14,12 +15,17 @@ from dn_mmdet.experiments.ablation import VariantSC
 from dn_mmdet.experiments.controls import ScaledBN, StaticDN
 from dn_mmdet.experiments.recording import norm_counts
 
-STATIC = [dict(rank='full'), dict(rank='low'), dict(rank='full', bound=None),
-          dict(rank='low', affine=False)]
+STATIC = [
+    dict(rank='full'),
+    dict(rank='low'),
+    dict(rank='full', bound=None),
+    dict(rank='low', affine=False),
+]
 
 
 class ConstantSC(nn.Module):
     """g and h that depend on nothing, in SC's place."""
+
     inputs, bound, num_features = 'raw', 0.25, 6
 
     def __init__(self, g, h):
@@ -41,8 +47,10 @@ def moved(layer):
 
 
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('make', [lambda args=args: StaticDN(6, **args) for args in STATIC]
-                         + [lambda: ScaledBN(6, rate=10)])
+@pytest.mark.parametrize(
+    'make',
+    [lambda args=args: StaticDN(6, **args) for args in STATIC] + [lambda: ScaledBN(6, rate=10)],
+)
 def test_a_fresh_control_is_batch_norm(make, training, close):
     layer, bn = make().train(training), nn.BatchNorm2d(6).train(training)
     x = 3 * torch.randn(4, 6, 5, 3) + 1
@@ -70,7 +78,7 @@ def test_static_dn_is_dn_b_with_a_constant_in_scs_place(rank, training, close):
     close(xs[0].grad, xs[1].grad)
     close(layer.bn.weight.grad, dnb.bn.weight.grad)
     close(layer.bn.bias.grad, dnb.bn.bias.grad)
-    slope = 0.25 * (1 - torch.tanh(out.detach())**2)
+    slope = 0.25 * (1 - torch.tanh(out.detach()) ** 2)
     close(layer.b_out.grad, slope * torch.cat((dnb.sc.g.grad, dnb.sc.h.grad)))
     close(layer.bn.running_var, dnb.bn.running_var)
 
@@ -83,7 +91,7 @@ def layer_output(module, x, g, h):
 
 def test_low_rank_gradients_by_hand(close):
     layer = moved(StaticDN(6, rank='low', bound=None)).double()
-    assert layer.w_out.shape == (12, 8) and layer.r.shape == (8, )
+    assert layer.w_out.shape == (12, 8) and layer.r.shape == (8,)
     x, dy = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
     layer(x).backward(dy)
     close(layer.w_out.grad, torch.outer(layer.b_out.grad, layer.r.detach()))
@@ -104,7 +112,7 @@ def exact(layer):
     return layer
 
 
-@pytest.mark.parametrize('momentum', [0., 0.9])
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
 @pytest.mark.parametrize('rate', [3, 10, 30])
 def test_scaled_bn_moves_as_batch_norm_at_that_rate_does(rate, momentum, close):
     scaled, bn = exact(ScaledBN(6, rate=rate)), nn.BatchNorm2d(6).double()
@@ -127,12 +135,12 @@ def test_weight_decay_of_scaled_bn_is_that_of_the_usual_rate(close):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.01)
     (0 * layer.u.sum() + 0 * layer.v.sum()).backward()
     optimizer.step()
-    close(layer.scale_and_shift()[0], torch.full((6, ), 1 - 0.1 * 0.01, dtype=torch.float64))
+    close(layer.scale_and_shift()[0], torch.full((6,), 1 - 0.1 * 0.01, dtype=torch.float64))
 
 
 def test_lr_mult_does_nothing_under_one_cycle_and_so_is_written_into_the_layer():
     """The reason for `ScaledBN`."""
-    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 1.)]
+    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 1.0)]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     OneCycleLR(optimizer, eta_max=0.1, total_steps=10)
     assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([0.1 / 25] * 2)
@@ -150,8 +158,9 @@ def test_initialisers_leave_the_controls_as_they_are():
     for layer in (scaled, static):
         before = {k: v.clone() for k, v in layer.named_parameters() if not k.startswith('bn.')}
         Model(layer).init_weights()
-        assert before and all(torch.equal(dict(layer.named_parameters())[k], v)
-                              for k, v in before.items())
+        assert before and all(
+            torch.equal(dict(layer.named_parameters())[k], v) for k, v in before.items()
+        )
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -163,8 +172,12 @@ def test_the_other_samples_statistics_are_used_in_training_and_in_eval(training,
     m, s = x.mean((2, 3)), (x.var((2, 3), correction=0) + layer.eps).sqrt()
     g, h = own.sc(m, s)
     z = copy.deepcopy(layer.bn)(x)
-    wanted = torch.stack([(1 + g[other, :, None, None]) * z[n] + h[other, :, None, None]
-                          for n, other in enumerate((2, 3, 4, 0, 1))])
+    wanted = torch.stack(
+        [
+            (1 + g[other, :, None, None]) * z[n] + h[other, :, None, None]
+            for n, other in enumerate((2, 3, 4, 0, 1))
+        ]
+    )
     close(layer(x), wanted)
     assert (layer(x) - own(x)).abs().max() > 0.01
     own.load_state_dict(layer.state_dict())
@@ -182,6 +195,7 @@ def test_an_image_does_not_change_its_own_scale_and_shift_when_the_others_is_use
 
 def test_part_of_a_model_is_converted_and_keeps_its_names():
     """What the presets that ask "where" do, and options of the model around it."""
+
     @MODELS.register_module(force=True)
     class Toy(nn.Module):
         def __init__(self, width, extra=None):
@@ -191,8 +205,9 @@ def test_part_of_a_model_is_converted_and_keeps_its_names():
             self.linear_conv = nn.Sequential(nn.Conv2d(width, 3, 1), nn.BatchNorm2d(3))
 
     try:
-        cfg = dict(type='PartlyConverted', part=dict(type='Toy', width=4), norm='DNB',
-                   only='*depthwise*')
+        cfg = dict(
+            type='PartlyConverted', part=dict(type='Toy', width=4), norm='DNB', only='*depthwise*'
+        )
         model = MODELS.build(dict(cfg, extra='given'))
         assert type(model) is Toy and model.extra == 'given'
         assert list(dn_layers(model)) == ['depthwise_conv.1']

@@ -1,4 +1,5 @@
 """Conversion keeps everything that a BatchNorm carries, and says what it cannot keep."""
+
 import copy
 import os
 import pickle
@@ -39,14 +40,17 @@ def used(model):
 
 
 def small_net(norm=nn.BatchNorm2d, **args):
-    return used(nn.Sequential(nn.Conv2d(3, 8, 3), norm(8, **args), nn.ReLU(), nn.Conv2d(8, 6, 3),
-                              norm(6, **args)))
+    return used(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), norm(8, **args), nn.ReLU(), nn.Conv2d(8, 6, 3), norm(6, **args)
+        )
+    )
 
 
 def assert_same_outputs(before, after, *inputs, close, train=True):
     """In both modes, and the running statistics after a training step too."""
     before, after = copy.deepcopy(before), copy.deepcopy(after)
-    for mode in (False, True) if train else (False, ):
+    for mode in (False, True) if train else (False,):
         before.train(mode)
         after.train(mode)
         with torch.no_grad():
@@ -64,7 +68,9 @@ def test_output_is_unchanged_and_layers_keep_their_names(norm, layer, close):
     converted = convert_norm(model, norm)
     assert converted is model
     assert {name: type(child) for name, child in dn_layers(model).items()} == {
-        '1': layer, '4': layer}
+        '1': layer,
+        '4': layer,
+    }
     assert batch_norms(model) == {}
     assert_same_outputs(before, model, torch.randn(4, 3, 9, 7).double(), close=close)
 
@@ -76,13 +82,16 @@ def test_a_converted_model_adapts_once_its_sc_is_awake():
     assert not torch.allclose(awake(model)(x), before, atol=1e-2)
 
 
-@pytest.mark.parametrize('bn, layer, shape', [
-    (nn.BatchNorm1d(5), DNB1d, (4, 5)),
-    (nn.BatchNorm1d(5), DNB1d, (4, 5, 3)),
-    (nn.BatchNorm2d(5), DNB, (4, 5, 3, 2)),
-    (nn.BatchNorm3d(5), DNB3d, (4, 5, 3, 2, 3)),
-    (revert_sync_batchnorm(nn.SyncBatchNorm(5)), SyncDNB, (4, 5, 3, 2)),
-])
+@pytest.mark.parametrize(
+    'bn, layer, shape',
+    [
+        (nn.BatchNorm1d(5), DNB1d, (4, 5)),
+        (nn.BatchNorm1d(5), DNB1d, (4, 5, 3)),
+        (nn.BatchNorm2d(5), DNB, (4, 5, 3, 2)),
+        (nn.BatchNorm3d(5), DNB3d, (4, 5, 3, 2, 3)),
+        (revert_sync_batchnorm(nn.SyncBatchNorm(5)), SyncDNB, (4, 5, 3, 2)),
+    ],
+)
 def test_each_kind_of_batch_norm_gets_its_kind_of_layer(bn, layer, shape, close):
     bn = used(bn).double()
     converted = convert_norm(copy.deepcopy(bn), 'DNB')
@@ -98,9 +107,16 @@ def test_a_synchronised_norm_stays_synchronised(close):
     close(converted(x), bn(x))
 
 
-@pytest.mark.parametrize('args', [
-    dict(eps=1e-3, momentum=0.03), dict(momentum=None), dict(affine=False),
-    dict(track_running_stats=False), dict(affine=False, track_running_stats=False)])
+@pytest.mark.parametrize(
+    'args',
+    [
+        dict(eps=1e-3, momentum=0.03),
+        dict(momentum=None),
+        dict(affine=False),
+        dict(track_running_stats=False),
+        dict(affine=False, track_running_stats=False),
+    ],
+)
 def test_arguments_of_the_batch_norm_are_kept(args, close):
     model = small_net(**args).double()
     before = copy.deepcopy(model)
@@ -135,8 +151,15 @@ def test_a_model_without_storage_stays_without():
 
 
 def test_arguments_reach_every_layer():
-    model = convert_norm(small_net(), 'DNB', min_channels=3, inputs='standardized', bound=None,
-                         bn_requires_grad=False, sc_requires_grad=False)
+    model = convert_norm(
+        small_net(),
+        'DNB',
+        min_channels=3,
+        inputs='standardized',
+        bound=None,
+        bn_requires_grad=False,
+        sc_requires_grad=False,
+    )
     for layer in dn_layers(model).values():
         assert len(layer.sc.b_in) == 3
         assert (layer.sc.inputs, layer.sc.bound) == ('standardized', None)
@@ -153,9 +176,16 @@ def test_a_module_used_twice_stays_one():
     assert len({id(layer) for layer in dn_layers(model).values()}) == 3
 
 
-@pytest.mark.parametrize('only, skip, expected', [
-    ('1', None, {'1'}), (None, '1', {'4', '6.0', '6.1'}), ('6', None, {'6.0', '6.1'}),
-    (['6', '4'], '*.1', {'4', '6.0'}), ('?', '6.*', {'1', '4'})])
+@pytest.mark.parametrize(
+    'only, skip, expected',
+    [
+        ('1', None, {'1'}),
+        (None, '1', {'4', '6.0', '6.1'}),
+        ('6', None, {'6.0', '6.1'}),
+        (['6', '4'], '*.1', {'4', '6.0'}),
+        ('?', '6.*', {'1', '4'}),
+    ],
+)
 def test_patterns_choose(only, skip, expected):
     model = small_net()
     model.append(nn.Identity())
@@ -187,12 +217,16 @@ def test_a_converted_model_can_be_pickled_and_copied(close):
 
 
 @pytest.mark.shows('conversion of mmdet, torchvision and timm models: the output stays')
-@pytest.mark.parametrize('build, shape', [
-    (torchvision.models.mobilenet_v2, (2, 3, 64, 64)),
-    (torchvision.models.resnet18, (2, 3, 64, 64)),
-    (torchvision.models.shufflenet_v2_x0_5, (2, 3, 64, 64)),
-    (torchvision.models.video.r3d_18, (1, 3, 4, 32, 32))],
-    ids=lambda value: getattr(value, '__name__', ''))
+@pytest.mark.parametrize(
+    'build, shape',
+    [
+        (torchvision.models.mobilenet_v2, (2, 3, 64, 64)),
+        (torchvision.models.resnet18, (2, 3, 64, 64)),
+        (torchvision.models.shufflenet_v2_x0_5, (2, 3, 64, 64)),
+        (torchvision.models.video.r3d_18, (1, 3, 4, 32, 32)),
+    ],
+    ids=lambda value: getattr(value, '__name__', ''),
+)
 def test_torchvision_models(build, shape, close):
     model = used(build(weights=None))
     for module in model.modules():
@@ -221,14 +255,19 @@ def test_a_frozen_batch_norm_stays_frozen_inside(close):
 
 
 @pytest.mark.shows('conversion of mmdet, torchvision and timm models: the output stays')
-@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_b0', 'mobilenetv3_small_050',
-                                  'resnetv2_50x1_bit', 'regnety_002'])
+@pytest.mark.parametrize(
+    'name',
+    ['resnet18', 'efficientnet_b0', 'mobilenetv3_small_050', 'resnetv2_50x1_bit', 'regnety_002'],
+)
 def test_timm_models(name, close):
     timm = pytest.importorskip('timm', reason='timm is not installed (extra `export`)')
     model = timm.create_model(name, pretrained=False, num_classes=7)
     if name == 'resnetv2_50x1_bit':  # GroupNorm only
-        with pytest.raises(ValueError, match='no BatchNorm to convert in ResNetV2, which holds '
-                                             r'\d+ GroupNormAct'):
+        with pytest.raises(
+            ValueError,
+            match='no BatchNorm to convert in ResNetV2, which holds '
+            r'\d+ GroupNormAct',
+        ):
             convert_norm(model, 'DNB')
         return
     used(model)
@@ -256,18 +295,20 @@ def test_the_activation_inside_timms_norm_is_kept_after_an_awake_sc():
 
 
 class ScaledNorm(nn.BatchNorm2d):
-
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize('norm, message', [
-    (ScaledNorm(6), r'2\.1: test_convert\.ScaledNorm has a forward of its own'),
-    (nn.LazyBatchNorm2d(), r'2\.1: .*LazyBatchNorm2d does not know its channels yet')])
+@pytest.mark.parametrize(
+    'norm, message',
+    [
+        (ScaledNorm(6), r'2\.1: test_convert\.ScaledNorm has a forward of its own'),
+        (nn.LazyBatchNorm2d(), r'2\.1: .*LazyBatchNorm2d does not know its channels yet'),
+    ],
+)
 @pytest.mark.filterwarnings('ignore:Lazy modules')
 def test_what_cannot_be_kept_is_refused_by_name_and_nothing_is_changed(norm, message):
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1),
-                          nn.Sequential(nn.ReLU(), norm))
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1), nn.Sequential(nn.ReLU(), norm))
     with pytest.raises(ValueError, match=message):
         convert_norm(model, 'DNB')
     assert not dn_layers(model)
@@ -275,8 +316,10 @@ def test_what_cannot_be_kept_is_refused_by_name_and_nothing_is_changed(norm, mes
     assert set(dn_layers(model)) == {'0'}
 
 
-@pytest.mark.parametrize('register', ['register_forward_hook', 'register_forward_pre_hook',
-                                      'register_full_backward_hook'])
+@pytest.mark.parametrize(
+    'register',
+    ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook'],
+)
 def test_hooks_that_would_fall_silent_are_refused(register):
     model = small_net()
     handle = getattr(model[4], register)(lambda *_: None)
@@ -286,14 +329,22 @@ def test_hooks_that_would_fall_silent_are_refused(register):
     assert len(dn_layers(convert_norm(model, 'DNB'))) == 2
 
 
-@pytest.mark.parametrize('args, error, message', [
-    (dict(norm='DNX'), ValueError, r"expected one of \('DNB', 'DNC'\).*got 'DNX'"),
-    (dict(only='backbone.*'), ValueError, r"only: 'backbone\.\*' matches none of 2 norms \(1, 4"),
-    (dict(skip=['1', '7']), ValueError, "skip: '7' matches none"),
-    (dict(reductoin=4), TypeError, r'reductoin: no such argument; expected some of'),
-    (dict(eps=1e-3), TypeError, 'eps: no such argument.*kept from each BatchNorm'),
-    (dict(reduction=0), ValueError, 'reduction: expected an integer of at least 1'),
-    (dict(norm='DNC', inputs='standardized'), ValueError, "inputs: DNC .* expected 'raw'")])
+@pytest.mark.parametrize(
+    'args, error, message',
+    [
+        (dict(norm='DNX'), ValueError, r"expected one of \('DNB', 'DNC'\).*got 'DNX'"),
+        (
+            dict(only='backbone.*'),
+            ValueError,
+            r"only: 'backbone\.\*' matches none of 2 norms \(1, 4",
+        ),
+        (dict(skip=['1', '7']), ValueError, "skip: '7' matches none"),
+        (dict(reductoin=4), TypeError, r'reductoin: no such argument; expected some of'),
+        (dict(eps=1e-3), TypeError, 'eps: no such argument.*kept from each BatchNorm'),
+        (dict(reduction=0), ValueError, 'reduction: expected an integer of at least 1'),
+        (dict(norm='DNC', inputs='standardized'), ValueError, "inputs: DNC .* expected 'raw'"),
+    ],
+)
 def test_bad_arguments_are_named_and_nothing_is_changed(args, error, message):
     model = small_net()
     with pytest.raises(error, match=message):
@@ -304,8 +355,10 @@ def test_bad_arguments_are_named_and_nothing_is_changed(args, error, message):
 
 def test_a_model_without_batch_norm_says_what_it_holds():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.LayerNorm(8))
-    with pytest.raises(ValueError, match='no BatchNorm to convert in Sequential, which holds '
-                                         '1 GroupNorm, 1 LayerNorm'):
+    with pytest.raises(
+        ValueError,
+        match='no BatchNorm to convert in Sequential, which holds 1 GroupNorm, 1 LayerNorm',
+    ):
         convert_norm(model, 'DNB')
 
 
@@ -318,9 +371,16 @@ def test_a_converted_model_is_left_and_says_so():
 
 
 def test_the_norm_that_mmcv_would_fold_into_the_wrong_convolution_is_named(close):
-    block = used(nn.Sequential(
-        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1),
-        nn.BatchNorm2d(8))).eval()
+    block = used(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1),
+            nn.BatchNorm2d(8),
+        )
+    ).eval()
     x = torch.randn(2, 3, 5, 5)
 
     def fuse_after_converting(**patterns):
@@ -339,6 +399,7 @@ def test_models_that_can_fold_say_so_and_do_not_drop_sc(name):
     """timm's: those that were converted before they were folded, and the other way round."""
     timm = pytest.importorskip('timm', reason='needs timm, which has such models')
     from timm.utils.model import reparameterize_model
+
     model = timm.create_model(name, num_classes=3).eval()
     with pytest.warns(UserWarning, match=r'(fuse|reparameterize) \(.*can fold BatchNorms.*before'):
         converted = awake(convert_norm(copy.deepcopy(model), 'DNB'))
@@ -349,12 +410,10 @@ def test_models_that_can_fold_say_so_and_do_not_drop_sc(name):
 
 def test_methods_of_every_module_around_a_norm_are_found():
     class Yolo(nn.Sequential):
-
         def fuse(self):
             pass
 
     class RepConv(nn.Sequential):
-
         def switch_to_deploy(self):
             pass
 
@@ -365,12 +424,17 @@ def test_methods_of_every_module_around_a_norm_are_found():
             pass
 
     def build():
-        return Yolo(nn.Sequential(RepConv(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))),
-                    RepConv(nn.BatchNorm2d(8)), nn.Sequential(nn.BatchNorm2d(8)))
+        return Yolo(
+            nn.Sequential(RepConv(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))),
+            RepConv(nn.BatchNorm2d(8)),
+            nn.Sequential(nn.BatchNorm2d(8)),
+        )
+
     with pytest.warns(UserWarning) as caught:
         convert_norm(build(), 'DNB')
     assert [str(w.message).partition(' can fold')[0] for w in caught] == [
-        'RepConv.fuse_repvgg_block (0.0), RepConv.switch_to_deploy (0.0), Yolo.fuse (the model)']
+        'RepConv.fuse_repvgg_block (0.0), RepConv.switch_to_deploy (0.0), Yolo.fuse (the model)'
+    ]
     convert_norm(build()[2], 'DNB')  # nothing that folds
 
 
@@ -435,8 +499,10 @@ def test_frozen_norms_keep_a_trainable_sc_and_that_is_said(log):
 def test_norms_that_no_config_reaches_are_counted_and_named(log):
     swap_norm(zoo('yolof/yolof_r50-c5_8xb8-1x_coco'), 'DNB')
     assert 'DNB in place of BatchNorm in 59 layers' in log()
-    assert '14 BatchNorms stay, which no config reaches: 14 in DilatedEncoder (as ' \
+    assert (
+        '14 BatchNorms stay, which no config reaches: 14 in DilatedEncoder (as '
         'neck.lateral_norm)' in log()
+    )
 
 
 @pytest.mark.slow
@@ -445,17 +511,24 @@ def test_a_dumped_config_reloads_in_a_process_that_never_heard_of_dn_mmdet(tmp_p
     cfg.custom_imports = dict(imports='json')
     swapped = swap_norm(cfg, 'DNB')
     swapped.dump(tmp_path / 'dumped.py')
-    code = ('from mmdet.apis import init_detector\n'
-            'model = init_detector("dumped.py", device="cpu")\n'
-            'print(sum(type(m).__name__ == "DNB" for m in model.modules()))')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, text=True,
-                          capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    code = (
+        'from mmdet.apis import init_detector\n'
+        'model = init_detector("dumped.py", device="cpu")\n'
+        'print(sum(type(m).__name__ == "DNB" for m in model.modules()))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == str(len(dn_layers(build(swapped)))) == '74'
 
 
 def test_a_config_in_the_new_style_names_classes(tmp_path):
-    (tmp_path / 'new_style.py').write_text('''
+    (tmp_path / 'new_style.py').write_text("""
 from mmdet.models import FPN, RetinaHead, RetinaNet, ResNet
 from torch.nn import BatchNorm2d
 model = dict(type=RetinaNet, backbone=dict(type=ResNet, depth=18,
@@ -463,7 +536,7 @@ model = dict(type=RetinaNet, backbone=dict(type=ResNet, depth=18,
              neck=dict(type=FPN, in_channels=[64, 128, 256, 512], out_channels=8, num_outs=5,
                        norm_cfg=dict(type='BN')),
              bbox_head=dict(type=RetinaHead, num_classes=3, in_channels=8, feat_channels=8))
-''')
+""")
     swapped = swap_norm(Config.fromfile(tmp_path / 'new_style.py', lazy_import=True), 'DNB')
     assert swapped.model.backbone.norm_cfg == dict(type='DNB', eps=1e-3)
     swapped.dump(tmp_path / 'dumped.py')
@@ -478,8 +551,10 @@ def test_a_bn_checkpoint_gives_a_swapped_model_bns_output(close):
     model.load_state_dict(source.state_dict())
     x = torch.randn(1, 3, 64, 64).double()
     with torch.no_grad():
-        close(torch.cat([level.flatten() for kind in model(x, mode='tensor') for level in kind]),
-              torch.cat([level.flatten() for kind in source(x, mode='tensor') for level in kind]))
+        close(
+            torch.cat([level.flatten() for kind in model(x, mode='tensor') for level in kind]),
+            torch.cat([level.flatten() for kind in source(x, mode='tensor') for level in kind]),
+        )
 
 
 def test_swapping_twice_changes_nothing_and_says_so(log):
@@ -491,8 +566,11 @@ def test_swapping_twice_changes_nothing_and_says_so(log):
 def test_configs_that_cannot_be_swapped_say_why():
     with pytest.raises(ValueError, match=r"expected one of \('DNB', 'DNC'\).*got 'BN'"):
         swap_norm(zoo('ssd/ssd300_coco'), 'BN')
-    with pytest.raises(ValueError, match='no BatchNorm that this config could change in '
-                                         'SingleStageDetector, which holds 1 L2Norm'):
+    with pytest.raises(
+        ValueError,
+        match='no BatchNorm that this config could change in '
+        'SingleStageDetector, which holds 1 L2Norm',
+    ):
         swap_norm(zoo('ssd/ssd300_coco'), 'DNB')
     with pytest.raises(ValueError, match='expected a config with a model, found only a, b'):
         swap_norm(Config(dict(a=1, b=2)), 'DNB')
@@ -512,17 +590,25 @@ def test_a_converted_checkpoint_loads_strictly_and_computes_bns_output(close):
 
 def test_meta_and_averaged_weights_are_kept_and_the_optimizer_is_not():
     state = small_net().state_dict()
-    checkpoint = dict(meta=dict(epoch=3), state_dict=state, optimizer=dict(state={}),
-                      param_schedulers=[], message_hub=dict(log_scalars={}),
-                      ema_state_dict={'steps': torch.tensor(7),
-                                      **{f'module.{k}': v + 1 for k, v in state.items()}})
+    checkpoint = dict(
+        meta=dict(epoch=3),
+        state_dict=state,
+        optimizer=dict(state={}),
+        param_schedulers=[],
+        message_hub=dict(log_scalars={}),
+        ema_state_dict={
+            'steps': torch.tensor(7),
+            **{f'module.{k}': v + 1 for k, v in state.items()},
+        },
+    )
     before = copy.deepcopy(checkpoint)
     converted = convert_checkpoint(checkpoint)
     assert set(converted) == {'meta', 'state_dict', 'message_hub', 'ema_state_dict'}
     assert converted['meta'] == dict(epoch=3)
     assert 'module.1.bn.weight' in converted['ema_state_dict']
-    assert torch.equal(converted['ema_state_dict']['module.1.sc.w_in'],
-                       converted['state_dict']['1.sc.w_in'])
+    assert torch.equal(
+        converted['ema_state_dict']['module.1.sc.w_in'], converted['state_dict']['1.sc.w_in']
+    )
     assert list(checkpoint['state_dict']) == list(before['state_dict'])
 
 
@@ -533,10 +619,17 @@ def test_only_the_layers_of_a_given_model_are_converted():
     assert '1.weight' in converted and '4.bn.weight' in converted
 
 
-@pytest.mark.parametrize('checkpoint, message', [
-    (dict(state_dict=nn.GroupNorm(1, 2).state_dict()), 'no BatchNorm to convert among 2 weights'),
-    (dict(meta=1, model=2), 'expected weights.*found meta, model'),
-    (DNB(4).state_dict(), 'already. From the weights alone there is no way back to BatchNorm')])
+@pytest.mark.parametrize(
+    'checkpoint, message',
+    [
+        (
+            dict(state_dict=nn.GroupNorm(1, 2).state_dict()),
+            'no BatchNorm to convert among 2 weights',
+        ),
+        (dict(meta=1, model=2), 'expected weights.*found meta, model'),
+        (DNB(4).state_dict(), 'already. From the weights alone there is no way back to BatchNorm'),
+    ],
+)
 def test_checkpoints_that_cannot_be_converted_say_why(checkpoint, message):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(checkpoint)

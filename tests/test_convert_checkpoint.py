@@ -1,4 +1,5 @@
 """tools/convert_checkpoint.py writes a checkpoint that computes the same, or nothing."""
+
 import runpy
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def test_a_backbones_weights(tmp_path, close, capsys):
 @pytest.mark.shows('BatchNorm checkpoints')
 def test_a_detectors_checkpoint_by_its_config(tmp_path, close):
     source = detector(write_config(tmp_path, 'BN'))
-    content = dict(meta=dict(epoch=3, cfg='of BN'), state_dict=source.state_dict(),
-                   optimizer=dict(state={}))
+    content = dict(
+        meta=dict(epoch=3, cfg='of BN'), state_dict=source.state_dict(), optimizer=dict(state={})
+    )
     config, out = write_config(tmp_path, 'DNB'), tmp_path / 'dn.pth'
     main([saved(tmp_path / 'bn.pth', content), str(out), '--config', str(config)])
     converted = open_checkpoint(out)
@@ -53,8 +55,10 @@ def test_a_detectors_checkpoint_by_its_config(tmp_path, close):
     model.load_state_dict(converted['state_dict'])
     x = torch.randn(1, 3, 64, 64).double()
     for got, expected in zip(model(x, mode='tensor'), source(x, mode='tensor'), strict=True):
-        close(torch.cat([level.flatten() for level in got]),
-              torch.cat([level.flatten() for level in expected]))
+        close(
+            torch.cat([level.flatten() for level in got]),
+            torch.cat([level.flatten() for level in expected]),
+        )
 
 
 def refused(tmp_path, capsys, *argv):
@@ -76,8 +80,14 @@ def test_a_checkpoint_of_other_shapes_names_its_first_layer(tmp_path, capsys):
     config = write_config(tmp_path, 'DNB')
     state = detector(write_config(tmp_path, 'BN')).state_dict()
     state['backbone.conv1.bn.weight'] = torch.ones(3)
-    message = refused(tmp_path, capsys, saved(tmp_path / 'bn.pth', dict(state_dict=state)),
-                      tmp_path / 'out.pth', '--config', config)
+    message = refused(
+        tmp_path,
+        capsys,
+        saved(tmp_path / 'bn.pth', dict(state_dict=state)),
+        tmp_path / 'out.pth',
+        '--config',
+        config,
+    )
     assert '1 of another size (as backbone.conv1.bn.' in message
 
 

@@ -1,4 +1,5 @@
 """Mult-Adds agree with what a hand counts."""
+
 import os
 from pathlib import Path
 
@@ -16,10 +17,10 @@ def counted(model, x):
 
 
 def test_convolutions_count_by_groups_and_stride():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, stride=2),
-                          nn.Conv2d(8, 8, 3, padding=1, groups=8))
-    assert counted(model, torch.randn(1, 4, 6, 6)) == {
-        'convolutions': (4 * 8 * 9 + 8 * 9) * 9}
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    )
+    assert counted(model, torch.randn(1, 4, 6, 6)) == {'convolutions': (4 * 8 * 9 + 8 * 9) * 9}
 
 
 def test_linears_count_inputs_times_outputs():
@@ -38,8 +39,10 @@ def test_element_wise_work_is_apart():
 def test_a_dn_layer_counts_as_its_fused_form(norm, per_value, rows):
     layer = norm(16).train()
     found = counted(layer, torch.randn(2, 16, 3, 3))
-    assert found == {'SC': rows * (2 * 16 * 8 + 8 * 2 * 16),
-                     'norms (element-wise)': per_value * 2 * 16 * 9}
+    assert found == {
+        'SC': rows * (2 * 16 * 8 + 8 * 2 * 16),
+        'norms (element-wise)': per_value * 2 * 16 * 9,
+    }
     assert layer.training and not layer._forward_hooks
 
 
@@ -54,8 +57,9 @@ def test_the_se_control_costs_what_sc_does():
     for channels in (16, 96, 960, 1280):
         x = torch.randn(1, channels, 2, 2)
         dnb, bnse = DNB(channels), BNSE(channels)
-        ratio = (sum(p.numel() for p in bnse.parameters())
-                 / sum(p.numel() for p in dnb.parameters()))
+        ratio = sum(p.numel() for p in bnse.parameters()) / sum(
+            p.numel() for p in dnb.parameters()
+        )
         assert 0.95 < ratio < 1.02
         assert counted(bnse, x)['linears'] == counted(dnb, x)['SC']
 

@@ -1,4 +1,5 @@
 """The plugin for many GPU tests at once: a CUDA error, a crash, a hang each cost one test."""
+
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CONFTEST = '''
+CONFTEST = """
 import torch
 broken = []
 torch.cuda.is_initialized = lambda: True
@@ -16,8 +17,8 @@ def synchronize():
     if broken:
         raise RuntimeError('CUDA error: an illegal memory access was encountered')
 torch.cuda.synchronize = synchronize
-'''
-CASES = '''
+"""
+CASES = """
 import os, time
 import conftest, pytest
 
@@ -45,7 +46,7 @@ def test_fine_too(i):
 @pytest.mark.parametrize('i', range(100))
 def test_takes_a_while(i):
     time.sleep(0.2)
-'''
+"""
 
 
 def run(folder, *options):
@@ -54,11 +55,27 @@ def run(folder, *options):
     (folder / 'pytest.ini').write_text('[pytest]\n')
     env = {**os.environ, 'PYTHONPATH': f'{TESTS}:{folder}'}
     env.pop('PYTEST_XDIST_WORKER', None)
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'cuda_isolation', '-p',
-               'no:cacheprovider', '-n', '2', '--timeout=20', '--timeout-method=thread',
-               '--max-worker-restart=20', '--results', 'results.txt', *options]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=300)
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '-p',
+        'cuda_isolation',
+        '-p',
+        'no:cacheprovider',
+        '-n',
+        '2',
+        '--timeout=20',
+        '--timeout-method=thread',
+        '--max-worker-restart=20',
+        '--results',
+        'results.txt',
+        *options,
+    ]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
@@ -66,8 +83,12 @@ def test_each_fault_costs_one_test(tmp_path):
     found = run(tmp_path, '-k', 'not takes_a_while')
     assert found.returncode == 1
     failed = re.findall(r'^FAILED (?:test_cases.py::)?(\w+)', found.stdout, re.M)
-    assert sorted(failed) == ['test_breaks_the_device', 'test_dies', 'test_fails_alone',
-                              'test_hangs'], found.stdout
+    assert sorted(failed) == [
+        'test_breaks_the_device',
+        'test_dies',
+        'test_fails_alone',
+        'test_hangs',
+    ], found.stdout
     assert '4 failed, 24 passed' in found.stdout
     results = (tmp_path / 'results.txt').read_text()
     assert results.count('PASSED') == 24

@@ -1,4 +1,5 @@
 """Data that would train wrong labels, give a wrong AP or end a run later are refused at first."""
+
 import copy
 import json
 import shutil
@@ -66,11 +67,14 @@ def test_a_split_that_is_not_there_is_no_error(cfg, model):
 
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
-@pytest.mark.parametrize('option, value, what', [
-    ('data_root', '/absent/', 'data folder'),
-    ('ann_file', 'absent.json', 'annotation file'),
-    ('data_prefix', dict(img='absent/'), 'data folder'),
-])
+@pytest.mark.parametrize(
+    'option, value, what',
+    [
+        ('data_root', '/absent/', 'data folder'),
+        ('ann_file', 'absent.json', 'annotation file'),
+        ('data_prefix', dict(img='absent/'), 'data folder'),
+    ],
+)
 def test_missing_data_are_named_with_path_and_option(cfg, model, split, option, value, what):
     cfg[f'{split}_dataloader'].dataset[option] = value
     option += '.img' if option == 'data_prefix' else ''
@@ -86,7 +90,8 @@ def test_wrappers_are_looked_into(cfg, model):
     inner = cfg.train_dataloader.dataset
     inner.ann_file = 'absent.json'
     cfg.train_dataloader.dataset = dict(
-        type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=2, dataset=inner)])
+        type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=2, dataset=inner)]
+    )
     with pytest.raises(ConfigError, match=r'train_dataloader.dataset.datasets.0.dataset.ann_file'):
         preflight.check_data(cfg, 'train', model)
 
@@ -97,12 +102,14 @@ def test_a_missing_image_is_named(cfg, model, annotations):
         preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('text', [
-    '{"images": [', '', 'no json', '\x00\x01', '{"images": [], "annotations": 1'])
+@pytest.mark.parametrize(
+    'text', ['{"images": [', '', 'no json', '\x00\x01', '{"images": [], "annotations": 1']
+)
 def test_an_annotation_file_that_is_no_json_is_told(cfg, model, annotations, text):
     path = annotations(text=text)
-    with pytest.raises(ConfigError, match=f'{path}: cannot be read as json.*'
-                                          f'train_dataloader.dataset.ann_file'):
+    with pytest.raises(
+        ConfigError, match=f'{path}: cannot be read as json.*train_dataloader.dataset.ann_file'
+    ):
         preflight.check_data(cfg, 'train', model)
 
 
@@ -113,22 +120,26 @@ def test_an_annotation_file_that_is_no_text_is_told(cfg, model, annotations):
         preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('[]', 'a list of images'),
-    ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
-    ('{"images": {}, "annotations": [], "categories": []}', 'a list of images'),
-    ('{"images": [], "annotations": []}', 'a list of categories'),
-    ('{"images": [], "categories": []}', 'a list of annotations'),
-    ('{"images": [1], "annotations": [], "categories": []}', 'each of images; number 0 is 1'),
-])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('[]', 'a list of images'),
+        ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
+        ('{"images": {}, "annotations": [], "categories": []}', 'a list of images'),
+        ('{"images": [], "annotations": []}', 'a list of categories'),
+        ('{"images": [], "categories": []}', 'a list of annotations'),
+        ('{"images": [1], "annotations": [], "categories": []}', 'each of images; number 0 is 1'),
+    ],
+)
 def test_a_json_that_is_not_coco_is_told(cfg, model, annotations, text, expected):
     path = annotations(text=text)
     with pytest.raises(ConfigError, match=f'{path}: .*{expected}'):
         preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('part, key', [
-    (part, key) for part, keys in coco.KEYS.items() for key in sorted(keys)])
+@pytest.mark.parametrize(
+    'part, key', [(part, key) for part, keys in coco.KEYS.items() for key in sorted(keys)]
+)
 def test_an_entry_without_what_mmdet_reads_is_named(cfg, model, annotations, part, key):
     annotations(lambda content: content[part][1].pop(key))
     with pytest.raises(ConfigError, match=f'{key}.* in each of {part}; number 1 is '):
@@ -154,8 +165,11 @@ def test_the_evaluators_annotations_are_checked_too(cfg, model, split, tmp_path)
 
 def test_another_number_of_classes_than_the_models_is_told(cfg, root):
     cfg.model.bbox_head.num_classes = 80
-    with pytest.raises(ConfigError, match=r'model.bbox_head.num_classes is 80, but the data set '
-                                          r'has 2 classes .*metainfo.classes.*cat, dog'):
+    with pytest.raises(
+        ConfigError,
+        match=r'model.bbox_head.num_classes is 80, but the data set '
+        r'has 2 classes .*metainfo.classes.*cat, dog',
+    ):
         preflight.check_data(cfg, 'train', preflight.check_model(cfg))
 
 
@@ -163,8 +177,11 @@ def test_coco_classes_on_other_data_are_told(cfg, root):
     """The forgotten metainfo: mmdet would train on no boxes at all."""
     cfg.model.bbox_head.num_classes = 80
     del cfg.train_dataloader.dataset.metainfo
-    with pytest.raises(ConfigError, match=r'has 2 classes \(cat, dog\), and not person, .*of '
-                                          r'the 80 that are expected'):
+    with pytest.raises(
+        ConfigError,
+        match=r'has 2 classes \(cat, dog\), and not person, .*of '
+        r'the 80 that are expected',
+    ):
         preflight.check_data(cfg, 'train', preflight.check_model(cfg))
 
 
@@ -201,24 +218,32 @@ WRONG = [
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 @pytest.mark.parametrize('change, expected', WRONG, ids=[name for _, name in WRONG])
 def test_a_file_that_would_be_misread_is_named_with_its_option(
-        cfg, model, annotations, split, change, expected):
+    cfg, model, annotations, split, change, expected
+):
     path = annotations(change)
     cfg[f'{split}_dataloader'].dataset.ann_file = str(path)
-    with pytest.raises(ConfigError, match=f'^{path}: .*{expected}.* The file is set by '
-                                          f'{split}_dataloader.dataset.ann_file$'):
+    with pytest.raises(
+        ConfigError,
+        match=f'^{path}: .*{expected}.* The file is set by {split}_dataloader.dataset.ann_file$',
+    ):
         preflight.check_data(cfg, split, model)
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
-    lambda inner: dict(type='mmengine.RepeatDataset', times=2, dataset=inner),
-    lambda inner: dict(type=RepeatDataset, times=2, dataset=inner),
-    lambda inner: dict(type='ClassBalancedDataset', oversample_thr=0.1, dataset=inner),
-    lambda inner: dict(type='MultiImageMixDataset', dataset=inner, pipeline=[]),
-    lambda inner: dict(type='ConcatDataset', datasets=[inner, inner]),
-    lambda inner: dict(type='ConcatDataset', datasets=[
-        dict(type='RepeatDataset', times=2, dataset=inner)]),
-], ids=['Repeat', 'scope', 'class', 'ClassBalanced', 'MultiImageMix', 'Concat', 'both'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
+        lambda inner: dict(type='mmengine.RepeatDataset', times=2, dataset=inner),
+        lambda inner: dict(type=RepeatDataset, times=2, dataset=inner),
+        lambda inner: dict(type='ClassBalancedDataset', oversample_thr=0.1, dataset=inner),
+        lambda inner: dict(type='MultiImageMixDataset', dataset=inner, pipeline=[]),
+        lambda inner: dict(type='ConcatDataset', datasets=[inner, inner]),
+        lambda inner: dict(
+            type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=2, dataset=inner)]
+        ),
+    ],
+    ids=['Repeat', 'scope', 'class', 'ClassBalanced', 'MultiImageMix', 'Concat', 'both'],
+)
 @pytest.mark.parametrize('kind', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset])
 def test_a_wrapper_or_a_class_for_a_name_hides_nothing(cfg, model, annotations, wrap, kind):
     path = annotations(lambda content: content['categories'].reverse())
@@ -229,51 +254,80 @@ def test_a_wrapper_or_a_class_for_a_name_hides_nothing(cfg, model, annotations, 
 
 
 @pytest.mark.parametrize('split', ['val', 'test'])
-@pytest.mark.parametrize('wrap', [
-    lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
-    lambda inner: dict(type=RepeatDataset, times=2, dataset=inner),
-    lambda inner: dict(type='mmengine.ClassBalancedDataset', oversample_thr=0.1, dataset=inner),
-    lambda inner: dict(type='ConcatDataset', datasets=[
-        dict(type='RepeatDataset', times=2, dataset=inner)]),
-], ids=['Repeat', 'class', 'ClassBalanced', 'Concat'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
+        lambda inner: dict(type=RepeatDataset, times=2, dataset=inner),
+        lambda inner: dict(
+            type='mmengine.ClassBalancedDataset', oversample_thr=0.1, dataset=inner
+        ),
+        lambda inner: dict(
+            type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=2, dataset=inner)]
+        ),
+    ],
+    ids=['Repeat', 'class', 'ClassBalanced', 'Concat'],
+)
 def test_images_that_would_be_evaluated_several_times_are_told(cfg, model, split, wrap):
     cfg[f'{split}_dataloader'].dataset = wrap(cfg[f'{split}_dataloader'].dataset)
-    with pytest.raises(ConfigError, match=f'^{split}_dataloader.dataset.*: .*(Repeat|Balanced)'
-                                          'Dataset gives images several times.*Set '):
+    with pytest.raises(
+        ConfigError,
+        match=f'^{split}_dataloader.dataset.*: .*(Repeat|Balanced)'
+        'Dataset gives images several times.*Set ',
+    ):
         preflight.check_data(cfg, split, model)
 
 
 def test_a_wrapper_that_repeats_nothing_may_be_evaluated(cfg, model):
-    cfg.val_dataloader.dataset = dict(type='RepeatDataset', times=1,
-                                      dataset=cfg.val_dataloader.dataset)
+    cfg.val_dataloader.dataset = dict(
+        type='RepeatDataset', times=1, dataset=cfg.val_dataloader.dataset
+    )
     preflight.check_data(cfg, 'val', model)
 
 
-@pytest.mark.parametrize('change, expected', [
-    (lambda data: data.update(dataset=None), 'dataset: expected a data set.*none. Set it'),
-    (lambda data: data.pop('dataset'), 'dataset: expected a data set.*none. Set it'),
-    (lambda data: data.update(dataset=dict(type='ConcatDataset', datasets=[])),
-     r'dataset\.datasets: expected at least one'),
-    (lambda data: data.update(dataset=dict(type='RepeatDatset', times=1, dataset=data.dataset)),
-     r"dataset\.type: there is no data set 'RepeatDatset'"),
-    (lambda data: data.dataset.update(ann_file=''), r'dataset\.ann_file: expected.*Set it'),
-    (lambda data: data.dataset.update(data_prefix='images/'),
-     r"dataset\.data_prefix: expected.*dict\(img='images/'\)"),
-    (lambda data: data.dataset.update(indices=[0, 9]),
-     r'dataset\.indices: expected.*among the 4 .*\[0, 9\]'),
-], ids=['None', 'absent', 'empty', 'wrapper', 'ann_file', 'prefix', 'indices'])
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (lambda data: data.update(dataset=None), 'dataset: expected a data set.*none. Set it'),
+        (lambda data: data.pop('dataset'), 'dataset: expected a data set.*none. Set it'),
+        (
+            lambda data: data.update(dataset=dict(type='ConcatDataset', datasets=[])),
+            r'dataset\.datasets: expected at least one',
+        ),
+        (
+            lambda data: data.update(
+                dataset=dict(type='RepeatDatset', times=1, dataset=data.dataset)
+            ),
+            r"dataset\.type: there is no data set 'RepeatDatset'",
+        ),
+        (lambda data: data.dataset.update(ann_file=''), r'dataset\.ann_file: expected.*Set it'),
+        (
+            lambda data: data.dataset.update(data_prefix='images/'),
+            r"dataset\.data_prefix: expected.*dict\(img='images/'\)",
+        ),
+        (
+            lambda data: data.dataset.update(indices=[0, 9]),
+            r'dataset\.indices: expected.*among the 4 .*\[0, 9\]',
+        ),
+    ],
+    ids=['None', 'absent', 'empty', 'wrapper', 'ann_file', 'prefix', 'indices'],
+)
 def test_a_data_set_that_cannot_be_read_is_told(cfg, model, change, expected):
     change(cfg.train_dataloader)
     with pytest.raises(ConfigError, match=f'^train_dataloader.{expected}'):
         preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('name, meant', [
-    ('CocoDatset', 'CocoDataset'), ('mmdet.CocoDatset', 'CocoDataset')])
+@pytest.mark.parametrize(
+    'name, meant', [('CocoDatset', 'CocoDataset'), ('mmdet.CocoDatset', 'CocoDataset')]
+)
 def test_a_data_set_that_does_not_exist_is_told(cfg, model, name, meant):
     cfg.train_dataloader.dataset.type = name
-    with pytest.raises(ConfigError, match=rf"dataset.type: there is no data set '{name}'; did you "
-                                          rf"mean .*'{meant}'"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"dataset.type: there is no data set '{name}'; did you "
+        rf"mean .*'{meant}'",
+    ):
         preflight.check_data(cfg, 'train', model)
 
 
@@ -300,10 +354,16 @@ def test_a_coco_file_may_have_any_name(cfg, model, root, tmp_path, name):
         preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('change, reason', [
-    (dict(iscrowd=1), r'4 crowds \(iscrowd=1\)'), (dict(area=0), '4 of area 0'),
-    (dict(ignore=1), '4 marked ignore'), (dict(bbox=[64, 3, 9, 9]), '4 outside of their image'),
-    (dict(bbox=[3, 3, 9, 0.5]), '4 smaller than a pixel')])
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (dict(iscrowd=1), r'4 crowds \(iscrowd=1\)'),
+        (dict(area=0), '4 of area 0'),
+        (dict(ignore=1), '4 marked ignore'),
+        (dict(bbox=[64, 3, 9, 9]), '4 outside of their image'),
+        (dict(bbox=[3, 3, 9, 0.5]), '4 smaller than a pixel'),
+    ],
+)
 def test_nothing_to_train_on_is_told_with_the_reason(cfg, model, annotations, change, reason):
     path = annotations(lambda content: change_all(content, **change))
     with pytest.raises(ConfigError, match=f'^{path}: holds no box to train on: of 4, {reason}'):
@@ -326,13 +386,19 @@ def test_a_data_set_of_background_beside_another_is_no_error(cfg, model, annotat
     preflight.check_data(cfg, 'train', model)
 
 
-@pytest.mark.parametrize('filter_cfg, change', [
-    (dict(min_size=65), dict()), (dict(filter_empty_gt=True, min_size=100), dict()),
-    (dict(filter_empty_gt=True), dict(category_id=3))])
+@pytest.mark.parametrize(
+    'filter_cfg, change',
+    [
+        (dict(min_size=65), dict()),
+        (dict(filter_empty_gt=True, min_size=100), dict()),
+        (dict(filter_empty_gt=True), dict(category_id=3)),
+    ],
+)
 def test_a_filter_that_leaves_no_image_is_told(cfg, model, annotations, filter_cfg, change):
     def edit(content):
         content['categories'].append(dict(id=3, name='cup'))
         change_all(content, **change)
+
     path = annotations(edit)
     cfg.train_dataloader.dataset.filter_cfg = filter_cfg
     with pytest.raises(ConfigError, match=f'^{path}: train_dataloader.dataset.filter_cfg .*all 4'):
@@ -343,6 +409,7 @@ def test_a_filter_that_leaves_only_images_without_boxes_is_told(cfg, model, anno
     def edit(content):
         content['images'][3].update(width=640, height=640)
         content['annotations'].pop()
+
     annotations(edit)
     cfg.train_dataloader.dataset.filter_cfg = dict(min_size=100)
     cfg.train_dataloader.dataset.pipeline = []  # the picture has another size
@@ -359,8 +426,9 @@ def test_a_filter_is_not_used_in_testing(cfg, model):
 @pytest.mark.parametrize('nested', [False, True])
 def test_masks_that_a_pipeline_loads_have_to_be_there(cfg, model, annotations, nested):
     load = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
-    cfg.train_dataloader.dataset.pipeline[1] = load if not nested else dict(
-        type='RandomChoice', transforms=[[load], [load]])
+    cfg.train_dataloader.dataset.pipeline[1] = (
+        load if not nested else dict(type='RandomChoice', transforms=[[load], [load]])
+    )
     path = annotations(lambda content: change_all(content, segmentation=[[0, 0, 9, 0, 9, 9]]))
     preflight.check_data(cfg, 'train', model)
     annotations(lambda content: content['annotations'][2].pop('segmentation'))
@@ -386,8 +454,11 @@ def test_a_picture_that_cannot_be_read_is_told(cfg, model, annotations, root, tm
 @pytest.mark.parametrize('width, height, refused', [(128, 128, True), (64, 65, True)])
 def test_sizes_of_other_pictures_are_told(cfg, model, annotations, width, height, refused):
     path = annotations(lambda content: content['images'][0].update(width=width, height=height))
-    with pytest.raises(ConfigError, match=f'{path}: images: id 0 has the width {width} and the '
-                                          f'height {height}, .*0.png has 64 and 64: its boxes'):
+    with pytest.raises(
+        ConfigError,
+        match=f'{path}: images: id 0 has the width {width} and the '
+        f'height {height}, .*0.png has 64 and 64: its boxes',
+    ):
         preflight.check_data(cfg, 'train', model)
 
 
@@ -406,6 +477,7 @@ def test_what_is_left_out_is_told_and_no_error(cfg, model, annotations, told):
         content['annotations'][1].update(image_id=99)
         content['annotations'][2].update(bbox=[50, 3, 20, 9])
         content['annotations'][3].update(category_id=1)
+
     path = annotations(edit)
     preflight.check_data(cfg, 'train', model)
     assert told == [
@@ -413,7 +485,8 @@ def test_what_is_left_out_is_told_and_no_error(cfg, model, annotations, told):
         f'{path}: 1 boxes are not trained on, of images that are not in the file (the first has '
         f'the id 2)',
         f'{path}: 1 boxes reach out of their image (the first has the id 3)',
-        f'{path}: no box of 1 of the 2 classes (dog)']
+        f'{path}: no box of 1 of the 2 classes (dog)',
+    ]
 
 
 def test_nothing_is_told_of_whole_data(cfg, model, told):
@@ -423,9 +496,15 @@ def test_nothing_is_told_of_whole_data(cfg, model, told):
     assert not told
 
 
-@pytest.mark.parametrize('classes, expected', [
-    (('cat', 'cat'), "'cat' is there 2 times"), ({'cat', 'dog'}, 'expected a tuple of names'),
-    (('cat', 3), 'expected a tuple of names'), ('cat', 'a single class needs a comma')])
+@pytest.mark.parametrize(
+    'classes, expected',
+    [
+        (('cat', 'cat'), "'cat' is there 2 times"),
+        ({'cat', 'dog'}, 'expected a tuple of names'),
+        (('cat', 3), 'expected a tuple of names'),
+        ('cat', 'a single class needs a comma'),
+    ],
+)
 def test_classes_that_give_no_labels_are_told(cfg, model, classes, expected):
     cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
     with pytest.raises(ConfigError, match=rf'^train_dataloader[.\w]*\.classes: .*{expected}'):
@@ -468,8 +547,10 @@ def test_an_evaluator_finds_no_classes_in_data_sets_of_other_metainfo(cfg, model
 
 def with_classes_of(cfg, split, classes, annotations):
     """Gives a split classes of its own, and a file in their order."""
+
     def edit(content):
         content['categories'].sort(key=lambda category: classes.index(category['name']))
+
     path = annotations(edit)
     cfg.train_dataloader.dataset.ann_file = 'instances.json'
     dataset = cfg[f'{split}_dataloader'].dataset
@@ -482,9 +563,12 @@ def test_training_and_validation_number_their_labels_alike(cfg, model, annotatio
     with_classes_of(cfg, 'val', ('dog', 'cat'), annotations)
     for split in ('train', 'val'):
         preflight.check_data(cfg, split, model)
-    with pytest.raises(ConfigError, match='^val_dataloader.dataset.metainfo.classes: dog, cat .* '
-                                          'where train_dataloader.dataset.metainfo.classes has '
-                                          'cat, dog'):
+    with pytest.raises(
+        ConfigError,
+        match='^val_dataloader.dataset.metainfo.classes: dog, cat .* '
+        'where train_dataloader.dataset.metainfo.classes has '
+        'cat, dog',
+    ):
         preflight.check_same_classes(cfg, ('train', 'val'))
 
 
@@ -494,9 +578,16 @@ def test_other_names_of_the_same_classes_are_told_and_no_error(cfg, told):
     assert len(told) == 1 and 'cat, hound where' in told[0]
 
 
-@pytest.mark.parametrize('trained, refused', [
-    (('cat', 'dog'), False), (['cat', 'dog'], False), (('dog', 'cat'), True),
-    (('cat', 'dog', 'cup'), True), (None, False)])
+@pytest.mark.parametrize(
+    'trained, refused',
+    [
+        (('cat', 'dog'), False),
+        (['cat', 'dog'], False),
+        (('dog', 'cat'), True),
+        (('cat', 'dog', 'cup'), True),
+        (None, False),
+    ],
+)
 def test_a_checkpoint_knows_its_classes(cfg, trained, refused):
     checkpoint = dict(meta=dict(dataset_meta=dict(classes=trained)))
     if not refused:
@@ -511,10 +602,12 @@ def test_a_checkpoint_may_know_nothing(cfg):
 
 
 EVALUATORS = {
-    'dict': lambda metric: metric, 'list': lambda metric: [dict(type='VOCMetric'), metric],
+    'dict': lambda metric: metric,
+    'list': lambda metric: [dict(type='VOCMetric'), metric],
     'metrics': lambda metric: dict(metrics=[metric]),
     'scope': lambda metric: dict(metric, type='mmdet.CocoMetric'),
-    'class': lambda metric: dict(metric, type=CocoMetric)}
+    'class': lambda metric: dict(metric, type=CocoMetric),
+}
 
 
 @pytest.fixture(params=EVALUATORS.values(), ids=EVALUATORS)
@@ -535,33 +628,53 @@ def evaluator(request, cfg, root, tmp_path):
 
 
 @pytest.mark.parametrize('split', ['val', 'test'])
-@pytest.mark.parametrize('change, expected', [
-    (lambda content: content['annotations'][0].update(bbox=[0, 0, 8, 8]), 'annotation id 1 is'),
-    (lambda content: content['images'].pop(), '1 images of the data are not in it'),
-    (lambda content: content['annotations'][0].update(iscrowd=1), 'annotation id 1 is'),
-    (lambda content: content['annotations'][0].update(area=5), 'annotation id 1 is'),
-], ids=['box', 'image', 'crowd', 'area'])
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (
+            lambda content: content['annotations'][0].update(bbox=[0, 0, 8, 8]),
+            'annotation id 1 is',
+        ),
+        (lambda content: content['images'].pop(), '1 images of the data are not in it'),
+        (lambda content: content['annotations'][0].update(iscrowd=1), 'annotation id 1 is'),
+        (lambda content: content['annotations'][0].update(area=5), 'annotation id 1 is'),
+    ],
+    ids=['box', 'image', 'crowd', 'area'],
+)
 def test_an_evaluator_of_other_data_is_told(cfg, model, evaluator, split, change, expected):
     path = evaluator(change)
-    with pytest.raises(ConfigError, match=f'^{path}: the evaluator reads this file, .*{expected}.*'
-                                          rf'Set {split}_evaluator[.a-z0-9]*\.ann_file and '
-                                          f'{split}_dataloader.dataset.ann_file'):
+    with pytest.raises(
+        ConfigError,
+        match=f'^{path}: the evaluator reads this file, .*{expected}.*'
+        rf'Set {split}_evaluator[.a-z0-9]*\.ann_file and '
+        f'{split}_dataloader.dataset.ann_file',
+    ):
         preflight.check_data(cfg, split, model)
 
 
-@pytest.mark.parametrize('change, expected', [
-    (lambda content: content['annotations'][0].pop('iscrowd'), 'id 1 has no iscrowd'),
-    (lambda content: content['annotations'][0].update(id=0), 'the id 0'),
-    (lambda content: change_all(content, iscrowd=1), 'no box of cat, dog to compare with'),
-    (lambda content: content.update(annotations=[]), 'no box of cat, dog to compare with'),
-    (lambda content: content['categories'].reverse(), 'order'),
-    (lambda content: content['annotations'][0].update(bbox=[]), 'bbox'),
-    (lambda content: change_all(content, bbox=[99, 99, 9, 9]), 'all 4 boxes of cat, dog have no'),
-], ids=['iscrowd', 'id', 'crowds', 'none', 'order', 'bbox', 'outside'])
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (lambda content: content['annotations'][0].pop('iscrowd'), 'id 1 has no iscrowd'),
+        (lambda content: content['annotations'][0].update(id=0), 'the id 0'),
+        (lambda content: change_all(content, iscrowd=1), 'no box of cat, dog to compare with'),
+        (lambda content: content.update(annotations=[]), 'no box of cat, dog to compare with'),
+        (lambda content: content['categories'].reverse(), 'order'),
+        (lambda content: content['annotations'][0].update(bbox=[]), 'bbox'),
+        (
+            lambda content: change_all(content, bbox=[99, 99, 9, 9]),
+            'all 4 boxes of cat, dog have no',
+        ),
+    ],
+    ids=['iscrowd', 'id', 'crowds', 'none', 'order', 'bbox', 'outside'],
+)
 def test_what_pycocotools_cannot_evaluate_is_told(cfg, model, evaluator, change, expected):
     path = evaluator(change)
-    with pytest.raises(ConfigError, match=rf'^{path}: .*{expected}.* The file is set by '
-                                          r'val_evaluator[.a-z0-9]*\.ann_file$'):
+    with pytest.raises(
+        ConfigError,
+        match=rf'^{path}: .*{expected}.* The file is set by '
+        r'val_evaluator[.a-z0-9]*\.ann_file$',
+    ):
         preflight.check_data(cfg, 'val', model)
 
 
@@ -569,14 +682,21 @@ def test_a_box_that_no_detection_can_match_is_told_and_no_error(cfg, model, eval
     path = evaluator(lambda content: content['annotations'][1].update(bbox=[99, 9, 9, 9]))
     cfg.val_dataloader.dataset.ann_file = str(path)
     preflight.check_data(cfg, 'val', model)
-    assert [line for line in told if 'no detection can match them (the first has the id 2)' in line
-            and line.startswith(f'{path}: 1 boxes')] == told
+    assert [
+        line
+        for line in told
+        if 'no detection can match them (the first has the id 2)' in line
+        and line.startswith(f'{path}: 1 boxes')
+    ] == told
 
 
 def test_a_metric_that_does_not_exist_is_told(cfg, model):
     cfg.val_evaluator = [cfg.val_evaluator, dict(type='CocoMetrik')]
-    with pytest.raises(ConfigError, match=r"^val_evaluator\.1\.type: there is no metric "
-                                          "'CocoMetrik'; did you mean 'CocoMetric'"):
+    with pytest.raises(
+        ConfigError,
+        match=r'^val_evaluator\.1\.type: there is no metric '
+        "'CocoMetrik'; did you mean 'CocoMetric'",
+    ):
         preflight.check_data(cfg, 'val', model)
 
 
@@ -596,8 +716,9 @@ def test_evaluated_masks_have_to_be_there(cfg, model, evaluator):
 
 def test_results_alone_need_no_boxes(cfg, model, evaluator):
     """As for a test server."""
-    path = evaluator(lambda content: content.pop('annotations'), format_only=True,
-                     outfile_prefix='x')
+    path = evaluator(
+        lambda content: content.pop('annotations'), format_only=True, outfile_prefix='x'
+    )
     cfg.test_dataloader.dataset.ann_file = str(path)
     preflight.check_data(cfg, 'test', model)
 
@@ -615,10 +736,13 @@ def test_an_evaluator_for_each_of_several_data_sets(cfg, model, root, tmp_path):
     whole = cfg.val_dataloader.dataset
     part = dict(whole, ann_file=str(tmp_path / 'part.json'))
     cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[whole, part])
-    metrics = [dict(cfg.val_evaluator, ann_file=path)
-               for path in (cfg.val_evaluator.ann_file, part['ann_file'])]
-    cfg.val_evaluator = dict(type='MultiDatasetsEvaluator', metrics=metrics,
-                             dataset_prefixes=['whole', 'part'])
+    metrics = [
+        dict(cfg.val_evaluator, ann_file=path)
+        for path in (cfg.val_evaluator.ann_file, part['ann_file'])
+    ]
+    cfg.val_evaluator = dict(
+        type='MultiDatasetsEvaluator', metrics=metrics, dataset_prefixes=['whole', 'part']
+    )
     preflight.check_data(cfg, 'val', model)
     metrics.reverse()
     cfg.val_evaluator.metrics = metrics
@@ -631,9 +755,11 @@ def test_an_evaluator_for_each_of_several_data_sets(cfg, model, root, tmp_path):
 
 def test_formats_that_only_inherit_from_coco_are_left_alone(cfg, model, root, tmp_path):
     """LVIS and panoptic files have other fields."""
+
     class Other(CocoDataset):
         def load_data_list(self):
             return []
+
     path = tmp_path / 'other.json'
     path.write_text('[]')
     cfg.train_dataloader.dataset.update(type=Other, ann_file=str(path))
@@ -643,8 +769,10 @@ def test_formats_that_only_inherit_from_coco_are_left_alone(cfg, model, root, tm
 def test_each_file_is_read_once(cfg, model, monkeypatch):
     """The largest take ten seconds."""
     read = []
-    monkeypatch.setattr(data_checks, '_read_json',
-                        lambda option, path: read.append(path) or json.loads(
-                            Path(path).read_text()))
+    monkeypatch.setattr(
+        data_checks,
+        '_read_json',
+        lambda option, path: read.append(path) or json.loads(Path(path).read_text()),
+    )
     preflight.check_data(cfg, 'val', model)
     assert len(read) == 1

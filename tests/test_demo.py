@@ -1,4 +1,5 @@
 """The demo trains both twins at once and shows what came out."""
+
 import re
 import runpy
 import sys

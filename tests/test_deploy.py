@@ -1,4 +1,5 @@
 """tools/fold.py writes a BatchNorm checkpoint that computes what its table says, or nothing."""
+
 import json
 import re
 import runpy
@@ -47,37 +48,69 @@ def test_all_folded_the_config_is_the_twin(name, norm):
 
 def test_kinds_and_frozen_norms_have_their_twins():
     init_default_scope('mmdet')
-    parts = [dict(type='SyncDNB', eps=0.1), dict(type='DNB1d', reduction=4),
-             dict(type='DNC3d', bn_requires_grad=False), dict(type='StaticDN', rank='low'),
-             dict(type='DNB', requires_grad=False, momentum=0.3, bound=None), dict(type='GN')]
+    parts = [
+        dict(type='SyncDNB', eps=0.1),
+        dict(type='DNB1d', reduction=4),
+        dict(type='DNC3d', bn_requires_grad=False),
+        dict(type='StaticDN', rank='low'),
+        dict(type='DNB', requires_grad=False, momentum=0.3, bound=None),
+        dict(type='GN'),
+    ]
     assert deploy.with_batch_norm(parts) == [
-        dict(type='SyncBN', eps=0.1), dict(type='BN1d'), dict(type='BN3d', requires_grad=False),
-        dict(type='BN'), dict(type='BN', requires_grad=False, momentum=0.3), dict(type='GN')]
-    partly = dict(type='PartlyConverted', part=dict(type='SSD', norm_cfg=dict(type='BN')),
-                  norm='DNB', only='a')
+        dict(type='SyncBN', eps=0.1),
+        dict(type='BN1d'),
+        dict(type='BN3d', requires_grad=False),
+        dict(type='BN'),
+        dict(type='BN', requires_grad=False, momentum=0.3),
+        dict(type='GN'),
+    ]
+    partly = dict(
+        type='PartlyConverted',
+        part=dict(type='SSD', norm_cfg=dict(type='BN')),
+        norm='DNB',
+        only='a',
+    )
     assert deploy.with_batch_norm(dict(backbone=partly)) == dict(
-        backbone=dict(type='SSD', norm_cfg=dict(type='BN')))
+        backbone=dict(type='SSD', norm_cfg=dict(type='BN'))
+    )
 
 
-@pytest.mark.parametrize('kind, plain', [
-    ('DNB', 'BN'), ('DNC3d', 'BN3d'), ('mmengine.SyncDNC', 'SyncBN'), ('dn_mmdet.DNC', 'BN'),
-    (DNB, 'BN')])
+@pytest.mark.parametrize(
+    'kind, plain',
+    [
+        ('DNB', 'BN'),
+        ('DNC3d', 'BN3d'),
+        ('mmengine.SyncDNC', 'SyncBN'),
+        ('dn_mmdet.DNC', 'BN'),
+        (DNB, 'BN'),
+    ],
+)
 def test_every_way_to_name_a_dn_layer_has_its_batch_norm(kind, plain):
-    model = dict(necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
-                 norm_cfg=dict(type='GN', num_groups=2))
+    model = dict(
+        necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
+        norm_cfg=dict(type='GN', num_groups=2),
+    )
     assert deploy.with_batch_norm(model) == dict(
         necks=[dict(norm_cfg=dict(type=plain, eps=1e-3, momentum=0.03))],
-        norm_cfg=dict(type='GN', num_groups=2))
+        norm_cfg=dict(type='GN', num_groups=2),
+    )
 
 
 def samples():
     """Two images as a data loader gives them to a detector."""
-    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1., 1.), img_id=0)
+    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1.0, 1.0), img_id=0)
     return dict(inputs=list(X), data_samples=[DetDataSample(metainfo=meta) for _ in X])
 
 
-@pytest.mark.parametrize('name', ['faster_rcnn_r50_dnb_coco', 'rtmdet_tiny_dnb_coco',
-                                  'yolox_tiny_dnb_coco', 'detr_r50_dnb_coco'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'faster_rcnn_r50_dnb_coco',
+        'rtmdet_tiny_dnb_coco',
+        'yolox_tiny_dnb_coco',
+        'detr_r50_dnb_coco',
+    ],
+)
 def test_other_detectors_fold_and_load_into_their_twin(name):
     """Two stages, shared convolutions, frozen norms, transformers."""
     cfg = config(name)
@@ -92,8 +125,9 @@ def test_other_detectors_fold_and_load_into_their_twin(name):
         twin = deploy.built(deploy.folded_config(cfg, names, kept))
         twin.load_state_dict(folded.state_dict())
         assert list(dn_layers(twin)) == kept
-        for bn, built in zip(batch_norms(folded).values(), batch_norms(twin).values(),
-                             strict=True):
+        for bn, built in zip(
+            batch_norms(folded).values(), batch_norms(twin).values(), strict=True
+        ):
             assert (type(bn).__name__, bn.eps) == (type(built).__name__, built.eps)
             assert bn.weight.requires_grad == built.weight.requires_grad
 
@@ -116,9 +150,15 @@ def trained(tmp_path):
     path = write_config(tmp_path, 'DNB')
     cfg = command_line.load_config(path)
     model = used(awake(deploy.built(cfg), std=0.1))
-    torch.save(dict(state_dict=model.state_dict(), ema_state_dict=dict(steps=torch.ones(1)),
-                    meta=dict(epoch=3, cfg=cfg.pretty_text), optimizer=dict(state={})),
-               tmp_path / 'dnb.pth')
+    torch.save(
+        dict(
+            state_dict=model.state_dict(),
+            ema_state_dict=dict(steps=torch.ones(1)),
+            meta=dict(epoch=3, cfg=cfg.pretty_text),
+            optimizer=dict(state={}),
+        ),
+        tmp_path / 'dnb.pth',
+    )
     return path, tmp_path / 'dnb.pth'
 
 
@@ -129,8 +169,9 @@ def tensors(model, x):
 
 
 @pytest.mark.shows('folding into BatchNorm after training')
-def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(trained, tmp_path, capsys,
-                                                                   monkeypatch, close):
+def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
+    trained, tmp_path, capsys, monkeypatch, close
+):
     main([*map(str, trained), '--images', '6'])
     out = tmp_path / 'dnb_folded.pth'
     text = out.with_suffix('.md').read_text()
@@ -140,8 +181,10 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(trained, tmp_
     twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
     twin.load_state_dict(checkpoint['state_dict'])
     own = Config.fromfile(out.with_suffix('.py'))
-    assert 'DNB' not in own.pretty_text and own.model == command_line.load_config(
-        tmp_path / 'tiny_bn.py').model
+    assert (
+        'DNB' not in own.pretty_text
+        and own.model == command_line.load_config(tmp_path / 'tiny_bn.py').model
+    )
     cfg = command_line.load_config(trained[0])
     model = deploy.built(cfg)
     model.load_state_dict(open_checkpoint(trained[1])['state_dict'])
@@ -172,7 +215,8 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
         assert len(kept) == count
     else:
         assert 'backbone.conv1.bn' in kept and all(
-            name.startswith('neck') or name == 'backbone.conv1.bn' for name in kept)
+            name.startswith('neck') or name == 'backbone.conv1.bn' for name in kept
+        )
     whole = deploy.built(command_line.load_config(trained[0]))
     check_fits(whole, checkpoint, out)
     close(tensors(whole, X), tensors(model, X))
@@ -182,7 +226,8 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
 
 
 def test_changed_images_are_evaluated_with_what_was_calibrated_on_the_usual_ones(
-        trained, tmp_path, capsys, monkeypatch):
+    trained, tmp_path, capsys, monkeypatch
+):
     seen = []
 
     def metrics(self, model):
@@ -200,22 +245,33 @@ def test_changed_images_are_evaluated_with_what_was_calibrated_on_the_usual_ones
     rows = trade_off.read(csv)
     layers = rows[0]['layers']
     assert [row['dynamic'] for row in rows] == [layers, layers // 2, layers // 4, layers // 8, 0]
-    assert all(row['value'] == pytest.approx(10 * row['value_changed'], rel=1e-4)
-               for row in rows)
+    assert all(row['value'] == pytest.approx(10 * row['value_changed'], rel=1e-4) for row in rows)
     assert {row['changed'] for row in rows} == {
-        'model.data_preprocessor.std=[583.95, 571.2, 573.75]'}
+        'model.data_preprocessor.std=[583.95, 571.2, 573.75]'
+    }
     assert {row['config'] for row in rows} == {'tiny_dnb'} and rows[0]['images'] == 4
     # its statistics come from the images as they are, so that both evaluate one model
     folded = [model for _, _, model in seen if not dn_layers(model)]
-    plain, other = (next(model for is_changed, _, model in seen
-                         if is_changed == wanted and not dn_layers(model))
-                    for wanted in (False, True))
+    plain, other = (
+        next(
+            model for is_changed, _, model in seen if is_changed == wanted and not dn_layers(model)
+        )
+        for wanted in (False, True)
+    )
     assert len(folded) > 2
-    for ours, theirs in zip(batch_norms(plain).values(), batch_norms(other).values(),
-                            strict=True):
+    for ours, theirs in zip(batch_norms(plain).values(), batch_norms(other).values(), strict=True):
         assert torch.equal(ours.bias, theirs.bias)
-    main([*map(str, trained), '--images', '4', '--csv', str(csv), '--out',
-          str(tmp_path / 'again.pth')])
+    main(
+        [
+            *map(str, trained),
+            '--images',
+            '4',
+            '--csv',
+            str(csv),
+            '--out',
+            str(tmp_path / 'again.pth'),
+        ]
+    )
     assert len(trade_off.read(csv)) == 10  # the first were of changed images
     assert plt.imread(csv.with_suffix('.png'))[..., :3].std() > 0.01
 
@@ -227,8 +283,9 @@ def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
     torch.save(dict(state_dict=state), tmp_path / 'dnc.pth')
     main([str(path), str(tmp_path / 'dnc.pth')])
     assert 'folding is exact' in capsys.readouterr().out
-    model, twin = (deploy.built(each).double()
-                   for each in (cfg, deploy.folded_config(cfg, (), ())))
+    model, twin = (
+        deploy.built(each).double() for each in (cfg, deploy.folded_config(cfg, (), ()))
+    )
     model.load_state_dict(state)
     twin.load_state_dict(open_checkpoint(tmp_path / 'dnc_folded.pth')['state_dict'])
     got, expected = tensors(twin, X), tensors(model, X)
@@ -237,6 +294,7 @@ def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
 
 class Images:
     """Stands for `Calibration`."""
+
     chosen, trained = range(2), 2
 
     def batches(self, chosen, batch_size):
@@ -255,7 +313,7 @@ def folding():
     return folding
 
 
-@pytest.mark.parametrize('needed', [(), ('0', ), ('1', '4'), ('5', )], ids=str)
+@pytest.mark.parametrize('needed', [(), ('0',), ('1', '4'), ('5',)], ids=str)
 def test_the_search_keeps_what_the_metric_needs(folding, needed):
     folding.evaluation = lambda model: 0.5 - 0.1 * len(set(needed) - set(dn_layers(model)))
     assert set(folding.search(0.05)) == set(needed)
@@ -267,7 +325,9 @@ def test_running_statistics_estimated_again_are_taken_where_they_help(folding, b
     mean = X.mean((0, 2, 3))
 
     def evaluation(model):
-        recalibrated = not isinstance(model[0], DNB) and torch.allclose(model[0].running_mean, mean)
+        recalibrated = not isinstance(model[0], DNB) and torch.allclose(
+            model[0].running_mean, mean
+        )
         return 0.5 + better * recalibrated
 
     folding.evaluation = evaluation
@@ -282,15 +342,21 @@ def test_running_statistics_estimated_again_are_taken_where_they_help(folding, b
 def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
     pytest.importorskip('mmpretrain', reason="needs the extra 'cls'", exc_type=ImportError)
     import mmcv
+
     for split in ('train', 'val'):
         for label in range(6):
             for i in range(2):
                 pixels = torch.randint(0, 100, (32, 32, 3)) + 20 * label
-                mmcv.imwrite(pixels.numpy().astype('uint8'),
-                             str(tmp_path / f'data/tinyin100/{split}/n{label}/{i}.JPEG'))
+                mmcv.imwrite(
+                    pixels.numpy().astype('uint8'),
+                    str(tmp_path / f'data/tinyin100/{split}/n{label}/{i}.JPEG'),
+                )
     monkeypatch.chdir(tmp_path)
-    options = ['model.head.num_classes=6', 'val_dataloader.num_workers=0',
-               'val_dataloader.persistent_workers=False']
+    options = [
+        'model.head.num_classes=6',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+    ]
     path = ROOT / 'configs/mobilenetv2_dnb_tinyin100_32px.py'
     cfg = command_line.load_config(path)
     cfg.model.head.num_classes = 6
@@ -302,8 +368,9 @@ def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
     assert '| layers | accuracy/top1 |' in text and '| 5 of 52 dynamic |' in text
     own = deploy.built(Config.fromfile('dnb_folded.py'))
     own.load_state_dict(open_checkpoint('dnb_folded.pth')['state_dict'])
-    assert len(dn_layers(own)) == 5 and torch.equal(own.data_preprocessor.mean,
-                                                    model.data_preprocessor.mean)
+    assert len(dn_layers(own)) == 5 and torch.equal(
+        own.data_preprocessor.mean, model.data_preprocessor.mean
+    )
 
 
 def refused(tmp_path, capsys, *argv):
@@ -315,13 +382,18 @@ def refused(tmp_path, capsys, *argv):
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize('options,message', [
-    (['--images', '1'], '--images: expected at least 2'),
-    (['--max-drop', '-1'], '--max-drop: expected a number of at least 0'),
-    (['--keep', 'layer9'], "keep: 'layer9' matches none of"),
-    (['--keep', '999'], 'keep: expected 0 to'),
-    (['--metric', 'mAP'], "--metric: the evaluator gives no 'mAP', but coco/bbox_mAP"),
-    (['--out', 'folded.onnx'], '--out: expected a file name in .pth')], ids=str)
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (['--images', '1'], '--images: expected at least 2'),
+        (['--max-drop', '-1'], '--max-drop: expected a number of at least 0'),
+        (['--keep', 'layer9'], "keep: 'layer9' matches none of"),
+        (['--keep', '999'], 'keep: expected 0 to'),
+        (['--metric', 'mAP'], "--metric: the evaluator gives no 'mAP', but coco/bbox_mAP"),
+        (['--out', 'folded.onnx'], '--out: expected a file name in .pth'),
+    ],
+    ids=str,
+)
 def test_bad_options_write_nothing(trained, tmp_path, capsys, options, message):
     assert message in refused(tmp_path, capsys, *trained, *options)
 
@@ -335,9 +407,14 @@ def test_a_config_or_checkpoint_that_cannot_be_folded_is_refused(trained, tmp_pa
     assert '1 of another size' in refused(tmp_path, capsys, trained[0], tmp_path / 'other.pth')
     (tmp_path / 'runs.csv').write_text('question,data\n')
     assert 'runs.csv: expected the columns data, config' in refused(
-        tmp_path, capsys, *trained, '--csv', tmp_path / 'runs.csv')
-    assert 'no such annotation file' in refused(tmp_path, capsys, *trained, '--changed',
-                                     'val_dataloader.dataset.ann_file=absent.json').lower()
+        tmp_path, capsys, *trained, '--csv', tmp_path / 'runs.csv'
+    )
+    assert (
+        'no such annotation file'
+        in refused(
+            tmp_path, capsys, *trained, '--changed', 'val_dataloader.dataset.ann_file=absent.json'
+        ).lower()
+    )
     (tmp_path / 'dnb_folded.md').write_text('of an earlier run')
     assert 'exists already' in refused(tmp_path, capsys, *trained)
 
@@ -362,13 +439,37 @@ def test_a_twin_that_differs_in_more_than_the_norm_is_refused(trained):
 def test_the_metric_is_that_of_the_test_tool(tmp_path):
     make_coco(tmp_path, num_images=8)
     path = write_config(tmp_path, 'DNB')
-    succeed('train', path, '--work-dir', tmp_path / 'run', '--cfg-options',
-            'train_cfg.max_epochs=30', 'train_cfg.val_interval=30', cwd=tmp_path)
-    output = succeed('fold', path, tmp_path / 'run/epoch_30.pth', '--images', '8', '--keep', '4',
-                     '--out', tmp_path / 'folded.pth', cwd=tmp_path)
+    succeed(
+        'train',
+        path,
+        '--work-dir',
+        tmp_path / 'run',
+        '--cfg-options',
+        'train_cfg.max_epochs=30',
+        'train_cfg.val_interval=30',
+        cwd=tmp_path,
+    )
+    output = succeed(
+        'fold',
+        path,
+        tmp_path / 'run/epoch_30.pth',
+        '--images',
+        '8',
+        '--keep',
+        '4',
+        '--out',
+        tmp_path / 'folded.pth',
+        cwd=tmp_path,
+    )
     value = float(re.search(r'\| 4 of \d+ dynamic \| ([\d.]+) \|', output)[1])
     assert value > 0
-    succeed('test', tmp_path / 'folded.py', tmp_path / 'folded.pth', '--work-dir',
-            tmp_path / 'test', cwd=tmp_path)
-    log, = (tmp_path / 'test').glob('*/*.json')
+    succeed(
+        'test',
+        tmp_path / 'folded.py',
+        tmp_path / 'folded.pth',
+        '--work-dir',
+        tmp_path / 'test',
+        cwd=tmp_path,
+    )
+    (log,) = (tmp_path / 'test').glob('*/*.json')
     assert json.loads(log.read_text())['coco/bbox_mAP'] == pytest.approx(value, abs=1e-3)

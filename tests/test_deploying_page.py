@@ -1,4 +1,5 @@
 """docs/deploying.md: its code runs, and its commands have the tool's options."""
+
 import csv
 import re
 import runpy
@@ -32,18 +33,30 @@ def test_the_commands_are_the_tools():
     commands = re.findall(r'^    python tools/fold.py (.*?)(?: *#.*)?$', PAGE, re.MULTILINE)
     parsed = [parse(shlex.split(command))[1] for command in commands]
     assert [args.keep for args in parsed] == [
-        None, None, 12, ['backbone.conv1', '*.linear_conv.bn'], None, None, None]
+        None,
+        None,
+        12,
+        ['backbone.conv1', '*.linear_conv.bn'],
+        None,
+        None,
+        None,
+    ]
     std = command_line.load_config(CONFIG).model.data_preprocessor.std
     for args, contrast in zip(parsed[4:], (0.4, 0.6, 0.4), strict=True):
         assert args.changed['model.data_preprocessor.std'] == pytest.approx(
-            [value / contrast for value in std])
+            [value / contrast for value in std]
+        )
 
 
 def test_the_table_of_runtimes_is_that_of_the_rows():
     table = PAGE.split('<!-- rows of results/runtimes.csv -->')[1].split('<!-- end -->')[0]
-    shown = [[cell.strip() for cell in line.strip('|').split('|')]
-             for line in table.strip().splitlines()[2:]]
+    shown = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in table.strip().splitlines()[2:]
+    ]
     with open(TESTS.parent / 'docs' / 'results' / 'runtimes.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    assert rows and shown == [[f'{row["runtime"]} {row["version"]}', row['model'], row['ms'],
-                               row['ratio'], row['error']] for row in rows]
+    assert rows and shown == [
+        [f'{row["runtime"]} {row["version"]}', row['model'], row['ms'], row['ratio'], row['error']]
+        for row in rows
+    ]

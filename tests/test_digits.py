@@ -1,4 +1,5 @@
 """The built-in digits: the same for the same seed, whole or absent, rightly annotated."""
+
 import json
 import multiprocessing
 
@@ -13,8 +14,9 @@ FEW = dict(num_train=4, num_val=2)
 
 
 def content(root):
-    return {path.relative_to(root): path.read_bytes()
-            for path in root.rglob('*') if path.is_file()}
+    return {
+        path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()
+    }
 
 
 @pytest.fixture(scope='module')
@@ -54,19 +56,25 @@ def test_boxes_are_exactly_what_was_drawn(sources, monkeypatch):
         free = changed.copy()
         for _, (x, y, w, h) in boxes:
             assert 0 <= x and 0 <= y and x + w <= IMAGE_SIZE and y + h <= IMAGE_SIZE
-            inside = changed[y:y + h, x:x + w]
+            inside = changed[y : y + h, x : x + w]
             assert inside[0].any() and inside[-1].any()
             assert inside[:, 0].any() and inside[:, -1].any()
-            assert free[y:y + h, x:x + w].any()  # no box lies over another
-            free[y:y + h, x:x + w] = False
+            assert free[y : y + h, x : x + w].any()  # no box lies over another
+            free[y : y + h, x : x + w] = False
         assert not free.any()
 
 
 def test_is_a_coco_data_set(tmp_path):
     make_digits(tmp_path / 'digits', **FEW)
-    dataset = DATASETS.build(dict(
-        type='mmdet.DigitsDataset', data_root=str(tmp_path / 'digits'),
-        ann_file='instances_train.json', data_prefix=dict(img='images/'), pipeline=[]))
+    dataset = DATASETS.build(
+        dict(
+            type='mmdet.DigitsDataset',
+            data_root=str(tmp_path / 'digits'),
+            ann_file='instances_train.json',
+            data_prefix=dict(img='images/'),
+            pipeline=[],
+        )
+    )
     assert isinstance(dataset, DigitsDataset)
     assert dataset.metainfo['classes'] == CLASSES
     assert len(dataset) == 4
@@ -76,8 +84,12 @@ def test_is_a_coco_data_set(tmp_path):
 
 
 def test_is_made_when_annotations_are_first_needed(tmp_path, few_by_default):
-    arguments = dict(data_root=str(tmp_path / 'digits'), ann_file='instances_val.json',
-                     data_prefix=dict(img='images/'), pipeline=[])
+    arguments = dict(
+        data_root=str(tmp_path / 'digits'),
+        ann_file='instances_val.json',
+        data_prefix=dict(img='images/'),
+        pipeline=[],
+    )
     dataset = DigitsDataset(**arguments, lazy_init=True)
     assert not (tmp_path / 'digits').exists()
     dataset.full_init()
@@ -85,8 +97,12 @@ def test_is_made_when_annotations_are_first_needed(tmp_path, few_by_default):
 
 
 def test_several_processes_make_it_once(tmp_path):
-    processes = [multiprocessing.get_context('fork').Process(
-        target=make_digits, args=(tmp_path / 'digits', ), kwargs=FEW) for _ in range(4)]
+    processes = [
+        multiprocessing.get_context('fork').Process(
+            target=make_digits, args=(tmp_path / 'digits',), kwargs=FEW
+        )
+        for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -107,8 +123,10 @@ def test_nothing_half_made_is_left(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name, text, found', [
-    ('holiday.txt', 'mine', 'nothing of this kind'), ('version.txt', '0\n', '0')])
+@pytest.mark.parametrize(
+    'name, text, found',
+    [('holiday.txt', 'mine', 'nothing of this kind'), ('version.txt', '0\n', '0')],
+)
 def test_a_folder_of_something_else_is_left_alone(tmp_path, name, text, found):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f'version {VERSION}, found {found}; remove'):

@@ -1,4 +1,5 @@
 """Two gloo processes with parts of a batch against one process with the whole of it."""
+
 import copy
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -28,8 +29,10 @@ def join_group(rank, store):
 def two_processes(tmp_path_factory):
     """A function that runs ``fn(rank, *args)`` in both processes and returns both results."""
     store = tmp_path_factory.mktemp('gloo') / 'store'
-    processes = [ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join_group,
-                                     (rank, store)) for rank in range(2)]
+    processes = [
+        ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), join_group, (rank, store))
+        for rank in range(2)
+    ]
 
     def run(fn, *args):
         futures = [p.submit(call, fn, rank, *args) for rank, p in enumerate(processes)]
@@ -115,22 +118,29 @@ def check_halves(halves, whole, close):
 
 
 CASES = [
-    (SyncDNB, None, dict()), (SyncDNB, None, dict(inputs='standardized')),
-    (SyncDNC, None, dict()), (SyncDNB, None, dict(momentum=None)),
-    (SyncDNC, None, dict(affine=False)), (SyncDNB, None, dict(track_running_stats=False)),
-    (DNB, 'torch', dict(inputs='standardized')), (DNB, 'mmengine', dict()),
-    (DNC, 'torch', dict()), (DNC, 'mmengine', dict()),
+    (SyncDNB, None, dict()),
+    (SyncDNB, None, dict(inputs='standardized')),
+    (SyncDNC, None, dict()),
+    (SyncDNB, None, dict(momentum=None)),
+    (SyncDNC, None, dict(affine=False)),
+    (SyncDNB, None, dict(track_running_stats=False)),
+    (DNB, 'torch', dict(inputs='standardized')),
+    (DNB, 'mmengine', dict()),
+    (DNC, 'torch', dict()),
+    (DNC, 'mmengine', dict()),
 ]
 
 
-@pytest.mark.shows("synchronised statistics: "
-                   "`SyncDNB`, torch's and mmengine's conversion, RTMDet's own")
+@pytest.mark.shows(
+    "synchronised statistics: `SyncDNB`, torch's and mmengine's conversion, RTMDet's own"
+)
 @pytest.mark.parametrize('sizes', [(4, 4), (5, 3), (1, 7), (8, 0), (0, 8)])
 @pytest.mark.parametrize('cls, convert, kwargs', CASES)
 def test_training(two_processes, sizes, cls, convert, kwargs, close):
     args = sizes, 2, True, False, cls
-    check_halves(two_processes(half_step, *args, convert, kwargs), whole_step(*args, kwargs),
-                 close)
+    check_halves(
+        two_processes(half_step, *args, convert, kwargs), whole_step(*args, kwargs), close
+    )
 
 
 @pytest.mark.parametrize('cls, convert, kwargs', CASES)
@@ -144,8 +154,9 @@ def test_eval(two_processes, cls, convert, kwargs, close):
             close(torch.as_tensor(halves[rank]['y']), layer(x))
         return
     args = (5, 3), 1, False, False, cls
-    check_halves(two_processes(half_step, *args, convert, kwargs), whole_step(*args, kwargs),
-                 close)
+    check_halves(
+        two_processes(half_step, *args, convert, kwargs), whole_step(*args, kwargs), close
+    )
 
 
 @pytest.mark.parametrize('cls', [SyncDNB, SyncDNC])
@@ -158,8 +169,12 @@ def one_value_each(rank, total):
     layer = SyncDNB(6).double()
     x = torch.randn(1 if rank < total else 0, 6, 1, 1, dtype=torch.float64)
     y = layer(x)
-    return dict(finite=bool(y.isfinite().all()), tracked=layer.num_batches_tracked,
-                mean=layer.running_mean, var=layer.running_var)
+    return dict(
+        finite=bool(y.isfinite().all()),
+        tracked=layer.num_batches_tracked,
+        mean=layer.running_mean,
+        var=layer.running_var,
+    )
 
 
 @pytest.mark.parametrize('total', [2, 1, 0])
@@ -175,9 +190,19 @@ def test_one_value_in_a_process_is_no_error(two_processes, total):
 
 def make_network(kwargs):
     torch.manual_seed(3)
-    return awake(nn.Sequential(
-        nn.Conv2d(6, 8, 3), DNB(8, **kwargs), nn.ReLU(), nn.Conv2d(8, 8, 1), DNC(8),
-        nn.ReLU(), nn.Flatten(), nn.Linear(24, 1)), std=0.2).double()
+    return awake(
+        nn.Sequential(
+            nn.Conv2d(6, 8, 3),
+            DNB(8, **kwargs),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 1),
+            DNC(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24, 1),
+        ),
+        std=0.2,
+    ).double()
 
 
 def train_network(net, batches, accumulate=1, no_sync=None):
@@ -185,7 +210,7 @@ def train_network(net, batches, accumulate=1, no_sync=None):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for i, x in enumerate(batches):
         last = (i + 1) % accumulate == 0
-        with (no_sync() if no_sync and not last else torch.enable_grad()):
+        with no_sync() if no_sync and not last else torch.enable_grad():
             net(x).square().mean().backward()
         if last:
             optimizer.step()
@@ -246,6 +271,7 @@ def rtmdet(rank, norm):
     from mmdet.utils import register_all_modules
     from mmengine.hub import get_config
     from mmengine.registry import init_default_scope
+
     register_all_modules()
     init_default_scope('mmdet')
     model = get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model
@@ -257,12 +283,14 @@ def rtmdet(rank, norm):
     same_images = torch.ones(1, 3, 64, 64) * torch.linspace(-1, 1, 64)
     detector.backbone((1 + rank) * same_images)
     first = next(m for m in detector.backbone.modules() if isinstance(m, DNB))
-    return dict(num=len(norms), mean=first.running_mean,
-                inner=sorted({type(m.bn).__name__ for m in norms}))
+    return dict(
+        num=len(norms), mean=first.running_mean, inner=sorted({type(m.bn).__name__ for m in norms})
+    )
 
 
-@pytest.mark.shows("synchronised statistics: "
-                   "`SyncDNB`, torch's and mmengine's conversion, RTMDet's own")
+@pytest.mark.shows(
+    "synchronised statistics: `SyncDNB`, torch's and mmengine's conversion, RTMDet's own"
+)
 def test_rtmdets_use_syncbn_keeps_dnb(two_processes):
     results = two_processes(rtmdet, 'DNB')
     for result in results:
@@ -272,13 +300,16 @@ def test_rtmdets_use_syncbn_keeps_dnb(two_processes):
 
 def sync_norm_hook(rank):
     from mmdet.engine.hooks import SyncNormHook
+
     torch.manual_seed(rank)
     model = awake(nn.Sequential(nn.Conv2d(3, 6, 1), DNB(6)))
     model[1].running_mean.fill_(rank + 1)
     sc = copy.deepcopy(model[1].sc.state_dict())
     SyncNormHook().before_val_epoch(SimpleNamespace(model=model))
-    return dict(mean=model[1].running_mean, kept=all(
-        torch.equal(value, sc[name]) for name, value in model[1].sc.state_dict().items()))
+    return dict(
+        mean=model[1].running_mean,
+        kept=all(torch.equal(value, sc[name]) for name, value in model[1].sc.state_dict().items()),
+    )
 
 
 def test_sync_norm_hook_averages_the_inner_statistics(two_processes):
@@ -293,10 +324,11 @@ def test_fsdp2_on_parts_of_a_layer(one_process, sharded, cls, kwargs):
     """It gathers a module's parameters in a hook on it."""
     plain = nn.Sequential(nn.Conv2d(3, 6, 3), make_layer(cls, **kwargs).float())
     model = copy.deepcopy(plain)
-    mesh = init_device_mesh('cpu', (1, ))
+    mesh = init_device_mesh('cpu', (1,))
     layer = model[1]
-    for module in dict(bn=[layer.bn], sc=[layer.sc], both=[layer.bn, layer.sc],
-                       layer=[layer])[sharded]:
+    for module in dict(bn=[layer.bn], sc=[layer.sc], both=[layer.bn, layer.sc], layer=[layer])[
+        sharded
+    ]:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     x = torch.randn(2, 4, 3, 9, 9)
@@ -318,8 +350,9 @@ def test_fsdp2_on_parts_of_a_layer(one_process, sharded, cls, kwargs):
 def test_fsdp1(one_process, use_orig_params):
     """It puts plain attributes in the places of parameters."""
     plain = nn.Sequential(nn.Conv2d(3, 6, 3), make_layer(DNB).float())
-    model = FullyShardedDataParallel(copy.deepcopy(plain), device_id=torch.device('cpu'),
-                                     use_orig_params=use_orig_params)
+    model = FullyShardedDataParallel(
+        copy.deepcopy(plain), device_id=torch.device('cpu'), use_orig_params=use_orig_params
+    )
     x = torch.randn(4, 3, 9, 9)
     gradients = []
     for net in (model, plain):

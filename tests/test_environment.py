@@ -1,4 +1,5 @@
 """What is not installed is named in one sentence, with the command that installs it."""
+
 import os
 import subprocess
 import sys
@@ -14,8 +15,12 @@ ROOT = Path(__file__).parents[1]
 def run(code, path=None):
     """stderr of a fresh process in which ``code`` has to fail."""
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(path or '')))
+        [sys.executable, '-W', 'ignore', '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(path or '')),
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stderr
 
@@ -43,14 +48,17 @@ OPERATORS = "ImportError: MMCV's compiled operators cannot be imported"
 MMDET = 'ImportError: MMDetection cannot be imported'
 
 
-@pytest.mark.parametrize('tool, module, sentence', [
-    ('train', 'mmdet', MMDET),
-    ('test', 'mmcv.ops', OPERATORS),
-    pytest.param('train', 'mmcv.ops', OPERATORS, marks=pytest.mark.slow),
-    pytest.param('test', 'mmdet', MMDET, marks=pytest.mark.slow),
-    pytest.param('predict', 'mmcv.ops', OPERATORS, marks=pytest.mark.slow),
-    pytest.param('predict', 'mmdet', MMDET, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    'tool, module, sentence',
+    [
+        ('train', 'mmdet', MMDET),
+        ('test', 'mmcv.ops', OPERATORS),
+        pytest.param('train', 'mmcv.ops', OPERATORS, marks=pytest.mark.slow),
+        pytest.param('test', 'mmdet', MMDET, marks=pytest.mark.slow),
+        pytest.param('predict', 'mmcv.ops', OPERATORS, marks=pytest.mark.slow),
+        pytest.param('predict', 'mmdet', MMDET, marks=pytest.mark.slow),
+    ],
+)
 def test_tools_name_a_missing_mmdet_or_missing_operators(tool, module, sentence):
     error = run(hide(module, as_tool(tool)))
     assert error.strip().splitlines()[-1].startswith(sentence)
@@ -75,9 +83,14 @@ def test_an_mmdet_that_refuses_its_mmcv_is_told(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('error', [
-    "ImportError('undefined symbol: _ZN3c10')", "OSError('libtorch.so: cannot open')",
-    "RuntimeError('operator torchvision::nms does not exist')"])
+@pytest.mark.parametrize(
+    'error',
+    [
+        "ImportError('undefined symbol: _ZN3c10')",
+        "OSError('libtorch.so: cannot open')",
+        "RuntimeError('operator torchvision::nms does not exist')",
+    ],
+)
 def test_operators_built_against_another_torch_are_told(tmp_path, error):
     fake = tmp_path / 'mmcv'
     fake.mkdir()
@@ -98,13 +111,33 @@ def test_the_layers_alone_need_no_mmdet():
     run(code)  # sys.exit(True)
 
 
-@pytest.mark.parametrize('tool', ['train', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in (
-        'test', 'predict', 'compare', 'demo', 'convert_checkpoint', 'export_onnx', 'check_zoo'))])
+@pytest.mark.parametrize(
+    'tool',
+    [
+        'train',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                'test',
+                'predict',
+                'compare',
+                'demo',
+                'convert_checkpoint',
+                'export_onnx',
+                'check_zoo',
+            )
+        ),
+    ],
+)
 def test_a_tool_says_nothing_of_parts_that_no_config_needs(tool):
-    done = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [sys.executable, f'tools/{tool}.py', '--help'],
+        cwd=ROOT,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0 and done.stdout.startswith('usage: '), done.stdout
 
 

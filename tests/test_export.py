@@ -1,4 +1,5 @@
 """The ONNX graph of a detector gives mmdet's detections, for any number of images."""
+
 import copy
 import importlib.util
 import runpy
@@ -27,7 +28,8 @@ SHARED = ROOT.parent / 'shared' / 'data' / 'coco_mini_320' / 'coco_mini_320.tar'
 main = runpy.run_path(str(ROOT / 'tools' / 'export_onnx.py'))['main']
 with_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.PACKAGES),
-    reason="needs pip install -e '.[export]'")
+    reason="needs pip install -e '.[export]'",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +66,44 @@ def small(name, head, **options):
 
 
 def retinanet():
-    return trained(MODELS.build(small('retinanet/retinanet_r18_fpn_1x_coco.py', {}, nms_pre=30,
-                                      max_per_img=20)))
+    return trained(
+        MODELS.build(
+            small('retinanet/retinanet_r18_fpn_1x_coco.py', {}, nms_pre=30, max_per_img=20)
+        )
+    )
 
 
 def fcos():
-    model = trained(MODELS.build(small('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-                                       dict(norm_cfg=dict(type='DNB')), nms_pre=30,
-                                       max_per_img=20)))
+    model = trained(
+        MODELS.build(
+            small(
+                'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+                dict(norm_cfg=dict(type='DNB')),
+                nms_pre=30,
+                max_per_img=20,
+            )
+        )
+    )
     torch.nn.init.normal_(model.bbox_head.conv_cls.weight, std=0.02)  # else many scores are 1
     return model
 
 
 def rtmdet():
-    return trained(MODELS.build(small('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', {}, nms_pre=30,
-                                      max_per_img=20)))
+    return trained(
+        MODELS.build(
+            small('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', {}, nms_pre=30, max_per_img=20)
+        )
+    )
 
 
 def yolox():
     model = awake(used(MODELS.build(small('yolox/yolox_tiny_8xb8-300e_coco.py', {}))), 0.1)
     head = model.bbox_head
-    for conv in (*head.multi_level_conv_cls, *head.multi_level_conv_reg,
-                 *head.multi_level_conv_obj):  # sides are exp of what these give
+    for conv in (
+        *head.multi_level_conv_cls,
+        *head.multi_level_conv_reg,
+        *head.multi_level_conv_obj,
+    ):  # sides are exp of what these give
         torch.nn.init.normal_(conv.weight, std=5e-4)
         torch.nn.init.zeros_(conv.bias)
     return model.eval()
@@ -107,8 +125,9 @@ def faster_rcnn():
 
 def gfl():
     """Its decoding is not written for ONNX."""
-    return trained(MODELS.build(small('gfl/gfl_r50_fpn_1x_coco.py',
-                                      dict(norm_cfg=dict(type='DNB')))))
+    return trained(
+        MODELS.build(small('gfl/gfl_r50_fpn_1x_coco.py', dict(norm_cfg=dict(type='DNB'))))
+    )
 
 
 def pixels(number, size=64):
@@ -150,7 +169,7 @@ def test_pixels_are_normalised_as_the_detector_does(tmp_path, close):
 
 
 def test_suppression_is_by_class_and_limited():
-    boxes = torch.tensor([[[0., 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]]])
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]]])
     scores = torch.tensor([[[0.9, 0.8, 0.7], [0.1, 0.2, 0.0]]])
     kept = export_heads.non_max_suppression(boxes, scores, 0.5, 5)
     assert kept.tolist() == [[[1, 0, 1], [0, 1, 0]]]
@@ -165,8 +184,9 @@ def test_the_batch_norm_twin_is_the_same_detector_without_sc(tmp_path, close):
     twin = export.folded_twin(model)
     assert not dn_layers(twin) and dn_layers(model)
     with torch.no_grad():
-        for got, expected in zip(twin(x, mode='tensor')[0], model(x, mode='tensor')[0],
-                                 strict=True):
+        for got, expected in zip(
+            twin(x, mode='tensor')[0], model(x, mode='tensor')[0], strict=True
+        ):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -177,7 +197,8 @@ def test_simplified_it_gives_the_same_raw_outputs(build, target, tmp_path):
     images = torch.from_numpy(pixels(1))
     simple = simplify.simplified(detector, torch.zeros(1, 3, 64, 64), target)
     assert not simple.left and simple.dynamic == [
-        name for name, _ in detector.named_modules() if name in dn_layers(detector)]
+        name for name, _ in detector.named_modules() if name in dn_layers(detector)
+    ]
     with torch.no_grad():
         exact = copy.deepcopy(detector).double().raw(images.double())
         pairs = zip(simple.model.raw(images), exact, strict=True)
@@ -232,8 +253,11 @@ def test_onnxruntime_agrees_with_what_is_written_for_it(build, tmp_path):
 @pytest.mark.parametrize('keep', [0, 20])
 def test_folded_and_partly_folded_models_are_exported_too(keep, tmp_path):
     model = ssdlite(tmp_path)
-    report = fold_norm(model, [dict(inputs=list(torch.randint(256, (8, 3, 64, 64))),
-                                    data_samples=None)], keep=keep)
+    report = fold_norm(
+        model,
+        [dict(inputs=list(torch.randint(256, (8, 3, 64, 64))), data_samples=None)],
+        keep=keep,
+    )
     detector = export.Detector(model, (64, 64))
     simple = export.export(detector, tmp_path / 'whole.onnx')
     assert len(simple.dynamic) == keep and len(simple.folded) == len(report) - keep
@@ -256,8 +280,9 @@ def test_a_full_size_detector_on_real_images(tmp_path, capsys):
     config = ROOT / 'configs' / 'ssdlite_mbv2_dnb_coco.py'
     model = trained(MODELS.build(command_line.load_config(config).model))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'dnb.pth')
-    main([str(config), str(tmp_path / 'dnb.pth'), '--images', str(tmp_path / 'images'),
-          '--latency'])
+    main(
+        [str(config), str(tmp_path / 'dnb.pth'), '--images', str(tmp_path / 'images'), '--latency']
+    )
     printed = capsys.readouterr().out
     assert 'onnxruntime against mmdet on 4 images' in printed
     assert 'BN, folded: ' in printed and 'this detector: ' in printed
@@ -277,9 +302,9 @@ def refused(tmp_path, capsys, *argv):
 
 
 def test_without_the_extra_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, 'PACKAGES', ('onnx_of_nobody', ))
+    monkeypatch.setattr(export, 'PACKAGES', ('onnx_of_nobody',))
     message = refused(tmp_path, capsys, 'no_config.py', 'no_checkpoint.pth')
-    assert "needs onnx_of_nobody, not installed here: in a clone" in message
+    assert 'needs onnx_of_nobody, not installed here: in a clone' in message
     assert "pip install -e '.[export]'" in message
 
 

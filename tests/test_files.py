@@ -1,4 +1,5 @@
 """What is written is there whole or not at all."""
+
 import json
 
 import pytest

@@ -1,4 +1,5 @@
 """A DN layer whose scale and shift are constants becomes the BatchNorm that computes the same."""
+
 import copy
 
 import pytest
@@ -17,12 +18,26 @@ from dn_mmdet.experiments.ablation import VariantSC
 from dn_mmdet.experiments.controls import ScaledBN, StaticDN
 from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate
 
-SHAPES = {DNB: (4, 6, 5, 3), DNC: (4, 6, 5, 3), DNB1d: (4, 6, 7), DNC1d: (4, 6, 7),
-          DNB3d: (4, 6, 2, 3, 3), DNC3d: (4, 6, 2, 3, 3), SyncDNB: (4, 6, 5, 3),
-          SyncDNC: (4, 6, 5, 3)}
-KINDS = {DNB: nn.BatchNorm2d, DNC: nn.BatchNorm2d, DNB1d: nn.BatchNorm1d, DNC1d: nn.BatchNorm1d,
-         DNB3d: nn.BatchNorm3d, DNC3d: nn.BatchNorm3d, SyncDNB: nn.SyncBatchNorm,
-         SyncDNC: nn.SyncBatchNorm}
+SHAPES = {
+    DNB: (4, 6, 5, 3),
+    DNC: (4, 6, 5, 3),
+    DNB1d: (4, 6, 7),
+    DNC1d: (4, 6, 7),
+    DNB3d: (4, 6, 2, 3, 3),
+    DNC3d: (4, 6, 2, 3, 3),
+    SyncDNB: (4, 6, 5, 3),
+    SyncDNC: (4, 6, 5, 3),
+}
+KINDS = {
+    DNB: nn.BatchNorm2d,
+    DNC: nn.BatchNorm2d,
+    DNB1d: nn.BatchNorm1d,
+    DNC1d: nn.BatchNorm1d,
+    DNB3d: nn.BatchNorm3d,
+    DNC3d: nn.BatchNorm3d,
+    SyncDNB: nn.SyncBatchNorm,
+    SyncDNC: nn.SyncBatchNorm,
+}
 
 
 def constant(layer):
@@ -34,14 +49,17 @@ def constant(layer):
 
 
 @pytest.mark.parametrize('cls', SHAPES)
-@pytest.mark.parametrize('args', [{}, dict(affine=False), dict(eps=0.1, momentum=None),
-                                  dict(bn_requires_grad=False)], ids=str)
+@pytest.mark.parametrize(
+    'args',
+    [{}, dict(affine=False), dict(eps=0.1, momentum=None), dict(bn_requires_grad=False)],
+    ids=str,
+)
 def test_a_layer_of_constant_outputs_folds_exactly_without_images(cls, args, close):
     model = nn.Sequential(constant(cls(6, **args)))
     layer, x = model[0], torch.randn(SHAPES[cls]).double()
     expected = layer(x)
     assert not torch.allclose(expected, layer.bn(x))  # SC acts
-    row, = fold_norm(model)
+    (row,) = fold_norm(model)
     bn = model[0]
     assert row.folded and row.share == 0 and type(bn) is KINDS[cls]
     close(bn(x), expected)
@@ -57,7 +75,7 @@ def test_the_same_constants_are_found_from_images(reduction, close):
     model[0].sc.w_in.data.zero_()
     x = torch.randn(5, 6, 4, 4)
     expected = model(x)
-    row, = fold_norm(model, [x[:2], x[2:]], max_change=0)
+    (row,) = fold_norm(model, [x[:2], x[2:]], max_change=0)
     assert row.folded and row.images == 5 and row.share == row.g_std == row.h_std == 0
     close(model(x), expected)
 
@@ -68,10 +86,12 @@ def test_scale_and_shift_are_frozen_at_their_mean(close):
     layer, x = model[0], torch.randn(5, 6, 4, 4).double()
     g, h = layer.sc(x.mean((2, 3)), (x.var((2, 3), correction=0) + layer.eps).sqrt())
     wanted = (1 + g.mean(0)).view(-1, 1, 1) * layer.bn(x) + h.mean(0).view(-1, 1, 1)
-    row, = fold_norm(model, [x[:2], x[2:]])
+    (row,) = fold_norm(model, [x[:2], x[2:]])
     close(model(x), wanted)
-    close(torch.tensor([row.g_std, row.h_std]),
-          torch.stack([t.std(0, correction=0).mean() for t in (g, h)]).float())
+    close(
+        torch.tensor([row.g_std, row.h_std]),
+        torch.stack([t.std(0, correction=0).mean() for t in (g, h)]).float(),
+    )
 
 
 def test_the_share_is_that_of_the_outputs_variance():
@@ -85,9 +105,10 @@ def test_the_share_is_that_of_the_outputs_variance():
         model(x[torch.randperm(400)[:64]])
     model.eval()
     dynamic = model(x)
-    row, = fold_norm(model, [x])
+    (row,) = fold_norm(model, [x])
     lost = (model(x) - dynamic).square().sum() / (
-        dynamic - dynamic.mean((0, 2, 3), keepdim=True)).square().sum()
+        dynamic - dynamic.mean((0, 2, 3), keepdim=True)
+    ).square().sum()
     assert 1e-4 < lost and row.share == pytest.approx(lost.item(), rel=0.1)
 
 
@@ -100,9 +121,11 @@ def test_outputs_of_batches_add_up(close):
     close(whole.sums[2], ((g - g.mean(0)) * (h - h.mean(0))).sum(0))
 
 
-@pytest.mark.parametrize('layer', [StaticDN(6), StaticDN(6, rank='low'),
-                                   StaticDN(6, affine=False), ScaledBN(6, rate=3)],
-                         ids=['full', 'low', 'no affine', 'scaled'])
+@pytest.mark.parametrize(
+    'layer',
+    [StaticDN(6), StaticDN(6, rank='low'), StaticDN(6, affine=False), ScaledBN(6, rate=3)],
+    ids=['full', 'low', 'no affine', 'scaled'],
+)
 def test_a_control_folds_into_a_batch_norm_exactly(layer, close):
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
@@ -134,8 +157,9 @@ def test_dnc_by_batch_statistics_needs_images():
 def test_frozen_norms_stay_frozen(close):
     freeze = torchvision.ops.FrozenBatchNorm2d
     model = awake(convert_norm(nn.Sequential(freeze(6)), 'DNC'))
-    model[0].bn.load_state_dict({name: torch.rand(6) + 0.5 for name in
-                                 ('weight', 'bias', 'running_mean', 'running_var')})
+    model[0].bn.load_state_dict(
+        {name: torch.rand(6) + 0.5 for name in ('weight', 'bias', 'running_mean', 'running_var')}
+    )
     x = torch.randn(4, 6, 5, 3)
     expected = model.eval()(x)
     fold_norm(model)
@@ -191,7 +215,8 @@ def test_a_folded_network_has_the_keys_of_batch_norm_and_fuses(close):
     report = fold_norm(model)
     assert len(report) == 20 and not dn_layers(model)
     torchvision.models.resnet18(weights=None, num_classes=5).double().load_state_dict(
-        model.state_dict())
+        model.state_dict()
+    )
     close(model(x), expected)
     fused = fuse_conv_bn(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
@@ -228,13 +253,13 @@ def test_a_layer_used_in_two_places_stays_one():
             return self.b(self.a(x))
 
     model = Twice()
-    row, = fold_norm(model, [IMAGES])
+    (row,) = fold_norm(model, [IMAGES])
     assert model.a is model.b and type(model.a) is nn.BatchNorm2d and row.images == 8
 
 
 def test_tied_weights_are_folded_once_each(close):
     first, second = awake(DNC(3)).eval(), awake(DNC(3)).eval()
-    second.bn.weight = first.bn.weight = nn.Parameter(torch.tensor([1., 2., 3.]))
+    second.bn.weight = first.bn.weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
     model = nn.Sequential(first, second)
     expected = model(IMAGES)
     fold_norm(model)
@@ -245,7 +270,7 @@ def test_what_is_not_reached_stays_dynamic():
     model = net()
     model.unused = awake(DNB(3))
     report = fold_norm(model, [IMAGES])
-    left, = (row for row in report if not row.folded)
+    (left,) = (row for row in report if not row.folded)
     assert left.name == 'unused' and left.images == 0 and list(dn_layers(model)) == ['unused']
     model = net()
     model.unused = awake(DNB(3))
@@ -261,7 +286,8 @@ def test_modes_backends_and_precision_are_kept():
     modes = {name: module.training for name, module in model.named_modules()}
     fold_norm(model, [IMAGES], keep='layer2')
     assert {name: module.training for name, module in model.named_modules()} == {
-        name: modes[name] for name, _ in model.named_modules()}
+        name: modes[name] for name, _ in model.named_modules()
+    }
     assert all(layer.backend == 'torch' for layer in dn_layers(model).values())
     halves = nn.Sequential(awake(DNB(3).to(torch.bfloat16)))
     fold_norm(halves, [IMAGES.bfloat16()])
@@ -274,20 +300,38 @@ def broken(value):
     return images
 
 
-@pytest.mark.parametrize('batches,message', [
-    (None, '20 layers .as bn1. make their scale and shift from each image'),
-    ([], 'expected images that reach the DN layers, got none'),
-    ([IMAGES[:0]], 'got none|batch 0: the model cannot take it'),
-    ([IMAGES, IMAGES[:, :2]], 'batch 1: the model cannot take it: .*3 channels'),
-    ([(IMAGES, torch.zeros(4))], 'batch 0: the model cannot take it: .*positional'),
-    ([IMAGES, broken(float('nan'))], 'batch 1: the statistics in bn1 are not finite'),
-    ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite'),
-    (['images'], r'batch 0: the model cannot take it: [^\n]*\. Expected what its forward takes'),
-    (IMAGES, r'batch 0: the model cannot take it: expected 4D input \(got 3D'),
-    (dict(inputs=IMAGES), 'expected a list or a loader of batches, got dict'),
-    (512, 'expected a list or a loader of batches, got int')],
-    ids=['none', 'empty', 'no image', 'channels', 'labels too', 'NaN', 'infinite', 'a name',
-         'one batch', 'one batch of arguments', 'a number'])
+@pytest.mark.parametrize(
+    'batches,message',
+    [
+        (None, '20 layers .as bn1. make their scale and shift from each image'),
+        ([], 'expected images that reach the DN layers, got none'),
+        ([IMAGES[:0]], 'got none|batch 0: the model cannot take it'),
+        ([IMAGES, IMAGES[:, :2]], 'batch 1: the model cannot take it: .*3 channels'),
+        ([(IMAGES, torch.zeros(4))], 'batch 0: the model cannot take it: .*positional'),
+        ([IMAGES, broken(float('nan'))], 'batch 1: the statistics in bn1 are not finite'),
+        ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite'),
+        (
+            ['images'],
+            r'batch 0: the model cannot take it: [^\n]*\. Expected what its forward takes',
+        ),
+        (IMAGES, r'batch 0: the model cannot take it: expected 4D input \(got 3D'),
+        (dict(inputs=IMAGES), 'expected a list or a loader of batches, got dict'),
+        (512, 'expected a list or a loader of batches, got int'),
+    ],
+    ids=[
+        'none',
+        'empty',
+        'no image',
+        'channels',
+        'labels too',
+        'NaN',
+        'infinite',
+        'a name',
+        'one batch',
+        'one batch of arguments',
+        'a number',
+    ],
+)
 def test_bad_batches_change_nothing(batches, message):
     model = net()
     before = copy.deepcopy(model.state_dict())
@@ -296,8 +340,9 @@ def test_bad_batches_change_nothing(batches, message):
     assert len(dn_layers(model)) == 20
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
-    assert not any(layer.sc._forward_hooks or layer.backend != 'auto'
-                   for layer in dn_layers(model).values())
+    assert not any(
+        layer.sc._forward_hooks or layer.backend != 'auto' for layer in dn_layers(model).values()
+    )
 
 
 def with_hook():
@@ -306,14 +351,18 @@ def with_hook():
     return model
 
 
-@pytest.mark.parametrize('model,args,message', [
-    (lambda: torchvision.models.resnet18(weights=None), {}, 'no DN layer .*20 BatchNorm2d'),
-    (lambda: DNB(3), {}, 'put it into nn.Sequential'),
-    (net, dict(keep='layer9'), "keep: 'layer9' matches none of 20 layers .bn1"),
-    (net, dict(keep=21), 'keep: expected 0 to 20 layers, got 21'),
-    (net, dict(max_change=-1), 'max_change: expected a share of at least 0'),
-    (with_hook, {}, 'bn1: has hooks')],
-    ids=['BatchNorm', 'a layer', 'pattern', 'too many', 'negative', 'hooks'])
+@pytest.mark.parametrize(
+    'model,args,message',
+    [
+        (lambda: torchvision.models.resnet18(weights=None), {}, 'no DN layer .*20 BatchNorm2d'),
+        (lambda: DNB(3), {}, 'put it into nn.Sequential'),
+        (net, dict(keep='layer9'), "keep: 'layer9' matches none of 20 layers .bn1"),
+        (net, dict(keep=21), 'keep: expected 0 to 20 layers, got 21'),
+        (net, dict(max_change=-1), 'max_change: expected a share of at least 0'),
+        (with_hook, {}, 'bn1: has hooks'),
+    ],
+    ids=['BatchNorm', 'a layer', 'pattern', 'too many', 'negative', 'hooks'],
+)
 def test_what_cannot_be_folded_is_refused(model, args, message):
     with pytest.raises(ValueError, match=message):
         fold_norm(model(), [IMAGES], **args)
@@ -330,8 +379,12 @@ def test_a_batch_norm_that_would_be_fused_wrongly_is_told():
 
 
 def test_running_statistics_estimated_again_are_those_of_the_images(close):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3),
-                          awake(DNB(4)), nn.BatchNorm2d(4, momentum=0.)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, momentum=0.3),
+        awake(DNB(4)),
+        nn.BatchNorm2d(4, momentum=0.0),
+    ).train()
     model[3].eval()
     maps = model[0](IMAGES)
     recalibrate(model, [IMAGES[:2], IMAGES[2:]])

@@ -1,4 +1,5 @@
 """A finished run is evaluated with its DN layers folded, as fold_norm and the evaluator say."""
+
 import json
 
 import pytest
@@ -25,10 +26,11 @@ def finished(tmp_path, norm='DNB', std=0.1):
     cfg.dump(folder / 'config.py')
     model = used(awake(deploy.built(cfg), std=std))
     torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'epoch_1.pth')
-    run = dict(question='q', data='d', config='tiny', seed=0, epochs=1, lr=0.1, batch=2,
-               commit='c')
+    run = dict(
+        question='q', data='d', config='tiny', seed=0, epochs=1, lr=0.1, batch=2, commit='c'
+    )
     metrics = deploy.Evaluation(cfg).metrics(model)
-    result = dict(status='finished', metrics=metrics, norms={norm: 9}, seconds=1., run=run)
+    result = dict(status='finished', metrics=metrics, norms={norm: 9}, seconds=1.0, run=run)
     for name, content in (('run.json', run), ('result.json', result)):
         (folder / name).write_text(json.dumps(content))
     return folder, cfg
@@ -38,20 +40,35 @@ def outputs(cfg, model):
     """What the evaluator sees of a model: its scores, to which AP is too coarse."""
     evaluation = deploy.Evaluation(cfg)
     with torch.no_grad():
-        return torch.cat([sample.pred_instances.scores for batch in evaluation.loader
-                          for sample in model.eval().val_step(batch)])
+        return torch.cat(
+            [
+                sample.pred_instances.scores
+                for batch in evaluation.loader
+                for sample in model.eval().val_step(batch)
+            ]
+        )
 
 
 @pytest.fixture
 def scores(monkeypatch):
     """In place of COCO's metrics, the scores of all boxes."""
-    monkeypatch.setattr(deploy.Evaluation, 'metrics', lambda self, model: dict(scores=[
-        score for batch in self.loader for sample in model.eval().val_step(batch)
-        for score in sample.pred_instances.scores.tolist()]))
+    monkeypatch.setattr(
+        deploy.Evaluation,
+        'metrics',
+        lambda self, model: dict(
+            scores=[
+                score
+                for batch in self.loader
+                for sample in model.eval().val_step(batch)
+                for score in sample.pred_instances.scores.tolist()
+            ]
+        ),
+    )
 
 
 def test_the_metrics_are_those_of_fold_norm_over_the_runs_own_training_images(
-        tmp_path, scores, close):
+    tmp_path, scores, close
+):
     folder, cfg = finished(tmp_path)
     fold_run.main([str(folder)])
     found = compare.read_folded(folder)
@@ -84,7 +101,8 @@ def test_a_row_holds_the_folded_metrics(tmp_path, capsys):
     row = results.read([folder])[0].row
     found = compare.read_folded(folder)
     assert [row[name] for name in results.FOLDED] == [
-        found[name]['coco/bbox_mAP'] for name in results.FOLDED]
+        found[name]['coco/bbox_mAP'] for name in results.FOLDED
+    ]
     assert 'Average Precision' not in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ Each test is a row of the comparison that made the layers contain a BatchNorm
 instead of being one. "Awake" is an SC away from identity: a mechanism that drops it
 changes the output.
 """
+
 import copy
 from types import SimpleNamespace
 
@@ -50,8 +51,12 @@ def used(model):
 
 def two_blocks(norm='DNB', **kwargs):
     cfg = dict(type=norm)
-    return used(nn.Sequential(ConvModule(3, 8, 3, norm_cfg=cfg, **kwargs),
-                              ConvModule(8, 8, 3, norm_cfg=cfg, **kwargs))).double()
+    return used(
+        nn.Sequential(
+            ConvModule(3, 8, 3, norm_cfg=cfg, **kwargs),
+            ConvModule(8, 8, 3, norm_cfg=cfg, **kwargs),
+        )
+    ).double()
 
 
 def images(size=9, num=4):
@@ -63,7 +68,6 @@ def layers_of(model):
 
 
 class TestFusing:
-
     @pytest.mark.shows('`fuse_conv_bn` and `efficient_conv_bn_eval` leave it alone')
     @norms
     def test_fuse_conv_bn_leaves_it_alone(self, norm):
@@ -84,8 +88,11 @@ class TestFusing:
     @pytest.mark.parametrize('between', [DNB, lambda c: nn.GroupNorm(2, c)])
     def test_mmcvs_own_flaw_is_that_of_any_foreign_norm(self, between):
         """conv -> norm -> ReLU -> BN in one parent: the BN is folded into that conv."""
-        model = used(nn.Sequential(nn.Conv2d(3, 8, 3), between(8), nn.ReLU(),
-                                   nn.BatchNorm2d(8))).double().eval()
+        model = (
+            used(nn.Sequential(nn.Conv2d(3, 8, 3), between(8), nn.ReLU(), nn.BatchNorm2d(8)))
+            .double()
+            .eval()
+        )
         x = images()
         assert not torch.allclose(fuse_conv_bn(copy.deepcopy(model))(x), model(x))
 
@@ -102,12 +109,15 @@ class TestFusing:
     @norms
     def test_efficient_conv_bn_eval_by_fx(self, norm, close):
         class Net(nn.Module):
-
             def __init__(self):
                 super().__init__()
                 self.body = nn.Sequential(
-                    nn.Conv2d(3, 8, 3), build_norm_layer(dict(type=norm), 8)[1], nn.ReLU(),
-                    nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+                    nn.Conv2d(3, 8, 3),
+                    build_norm_layer(dict(type=norm), 8)[1],
+                    nn.ReLU(),
+                    nn.Conv2d(8, 8, 3),
+                    nn.BatchNorm2d(8),
+                )
 
             def forward(self, x):
                 return self.body(x)
@@ -119,7 +129,8 @@ class TestFusing:
             called = []
             for name in ('1.sc', '4'):
                 fast.body.get_submodule(name).register_forward_hook(
-                    lambda *_, name=name, called=called: called.append(name))
+                    lambda *_, name=name, called=called: called.append(name)
+                )
             x = images()
             close(fast(x), copy.deepcopy(model).train(training)(x))
             # in eval only the plain BN was folded away; SC ran in both
@@ -127,8 +138,9 @@ class TestFusing:
 
     @norms
     def test_symbolic_trace(self, norm):
-        model = used(nn.Sequential(nn.Conv2d(3, 8, 3),
-                                   build_norm_layer(dict(type=norm), 8)[1])).double()
+        model = used(
+            nn.Sequential(nn.Conv2d(3, 8, 3), build_norm_layer(dict(type=norm), 8)[1])
+        ).double()
         traced, x = torch.fx.symbolic_trace(model), images()
         for training in (True, False):  # the mode is read when the graph runs
             model.train(training)
@@ -139,10 +151,10 @@ class TestFusing:
 
 
 class TestConversions:
-
     @norms
-    @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm,
-                                         convert_sync_batchnorm])
+    @pytest.mark.parametrize(
+        'convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm]
+    )
     def test_to_sync_and_back(self, norm, convert, close):
         model, x = two_blocks(norm), images()
         expected = {t: copy.deepcopy(model).train(t)(x) for t in (True, False)}
@@ -187,7 +199,6 @@ class TestConversions:
 
 
 class TestFreezing:
-
     @norms
     def test_norm_eval_freezes_statistics_and_sc_still_learns(self, norm):
         net = MobileNetV2(widen_factor=0.25, norm_eval=True, norm_cfg=dict(type=norm))
@@ -199,11 +210,17 @@ class TestFreezing:
             assert module.sc.w_in.grad.any()
         assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
 
-    @pytest.mark.parametrize('kwargs, trainable', [
-        (dict(), {'bn', 'sc'}), (dict(requires_grad=True), {'bn', 'sc'}),
-        (dict(requires_grad=False), set()), (dict(bn_requires_grad=False), {'sc'}),
-        (dict(bn_requires_grad=False, requires_grad=True), {'sc'}),
-        (dict(bn_requires_grad=False, requires_grad=False), set())])
+    @pytest.mark.parametrize(
+        'kwargs, trainable',
+        [
+            (dict(), {'bn', 'sc'}),
+            (dict(requires_grad=True), {'bn', 'sc'}),
+            (dict(requires_grad=False), set()),
+            (dict(bn_requires_grad=False), {'sc'}),
+            (dict(bn_requires_grad=False, requires_grad=True), {'sc'}),
+            (dict(bn_requires_grad=False, requires_grad=False), set()),
+        ],
+    )
     @norms
     def test_requires_grad_of_norm_cfg(self, norm, kwargs, trainable):
         layer = build_norm_layer(dict(type=norm, **kwargs), 8)[1]
@@ -212,9 +229,17 @@ class TestFreezing:
 
     @pytest.mark.parametrize('bn_requires_grad', [True, False])
     def test_frozen_stages(self, bn_requires_grad):
-        net = ResNet(18, base_channels=8, norm_eval=False, frozen_stages=1, num_stages=2,
-                     strides=(1, 2), dilations=(1, 1), out_indices=(1, ),
-                     norm_cfg=dict(type='DNB', bn_requires_grad=bn_requires_grad))
+        net = ResNet(
+            18,
+            base_channels=8,
+            norm_eval=False,
+            frozen_stages=1,
+            num_stages=2,
+            strides=(1, 2),
+            dilations=(1, 1),
+            out_indices=(1,),
+            norm_cfg=dict(type='DNB', bn_requires_grad=bn_requires_grad),
+        )
         for thawed_first in (False, True):
             if thawed_first:  # train() has to freeze the stages again
                 net.requires_grad_(True)
@@ -230,14 +255,15 @@ class TestFreezing:
 
 
 class TestInitialisation:
-
     def test_init_cfg_of_linear_and_conv_passes_by(self):
         class Net(BaseModule):
-
             def __init__(self):
-                super().__init__(init_cfg=[
-                    dict(type='Constant', val=7., bias=7., layer=['Conv2d', 'Linear']),
-                    dict(type='Constant', val=1., layer=['_BatchNorm', 'GroupNorm'])])
+                super().__init__(
+                    init_cfg=[
+                        dict(type='Constant', val=7.0, bias=7.0, layer=['Conv2d', 'Linear']),
+                        dict(type='Constant', val=1.0, layer=['_BatchNorm', 'GroupNorm']),
+                    ]
+                )
                 self.conv, self.dn, self.fc = nn.Conv2d(3, 8, 1), DNB(8), nn.Linear(8, 8)
 
         net = Net()
@@ -264,8 +290,13 @@ class TestInitialisation:
     def test_every_sc_parameter_of_a_resnet50_learns(self, norm, zero_init_residual, steps):
         """By the second step; behind a residual that starts at zero, no gradient enters a
         block in the first, so that the convolutions and SC both start one step later."""
-        net = ResNet(50, base_channels=16, norm_eval=False, norm_cfg=dict(type=norm),
-                     zero_init_residual=zero_init_residual)
+        net = ResNet(
+            50,
+            base_channels=16,
+            norm_eval=False,
+            norm_cfg=dict(type=norm),
+            zero_init_residual=zero_init_residual,
+        )
         net.init_weights()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         x = images(64, num=2).float()
@@ -276,8 +307,9 @@ class TestInitialisation:
             weights = weights or [torch.randn_like(out) for out in outputs]
             sum((out * w).mean() for out, w in zip(outputs, weights, strict=True)).backward()
             optimizer.step()
-        silent = [name for name, p in net.named_parameters()
-                  if '.sc.' in name and not p.grad.any()]
+        silent = [
+            name for name, p in net.named_parameters() if '.sc.' in name and not p.grad.any()
+        ]
         assert silent == []
 
     def test_constant_init_of_the_layer(self):
@@ -288,9 +320,14 @@ class TestInitialisation:
         assert all(torch.equal(v, sc[k]) for k, v in layer.sc.state_dict().items())
 
     def test_detectors_resnet(self):
-        net = DetectoRS_ResNet(depth=50, base_channels=8, norm_cfg=dict(type='DNB'),
-                               sac=dict(type='SAC', use_deform=False),
-                               stage_with_sac=(False, True, True, True), output_img=False)
+        net = DetectoRS_ResNet(
+            depth=50,
+            base_channels=8,
+            norm_cfg=dict(type='DNB'),
+            sac=dict(type='SAC', use_deform=False),
+            stage_with_sac=(False, True, True, True),
+            output_img=False,
+        )
         net.init_weights()
         assert not net.layer1[0].norm3.weight.any()
         assert net.layer1[0].norm3.sc.w_in.any()
@@ -300,8 +337,9 @@ class TestInitialisation:
 @pytest.mark.shows('gradient checkpointing, `with_cp=True`')
 def test_with_cp_gives_the_same_gradients(close):
     """A backbone's option that computes blocks again in the backward pass (re-entrant)."""
-    model = awake(ResNet(18, base_channels=8, with_cp=True, norm_eval=False,
-                         norm_cfg=dict(type='DNB'))).double()
+    model = awake(
+        ResNet(18, base_channels=8, with_cp=True, norm_eval=False, norm_cfg=dict(type='DNB'))
+    ).double()
     plain = copy.deepcopy(model)
     blocks = [m for m in plain.modules() if getattr(m, 'with_cp', False)]
     for block in blocks:
@@ -311,8 +349,9 @@ def test_with_cp_gives_the_same_gradients(close):
         sum(level.square().mean() for level in net(x)).backward()
     assert len(blocks) == 9  # and the backbone itself
     assert model.layer1[0].bn1.num_batches_tracked == 2  # as of a BatchNorm
-    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(),
-                                           strict=True):
+    for (name, parameter), expected in zip(
+        model.named_parameters(), plain.parameters(), strict=True
+    ):
         close(parameter.grad, expected.grad)
         assert parameter.grad.any(), name
 
@@ -321,35 +360,53 @@ def test_norm_decay_mult_is_of_w_and_b_alone():
     model = nn.Sequential(ConvModule(3, 8, 3, norm_cfg=dict(type='DNB')))
     constructor = DefaultOptimWrapperConstructor(
         dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5)),
-        dict(norm_decay_mult=0., bias_decay_mult=0.1))
+        dict(norm_decay_mult=0.0, bias_decay_mult=0.1),
+    )
     groups = constructor(model).optimizer.param_groups
     decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
     got = {name: decay.pop(id(p)) for name, p in model.named_parameters()}
-    assert got == {'0.conv.weight': 0.5, '0.bn.bn.weight': 0., '0.bn.bn.bias': 0.,
-                   '0.bn.sc.w_in': 0.5, '0.bn.sc.b_in': 0.5, '0.bn.sc.w_out': 0.5,
-                   '0.bn.sc.b_out': 0.5}
+    assert got == {
+        '0.conv.weight': 0.5,
+        '0.bn.bn.weight': 0.0,
+        '0.bn.bn.bias': 0.0,
+        '0.bn.sc.w_in': 0.5,
+        '0.bn.sc.b_in': 0.5,
+        '0.bn.sc.w_out': 0.5,
+        '0.bn.sc.b_out': 0.5,
+    }
     assert not decay
 
 
-@pytest.mark.parametrize('paramwise, decay, lr', [
-    (dict(flat_decay_mult=0.), {'w': 0.5, 'b': 0.}, 0.1),
-    (dict(bias_lr_mult=2., bias_decay_mult=0.), {'w': 0.5, 'b': 0.5}, 0.1),
-    (dict(custom_keys={'.sc.b_': dict(decay_mult=0.)}), {'w': 0.5, 'b': 0.}, 0.1),
-    (dict(custom_keys={'.sc.': dict(decay_mult=0., lr_mult=0.1)}), {'w': 0., 'b': 0.}, 0.01)])
+@pytest.mark.parametrize(
+    'paramwise, decay, lr',
+    [
+        (dict(flat_decay_mult=0.0), {'w': 0.5, 'b': 0.0}, 0.1),
+        (dict(bias_lr_mult=2.0, bias_decay_mult=0.0), {'w': 0.5, 'b': 0.5}, 0.1),
+        (dict(custom_keys={'.sc.b_': dict(decay_mult=0.0)}), {'w': 0.5, 'b': 0.0}, 0.1),
+        (
+            dict(custom_keys={'.sc.': dict(decay_mult=0.0, lr_mult=0.1)}),
+            {'w': 0.0, 'b': 0.0},
+            0.01,
+        ),
+    ],
+)
 def test_what_paramwise_cfg_does_to_sc(paramwise, decay, lr):
     """docs/models.md says so: `bias_*` reaches what is called bias, which SC's cannot be."""
     model = nn.Sequential(ConvModule(3, 8, 3, norm_cfg=dict(type='DNB')))
     constructor = DefaultOptimWrapperConstructor(
-        dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5)), paramwise)
-    of = {id(p): group for group in constructor(model).optimizer.param_groups
-          for p in group['params']}
+        dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5)), paramwise
+    )
+    of = {
+        id(p): group
+        for group in constructor(model).optimizer.param_groups
+        for p in group['params']
+    }
     for name, parameter in model[0].bn.sc.named_parameters():
         assert of[id(parameter)]['weight_decay'] == decay[name[0]], name
         assert of[id(parameter)]['lr'] == pytest.approx(lr), name
 
 
 class TestAveraging:
-
     @pytest.mark.parametrize('update_buffers', [True, False])
     def test_exponential_moving_average(self, update_buffers, close):
         model = two_blocks()
@@ -510,7 +567,10 @@ class TestBatchNormCheckpoint:
         bn, dn = twins
         state = {**bn.state_dict(), '1.bn.sc.w_in': layers_of(dn)[1].sc.w_in}
         assert dn.load_state_dict(state, strict=False).missing_keys == [
-            '1.bn.sc.b_in', '1.bn.sc.w_out', '1.bn.sc.b_out']
+            '1.bn.sc.b_in',
+            '1.bn.sc.w_out',
+            '1.bn.sc.b_out',
+        ]
 
     def test_a_dn_checkpoint_into_batch_norm_is_refused(self, twins):
         bn, dn = twins
@@ -528,8 +588,10 @@ class TestBatchNormCheckpoint:
         with pytest.raises(RuntimeError, match='Missing key.*bn.weight'):
             DNB(8).load_state_dict(bn.state_dict())
 
-    @pytest.mark.parametrize('sc', [None, dict(type=VariantSC, hidden='channelwise'),
-                                    dict(type=VariantSC, outputs='scale')])
+    @pytest.mark.parametrize(
+        'sc',
+        [None, dict(type=VariantSC, hidden='channelwise'), dict(type=VariantSC, outputs='scale')],
+    )
     def test_assigned_to_a_layer_on_meta(self, sc, close):
         bn = used(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).double().eval()
         with torch.device('meta'):
@@ -552,8 +614,9 @@ class TestBatchNormCheckpoint:
 
 
 def flops_by_mmengine(model, x):
-    return get_model_complexity_info(model, None, inputs=(x, ), show_table=False,
-                                     show_arch=False)['flops']
+    return get_model_complexity_info(model, None, inputs=(x,), show_table=False, show_arch=False)[
+        'flops'
+    ]
 
 
 def flops_by_torch(model, x):
@@ -585,7 +648,8 @@ def test_counters_that_hang_hooks_on_modules_find_the_inner_norm():
     for name, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(
-                lambda module, inputs, output, name=name: counted.update({name: inputs[0].shape}))
+                lambda module, inputs, output, name=name: counted.update({name: inputs[0].shape})
+            )
     with torch.no_grad():
         model(torch.rand(2, 3, 10, 10))
     assert counted == {'0': (2, 3, 10, 10), '1.bn': (2, 8, 8, 8), '1.sc': (2, 8)}

@@ -1,4 +1,5 @@
 """Every backend computes what the reference does: outputs, gradients and state."""
+
 import copy
 import sys
 
@@ -13,14 +14,18 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, functional, kernels
 
 FUSED = ('torch', 'auto')
-LAYERS = {'dnb-raw': (DNB, dict(inputs='raw')),
-          'dnb-standardized': (DNB, dict(inputs='standardized')),
-          'dnc': (DNC, {})}
+LAYERS = {
+    'dnb-raw': (DNB, dict(inputs='raw')),
+    'dnb-standardized': (DNB, dict(inputs='standardized')),
+    'dnc': (DNC, {}),
+}
 SHAPES = [(3, 5, 7, 3), (2, 3, 40, 40), (1, 4, 2, 2), (4, 6, 1, 1), (13, 1, 11, 5)]
-LAYOUTS = {'contiguous': lambda x: x,
-           'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
-           'transposed': lambda x: x.mT.contiguous().mT,
-           'sliced': lambda x: torch.cat((x, x), 1)[:, :x.shape[1]]}
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+    'sliced': lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+}
 
 
 def trained(layer):
@@ -86,8 +91,9 @@ def test_gradients_of_gradients(backend, kind, training):
     assert torch.autograd.gradgradcheck(run, (x, *parameters))
 
 
-@pytest.mark.parametrize('cls, shape', [(DNB1d, (5, 3)), (DNB1d, (2, 3, 7)),
-                                        (DNB3d, (2, 3, 3, 4, 5))], ids=str)
+@pytest.mark.parametrize(
+    'cls, shape', [(DNB1d, (5, 3)), (DNB1d, (2, 3, 7)), (DNB3d, (2, 3, 3, 4, 5))], ids=str
+)
 @pytest.mark.parametrize('backend', FUSED)
 def test_other_numbers_of_dimensions(cls, shape, backend, close):
     layer, expected = twins(cls, 3, backend=backend)
@@ -149,6 +155,7 @@ def shortened(part):
         short = t.detach()[:1].clone() if part != 'w_in' else t.detach()[:, :1].clone()
         setattr(owner, part, nn.Parameter(short) if part in owner._parameters else short)
         return layer
+
     return make
 
 
@@ -170,18 +177,22 @@ def in_two_dimensions(backend):
     return layer
 
 
-@pytest.mark.parametrize('make, said', [
-    (shortened('weight'), 'weight should contain 4096 elements not 1'),
-    (shortened('bias'), 'bias should contain 4096 elements not 1'),
-    (shortened('running_mean'), 'running_mean should contain 4096 elements not 1'),
-    (shortened('running_var'), 'running_var should contain 4096 elements not 1'),
-    (with_another_norm, 'weight should contain 4096 elements not 1'),
-    (with_a_frozen_norm, 'weight should contain 4096 elements not 1'),
-    (in_two_dimensions, r'weight should have the shape \(4096,\) not \(4096, 1\)'),
-    (shortened('w_in'), r'w_in should have the shape \(128, 8192\) not \(128, 1\)'),
-    (shortened('b_in'), 'b_in should contain 128 elements not 1'),
-    (shortened('w_out'), r'w_out should have the shape \(8192, 128\) not \(1, 128\)'),
-    (shortened('b_out'), 'b_out should contain 8192 elements not 1')])
+@pytest.mark.parametrize(
+    'make, said',
+    [
+        (shortened('weight'), 'weight should contain 4096 elements not 1'),
+        (shortened('bias'), 'bias should contain 4096 elements not 1'),
+        (shortened('running_mean'), 'running_mean should contain 4096 elements not 1'),
+        (shortened('running_var'), 'running_var should contain 4096 elements not 1'),
+        (with_another_norm, 'weight should contain 4096 elements not 1'),
+        (with_a_frozen_norm, 'weight should contain 4096 elements not 1'),
+        (in_two_dimensions, r'weight should have the shape \(4096,\) not \(4096, 1\)'),
+        (shortened('w_in'), r'w_in should have the shape \(128, 8192\) not \(128, 1\)'),
+        (shortened('b_in'), 'b_in should contain 128 elements not 1'),
+        (shortened('w_out'), r'w_out should have the shape \(8192, 128\) not \(1, 128\)'),
+        (shortened('b_out'), 'b_out should contain 8192 elements not 1'),
+    ],
+)
 @MODES
 @pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
 @BACKENDS
@@ -210,9 +221,13 @@ class Narrow(SC):
 @BACKENDS
 @MODES
 @pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
-@pytest.mark.parametrize('inputs, said', [
-    ('raw', r'h, made by Narrow, should have the shape \(2, 3\) not \(1, 3\)'),
-    ('standardized', r'g, made by Narrow, should have the shape \(2, 3\) not \(2, 1\)')])
+@pytest.mark.parametrize(
+    'inputs, said',
+    [
+        ('raw', r'h, made by Narrow, should have the shape \(2, 3\) not \(1, 3\)'),
+        ('standardized', r'g, made by Narrow, should have the shape \(2, 3\) not \(2, 1\)'),
+    ],
+)
 def test_what_another_sc_makes_is_not_broadcast(backend, training, grad, inputs, said):
     layer = DNB(3, backend=backend).train(training)
     layer.sc = Narrow(3, inputs=inputs)
@@ -224,7 +239,7 @@ def test_what_another_sc_makes_is_not_broadcast(backend, training, grad, inputs,
 @MODES
 def test_an_sc_that_has_lost_all_its_hidden_units(backend, training, close):
     layer = DNB(3, backend=backend, bound=None).double().train(training)
-    for name, shape in (('w_in', (0, 6)), ('b_in', (0, )), ('w_out', (6, 0))):
+    for name, shape in (('w_in', (0, 6)), ('b_in', (0,)), ('w_out', (6, 0))):
         setattr(layer.sc, name, nn.Parameter(torch.empty(shape, dtype=torch.float64)))
     nn.init.normal_(layer.sc.b_out)
     g, h = layer.sc.b_out.detach().view(2, 3, 1, 1)
@@ -263,7 +278,7 @@ def test_only_floating_point_maps_are_taken(backend, dtype):
         DNB(1, backend=backend)(torch.ones(2, 1, 2, 2).to(dtype))
 
 
-@pytest.mark.parametrize('eps', [0, -1., float('nan'), '1e-5', None])
+@pytest.mark.parametrize('eps', [0, -1.0, float('nan'), '1e-5', None])
 def test_eps_is_above_zero(eps):
     with pytest.raises(ValueError, match='eps must be positive, but got'):
         DNB(3, eps=eps)
@@ -276,7 +291,6 @@ def test_eps_is_above_zero(eps):
 
 
 class Absolute(nn.Module):
-
     def forward(self, weight):
         return weight.abs()
 
@@ -303,11 +317,11 @@ def set_averages(bn, inputs, *_):
 
 def everywhere(hook):
     return lambda bn: torch_module.register_module_forward_hook(
-        lambda module, inputs, output: hook(output) if module is bn else None)
+        lambda module, inputs, output: hook(output) if module is bn else None
+    )
 
 
 class Doubled(nn.BatchNorm2d):
-
     def __call__(self, x):
         return 2 * super().__call__(x)
 
@@ -319,34 +333,42 @@ def call_of_its_own(bn):
 REGISTERED = {
     'forward hook': lambda bn: bn.register_forward_hook(lambda m, i, output: 2 * output),
     'forward hook that is always called': lambda bn: bn.register_forward_hook(
-        lambda m, i, output: 2 * output, always_call=True),
+        lambda m, i, output: 2 * output, always_call=True
+    ),
     'forward hook with keywords': lambda bn: bn.register_forward_hook(
-        lambda m, i, k, output: 2 * output, with_kwargs=True),
-    'forward pre-hook': lambda bn: bn.register_forward_pre_hook(lambda m, i: (3 * i[0].tanh(), )),
+        lambda m, i, k, output: 2 * output, with_kwargs=True
+    ),
+    'forward pre-hook': lambda bn: bn.register_forward_pre_hook(lambda m, i: (3 * i[0].tanh(),)),
     'pre-hook that gives the input by name': lambda bn: bn.register_forward_pre_hook(
-        lambda m, i, k: ((), dict(input=3 * i[0].tanh())), with_kwargs=True),
+        lambda m, i, k: ((), dict(input=3 * i[0].tanh())), with_kwargs=True
+    ),
     'pre-hook that sets the averages': lambda bn: bn.register_forward_pre_hook(set_averages),
     'full backward hook': lambda bn: bn.register_full_backward_hook(
-        lambda m, dx, dy: (dx[0] * 2, )),
+        lambda m, dx, dy: (dx[0] * 2,)
+    ),
     'full backward pre-hook': lambda bn: bn.register_full_backward_pre_hook(
-        lambda m, dy: (dy[0] * 2, )),
+        lambda m, dy: (dy[0] * 2,)
+    ),
     'hook on all modules': everywhere(lambda output: 2 * output),
     'forward of its own': own_forward,
     'call of its own': call_of_its_own,
     'pruning': lambda bn: prune.l1_unstructured(bn, 'weight', amount=0.5),
     'parametrization': lambda bn: parametrize.register_parametrization(bn, 'weight', Absolute()),
     'parametrization with a state': lambda bn: parametrize.register_parametrization(
-        bn, 'bias', Counted()),
+        bn, 'bias', Counted()
+    ),
     'weight norm': lambda bn: parametrizations.weight_norm(bn, dim=None),
-    'spectral norm': parametrizations.spectral_norm}
+    'spectral norm': parametrizations.spectral_norm,
+}
 
 
 @pytest.mark.shows('hooks, pruning, parametrizations and FSDP2 on the inner norm')
 @MODES
 @BACKENDS
 @pytest.mark.parametrize('registered', REGISTERED)
-def test_what_is_registered_on_the_inner_norm_acts_as_on_a_batch_norm(registered, backend,
-                                                                      training, close):
+def test_what_is_registered_on_the_inner_norm_acts_as_on_a_batch_norm(
+    registered, backend, training, close
+):
     bn = nn.BatchNorm2d(4).double()
     nn.init.normal_(bn.weight)
     nn.init.normal_(bn.bias)
@@ -391,7 +413,7 @@ def test_a_hook_that_changes_nothing_changes_nothing(kind, training, close):
 def test_sc_sees_what_the_norm_saw_after_a_pre_hook(kind, training, close):
     cls, kwargs = LAYERS[kind]
     layer, hooked = twins(cls, 5, backend='auto', **kwargs)
-    hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(), ))
+    hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(),))
     x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
     close(hooked.train(training)(x), layer.train(training)(2 * x.exp()))
 
@@ -426,12 +448,13 @@ def test_sc_is_given_the_averages_of_before_a_hook_that_sets_them(close):
 def test_precise_bn_by_hooks_gives_the_batchs_statistics(backend, close):
     """As fvcore's update_bn_stats does it: momentum 1, the averages read after each forward."""
     layer = awake(DNB(4, backend=backend)).double()
-    layer.bn.momentum, seen = 1., []
-    layer.bn.register_forward_hook(lambda bn, inputs, output: seen.append(
-        (inputs[0], bn.running_mean.clone())))
+    layer.bn.momentum, seen = 1.0, []
+    layer.bn.register_forward_hook(
+        lambda bn, inputs, output: seen.append((inputs[0], bn.running_mean.clone()))
+    )
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     layer(x)
-    (inputs, mean), = seen
+    ((inputs, mean),) = seen
     close(inputs, x)
     close(mean, x.mean((0, 2, 3)))
 
@@ -441,9 +464,11 @@ def test_precise_bn_by_hooks_gives_the_batchs_statistics(backend, close):
 def test_what_is_registered_on_sc_runs(backend, register):
     layer, calls = DNB(4, backend=backend), []
     if register == 'own forward':
+
         def forward(mean, std):
             calls.append(1)
             return SC.forward(layer.sc, mean, std)
+
         layer.sc.forward = forward
     else:
         getattr(layer.sc, register)(lambda *_: calls.append(1))
@@ -480,9 +505,15 @@ def test_only_a_weight_or_only_a_bias(kind, gone, backend, close):
 
 @BACKENDS
 @pytest.mark.parametrize('momentum', [0.1, None])
-@pytest.mark.parametrize('gone', [('num_batches_tracked', ), ('running_mean', 'running_var'),
-                                  ('num_batches_tracked', 'running_mean', 'running_var')],
-                         ids=str)
+@pytest.mark.parametrize(
+    'gone',
+    [
+        ('num_batches_tracked',),
+        ('running_mean', 'running_var'),
+        ('num_batches_tracked', 'running_mean', 'running_var'),
+    ],
+    ids=str,
+)
 def test_a_norm_without_some_of_its_buffers_does_what_torchs_does(gone, momentum, backend, close):
     bn, layer = nn.BatchNorm2d(4, momentum=momentum), DNB(4, momentum=momentum, backend=backend)
     for norm in (bn, layer.bn):
@@ -524,8 +555,9 @@ def test_views_with_a_flipped_sign(kind, training, backend, close):
     y = layer(flipped_x)
     got = torch.autograd.grad(y, (flipped_x, *layer.parameters()), flipped(dy))
     wanted = step(expected, x, dy)
-    for actual, value in zip((y, *got, layer.bn.running_mean, layer.bn.running_var),
-                             wanted[:-1], strict=True):
+    for actual, value in zip(
+        (y, *got, layer.bn.running_mean, layer.bn.running_var), wanted[:-1], strict=True
+    ):
         close(actual, value)
 
 
@@ -566,5 +598,7 @@ def test_batched_gradients(kind, training, backend, close):
 def test_a_vectorized_jacobian(close):
     layer = trained(DNB(2)).double().eval()
     x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
-    close(torch.autograd.functional.jacobian(layer, x, vectorize=True),
-          torch.autograd.functional.jacobian(layer, x))
+    close(
+        torch.autograd.functional.jacobian(layer, x, vectorize=True),
+        torch.autograd.functional.jacobian(layer, x),
+    )

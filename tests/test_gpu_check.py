@@ -1,4 +1,5 @@
 """tools/gpu_check.sh with a Python that only notes what it is asked for."""
+
 import os
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[1] / 'tools' / 'gpu_check.sh'
-PYTHON = '''#!{bash}
+PYTHON = """#!{bash}
 echo "$*" >> {log}
 case "$*" in
     *' -') printf '%s\\n' {here} ;;
@@ -15,19 +16,32 @@ case "$*" in
     *--bars*) echo 'the bars' ;;
     *benchmark.py*) {benchmark} ;;
 esac
-'''
-WRITES = '''while [ $# -gt 0 ]; do [ "$1" = --csv ] && echo row >> "$2"; shift; done; echo table'''
+"""
+WRITES = """while [ $# -gt 0 ]; do [ "$1" = --csv ] && echo row >> "$2"; shift; done; echo table"""
 ALL = 'torch cuda test-tools extensions mmdet'
 
 
 def check(tmp_path, here=ALL, tests='7 passed in 1s', pytest='true', benchmark=WRITES, **env):
     """The finished process, and the lines of what the Python was asked for."""
     python, log = tmp_path / 'python', tmp_path / 'asked'
-    python.write_text(PYTHON.format(bash=shutil.which('bash'), log=log, here=here, tests=tests,
-                                    pytest=pytest, benchmark=benchmark))
+    python.write_text(
+        PYTHON.format(
+            bash=shutil.which('bash'),
+            log=log,
+            here=here,
+            tests=tests,
+            pytest=pytest,
+            benchmark=benchmark,
+        )
+    )
     python.chmod(0o755)
-    done = subprocess.run([TOOL, tmp_path / 'out'], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'PYTHON': str(python), **env})
+    done = subprocess.run(
+        [TOOL, tmp_path / 'out'],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'PYTHON': str(python), **env},
+    )
     return done, log.read_text().splitlines()
 
 
@@ -41,20 +55,32 @@ def test_most_important_first_and_each_setting(tmp_path):
     assert ('--channels-last' in first) != ('--channels-last' in second)
     assert all('--commit abc' in line and '--seconds' in line for line in timed)
     for part in ('layers', 'detector'):
-        settings = {('--amp' in line, '--channels-last' in line, '--batch 24' in line)
-                    for line in timed if part in line.split('--parts')[1].split('--')[0]}
+        settings = {
+            ('--amp' in line, '--channels-last' in line, '--batch 24' in line)
+            for line in timed
+            if part in line.split('--parts')[1].split('--')[0]
+        }
         assert len(settings) == (8 if part == 'layers' else 4)
     assert sum('--compile-only' in line for line in asked) == 6
     tests = next(line for line in asked if line.startswith('-m pytest'))
     assert '-m gpu' in tests and '-p no:benchmark' in tests and '-p cuda_isolation' in tests
     assert 'tests/test_kernels.py' in tests and 'test_gpu_check.py' not in tests
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
-        'bars.txt', 'benchmark_gpu.csv', 'log.txt', 'table.txt', 'tests.txt']
+        'bars.txt',
+        'benchmark_gpu.csv',
+        'log.txt',
+        'table.txt',
+        'tests.txt',
+    ]
 
 
 def test_a_stage_that_fails_is_named_and_costs_no_other(tmp_path):
-    done, asked = check(tmp_path, pytest='exit 1', tests='1 failed, 6 passed', benchmark=(
-        'case "$*" in *detector*) echo why >&2; exit 1 ;; esac; ' + WRITES))
+    done, asked = check(
+        tmp_path,
+        pytest='exit 1',
+        tests='1 failed, 6 passed',
+        benchmark=('case "$*" in *detector*) echo why >&2; exit 1 ;; esac; ' + WRITES),
+    )
     assert done.returncode == 1
     failed = [line for line in done.stderr.splitlines() if 'gpu_check: failed' in line]
     assert len(failed) == 5, failed
@@ -72,9 +98,14 @@ def test_time_has_an_end(tmp_path):
     assert not [line for line in asked if '--csv' in line]
 
 
-@pytest.mark.parametrize('here, message', [
-    ('torch test-tools', 'sees no CUDA device'), ("''", 'sees no CUDA device'),
-    ('torch cuda', 'pip install mmengine triton pytest')])
+@pytest.mark.parametrize(
+    'here, message',
+    [
+        ('torch test-tools', 'sees no CUDA device'),
+        ("''", 'sees no CUDA device'),
+        ('torch cuda', 'pip install mmengine triton pytest'),
+    ],
+)
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, here, message):
     done, asked = check(tmp_path, here=here)
     assert done.returncode == 2 and message in done.stderr

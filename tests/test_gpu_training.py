@@ -1,4 +1,5 @@
 """Many small classifiers at once: the recipe is the config's, and the rows can be trusted."""
+
 import copy
 import functools
 import io
@@ -74,8 +75,10 @@ train_dataloader = dict(batch_size=8)
 
 
 def planned(config, *runs, epochs=2):
-    return dict(columns=[*results.COLUMNS, *results.EXTRA],
-                runs=gpu_plan.plan(config, runs, epochs, 'asked', 'c0ffee'))
+    return dict(
+        columns=[*results.COLUMNS, *results.EXTRA],
+        runs=gpu_plan.plan(config, runs, epochs, 'asked', 'c0ffee'),
+    )
 
 
 @functools.cache
@@ -91,8 +94,18 @@ def training(config, images, name='bn', batch=8, epochs=2):
     return Training(recipe_of(config, name, epochs), batch, epochs, images)
 
 
-NAMES = ['bn', 'dnb', 'dnc', 'static', 'static-low-rank', 'bn-rate-10', 'bn-wide-1.1',
-         'dnb-shuffled', 'dnb-depthwise', 'dnb-head']
+NAMES = [
+    'bn',
+    'dnb',
+    'dnc',
+    'static',
+    'static-low-rank',
+    'bn-rate-10',
+    'bn-wide-1.1',
+    'dnb-shuffled',
+    'dnb-depthwise',
+    'dnb-head',
+]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -123,8 +136,10 @@ def test_initial_weights_are_distributed_as_the_config_says():
 
 
 def test_models_of_one_seed_share_their_convolutions():
-    bn, dnb, other = (build(recipe_of(CONFIG, name), seed).state_dict()
-                      for name, seed in (('bn', 3), ('dnb', 3), ('bn', 4)))
+    bn, dnb, other = (
+        build(recipe_of(CONFIG, name), seed).state_dict()
+        for name, seed in (('bn', 3), ('dnb', 3), ('bn', 4))
+    )
     weights = [key for key in bn if '.conv.' in key or '.fc.weight' in key]
     assert len(weights) == 53
     for key in weights:
@@ -132,12 +147,20 @@ def test_models_of_one_seed_share_their_convolutions():
 
 
 def test_the_recipe_is_the_configs(config, images):
-    run, = planned(CONFIG, 'bn:3@lr4', epochs=18)['runs']
-    assert run['row'] == dict(question='asked', data='tinyin100', seed=3, metric='accuracy/top1',
-                              config='mobilenetv2_bn_tinyin100', epochs=18, lr=0.4, batch=128,
-                              commit='c0ffee')
+    (run,) = planned(CONFIG, 'bn:3@lr4', epochs=18)['runs']
+    assert run['row'] == dict(
+        question='asked',
+        data='tinyin100',
+        seed=3,
+        metric='accuracy/top1',
+        config='mobilenetv2_bn_tinyin100',
+        epochs=18,
+        lr=0.4,
+        batch=128,
+        commit='c0ffee',
+    )
     trained = training(config, images, epochs=3)
-    group, = trained.groups
+    (group,) = trained.groups
     assert (group['momentum'], group['decay']) == (0.9, 1e-4)
     assert group['params'] == list(trained.model.parameters())
     rates = trained.rates.tolist()
@@ -151,8 +174,10 @@ def test_rates_are_those_of_a_training_by_mmengine(config):
     recipe = recipe_of(CONFIG)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
     from mmengine.optim import OneCycleLR
-    scheduler = OneCycleLR.build_iter_from_epoch(optimizer, eta_max=0.1, total_steps=2,
-                                                 epoch_length=10)
+
+    scheduler = OneCycleLR.build_iter_from_epoch(
+        optimizer, eta_max=0.1, total_steps=2, epoch_length=10
+    )
     expected = []
     for _ in range(20):
         expected.append(optimizer.param_groups[0]['lr'])
@@ -164,19 +189,27 @@ def test_rates_are_those_of_a_training_by_mmengine(config):
 def test_weight_and_bias_of_norms_do_not_decay_where_the_variant_says_so(config, images):
     trained = training(config, images, 'bn-no-decay')
     decays = {group['decay']: group['params'] for group in trained.groups}
-    assert set(decays) == {0., 1e-4}
-    norms = {id(p) for m in trained.model.modules() if isinstance(m, nn.BatchNorm2d)
-             for p in m.parameters()}
-    assert {id(p) for p in decays[0.]} == norms and len(norms) == 2 * 52
+    assert set(decays) == {0.0, 1e-4}
+    norms = {
+        id(p)
+        for m in trained.model.modules()
+        if isinstance(m, nn.BatchNorm2d)
+        for p in m.parameters()
+    }
+    assert {id(p) for p in decays[0.0]} == norms and len(norms) == 2 * 52
 
 
-@pytest.mark.parametrize('change,message', [
-    (lambda r: r['optim_wrapper'].update(clip_grad=dict(max_norm=1)), 'clip_grad'),
-    (lambda r: r['optim_wrapper']['optimizer'].update(nesterov=True), 'nesterov'),
-    (lambda r: r['optim_wrapper']['optimizer'].update(type='Adam'), 'got .*Adam'),
-    (lambda r: r['train_pipeline'].insert(1, dict(type='Resize')), 'got .*Resize'),
-    (lambda r: r['model']['head']['loss'].update(label_smooth_val=0.1), 'label_smooth_val'),
-    (lambda r: r.update(drop_last=False), 'drop_last')])
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (lambda r: r['optim_wrapper'].update(clip_grad=dict(max_norm=1)), 'clip_grad'),
+        (lambda r: r['optim_wrapper']['optimizer'].update(nesterov=True), 'nesterov'),
+        (lambda r: r['optim_wrapper']['optimizer'].update(type='Adam'), 'got .*Adam'),
+        (lambda r: r['train_pipeline'].insert(1, dict(type='Resize')), 'got .*Resize'),
+        (lambda r: r['model']['head']['loss'].update(label_smooth_val=0.1), 'label_smooth_val'),
+        (lambda r: r.update(drop_last=False), 'drop_last'),
+    ],
+)
 def test_a_recipe_that_it_does_not_know_is_refused(change, message, config, images):
     recipe = recipe_of(config)
     change(recipe)
@@ -190,14 +223,15 @@ def test_a_batch_is_crops_and_flips_of_the_images_in_the_drawn_order(config, ima
     x, y = images['train']
     flips = trained.crops[..., 2]
     assert 0 < flips.float().mean() < 1 and trained.crops[..., :2].max() == 4
-    assert trained.order[:trained.steps_per_epoch].unique().numel() == 7 * 8  # no image twice
+    assert trained.order[: trained.steps_per_epoch].unique().numel() == 7 * 8  # no image twice
     for step in (0, 5):
         trained.counter.fill_(step)
         made, labels = trained._next_batch()
         for i, index in enumerate(trained.order[step].tolist()):
             top, left, flip = trained.crops[step, i].tolist()
-            image = np.pad(x[index].permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)),
-                           mode='reflect')[top:top + SIZE, left:left + SIZE]
+            image = np.pad(
+                x[index].permute(1, 2, 0).numpy(), ((2, 2), (2, 2), (0, 0)), mode='reflect'
+            )[top : top + SIZE, left : left + SIZE]
             image = image[:, ::-1] if flip else image
             wanted = (image - np.array([123.675, 116.28, 103.53])) / [58.395, 57.12, 57.375]
             np.testing.assert_allclose(made[i].permute(1, 2, 0).numpy(), wanted, atol=1e-5)
@@ -218,9 +252,14 @@ def test_steps_are_those_of_torchs_sgd(name, config, images, close, float64):
     trained.start(0)
     model = copy.deepcopy(trained.model)
     twins = dict(zip(trained.model.parameters(), model.parameters(), strict=True))
-    optimizer = torch.optim.SGD([dict(params=[twins[p] for p in group['params']],
-                                      weight_decay=group['decay']) for group in trained.groups],
-                                lr=1., momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [
+            dict(params=[twins[p] for p in group['params']], weight_decay=group['decay'])
+            for group in trained.groups
+        ],
+        lr=1.0,
+        momentum=0.9,
+    )
     average = [p.detach().clone() for p in model.parameters()]
     for step in range(3):
         x, y = trained._next_batch()
@@ -230,8 +269,10 @@ def test_steps_are_those_of_torchs_sgd(name, config, images, close, float64):
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        average = [a + (p.detach() - a) / (2 * 7)
-                   for a, p in zip(average, model.parameters(), strict=True)]
+        average = [
+            a + (p.detach() - a) / (2 * 7)
+            for a, p in zip(average, model.parameters(), strict=True)
+        ]
         trained.advance(1)
         close(trained.losses[step], loss.detach())
     for p, twin in twins.items():
@@ -258,6 +299,7 @@ def test_started_again_a_training_is_a_fresh_one(config, images):
 
 def test_images_are_decoded_as_mmcv_does(archive, images, tmp_path):
     import mmcv
+
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter='data')
     x, y = images['val']
@@ -275,7 +317,8 @@ def test_an_archive_without_a_split_is_told(tmp_path):
 
 def test_parsing_of_runs():
     assert gpu_plan.parse_runs('bn,dnb:0,2-3@lr8@batch32') == [
-        (name, seed, dict(lr=8., batch=32)) for seed in (0, 2, 3) for name in ('bn', 'dnb')]
+        (name, seed, dict(lr=8.0, batch=32)) for seed in (0, 2, 3) for name in ('bn', 'dnb')
+    ]
     for text in ('bn', 'bn:', 'bn:a', 'bn:0@size3', 'bn:0-', ':0'):
         with pytest.raises(ConfigError, match='--runs: expected'):
             gpu_plan.parse_runs(text)
@@ -303,8 +346,12 @@ def test_rows_of_a_grid_and_what_is_left_for_a_second_call(config, images, tmp_p
     first = dict(plan, runs=plan['runs'][:4])
     assert Grid(first, images, path, parallel=3, say=said.append).train()
     rows = {row['config']: row for row in results.read_rows(path)}
-    assert set(rows) == {'mobilenetv2_bn_tinyin100', 'mobilenetv2_dnb_tinyin100', 'static',
-                         'mobilenetv2_dnc_tinyin100'}
+    assert set(rows) == {
+        'mobilenetv2_bn_tinyin100',
+        'mobilenetv2_dnb_tinyin100',
+        'static',
+        'mobilenetv2_dnc_tinyin100',
+    }
     for row in rows.values():
         assert row['status'] == 'finished' and row['commit'] == 'c0ffee'
         assert row['value'] >= 0 and row['averaged'] >= 0 and math.isfinite(row['train_loss'])
@@ -354,13 +401,15 @@ def test_rows_of_other_columns_are_not_written_to(config, images, tmp_path):
         gpu_training.append_row(tmp_path / 'rows.csv', dict(question='a'), results.COLUMNS)
 
 
-def test_a_backend_that_computes_wrong_values_is_not_trained_with(config, images, tmp_path,
-                                                                  monkeypatch):
+def test_a_backend_that_computes_wrong_values_is_not_trained_with(
+    config, images, tmp_path, monkeypatch
+):
     from dn_mmdet.kernels import torch_ops
+
     right = torch_ops.affine
     monkeypatch.setattr(torch_ops, 'affine', lambda x, m, a, c: right(x, m, 1.1 * a, c))
     plan, said, path = planned(config, 'dnb:0', 'bn:0', epochs=1), [], tmp_path / 'rows.csv'
-    assert not Grid(plan, images, path, backends=('torch', ), say=said.append).train()
+    assert not Grid(plan, images, path, backends=('torch',), say=said.append).train()
     assert [row['norm'] for row in results.read_rows(path)] == ['BN']
     assert 'dnb was refused: torch: ' in said[-1] and 'y is off by' in said[-1]
 
@@ -407,8 +456,11 @@ def test_recalibration_leaves_the_dynamic_layers_alone(config, images):
 def test_gradients_in_other_strides_are_copied():
     parameter = torch.zeros(6, 4, 1, 1).to(memory_format=torch.channels_last)
     one_by_one = torch.randn(6, 4, 1, 1)
-    for p, g in ((parameter, one_by_one), (torch.zeros(4, 3, 3, 3), torch.randn(4, 3, 3, 3).to(
-            memory_format=torch.channels_last)), (torch.zeros(3), torch.randn(3))):
+    for p, g in (
+        (parameter, one_by_one),
+        (torch.zeros(4, 3, 3, 3), torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)),
+        (torch.zeros(3), torch.randn(3)),
+    ):
         laid = gpu_training._laid_out_as(p, g)
         assert laid.stride() == p.stride() and torch.equal(laid, g)
 
@@ -428,14 +480,27 @@ def test_a_graph_is_the_step_that_it_was_captured_from(name, config, archive):
 
 @pytest.mark.slow
 def test_the_tool_prepares_and_trains(config, archive, tmp_path):
-    succeed('gpu_evidence', '--prepare', config, '--runs', 'bn,dnb:0', '--images', archive,
-            '--epochs', '1', '--folder', tmp_path / 'gpu', '--commit', 'c0ffee', cwd=tmp_path)
+    succeed(
+        'gpu_evidence',
+        '--prepare',
+        config,
+        '--runs',
+        'bn,dnb:0',
+        '--images',
+        archive,
+        '--epochs',
+        '1',
+        '--folder',
+        tmp_path / 'gpu',
+        '--commit',
+        'c0ffee',
+        cwd=tmp_path,
+    )
     plan = json.loads((tmp_path / 'gpu/plan.json').read_text())
     assert len(plan['runs']) == 2
     for _ in range(2):
-        output = succeed('gpu_evidence', '--csv', 'rows.csv', '--folder', tmp_path / 'gpu',
-                         cwd=tmp_path)
+        output = succeed(
+            'gpu_evidence', '--csv', 'rows.csv', '--folder', tmp_path / 'gpu', cwd=tmp_path
+        )
     assert '2 runs, 2 of them ended before' in output
     assert len(results.read_rows(tmp_path / 'rows.csv')) == 2
-
-

@@ -3,6 +3,7 @@
 On a GPU where there is one, everywhere else in Triton's interpreter; see `emulated_gpu`. Maps
 are tiny: what large ones need is in test_triton_ops.py.
 """
+
 import copy
 import gc
 import io
@@ -32,13 +33,17 @@ from dn_mmdet.kernels import _host, host  # noqa: E402
 
 if INTERPRETED:
     import emulated_gpu
+
     FAKE = emulated_gpu.install()
 slow = pytest.mark.slow
 # the interpreter's own, of numpy
 pytestmark = pytest.mark.filterwarnings('ignore:Conversion of an array with ndim')
 NAMES = ('x', 'bn.weight', 'bn.bias', 'sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out')
-KINDS = pytest.mark.parametrize('cls, kwargs', [
-    (DNB, {}), (DNB, dict(inputs='standardized')), (DNC, {})], ids=['raw', 'standardized', 'dnc'])
+KINDS = pytest.mark.parametrize(
+    'cls, kwargs',
+    [(DNB, {}), (DNB, dict(inputs='standardized')), (DNC, {})],
+    ids=['raw', 'standardized', 'dnc'],
+)
 MODES = pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
 
 
@@ -53,9 +58,13 @@ def no_error_of_a_kernel_is_lost():
 
 if not INTERPRETED:
 
-    @pytest.mark.parametrize('marker', [
-        'not slow and not gpu',
-        pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)])])
+    @pytest.mark.parametrize(
+        'marker',
+        [
+            'not slow and not gpu',
+            pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)]),
+        ],
+    )
     def test_in_the_interpreter(marker):
         assert_interpreted_tests_pass(__file__, marker)
 
@@ -101,8 +110,10 @@ def results(layer, x, dy, y=None):
     leaves = leaves_of(layer, x)
     y = layer(x) if y is None else y
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    return dict(zip(('y', *leaves), (y.detach(), *gradients), strict=True),
-                **{name: t.clone() for name, t in layer.named_buffers()})
+    return dict(
+        zip(('y', *leaves), (y.detach(), *gradients), strict=True),
+        **{name: t.clone() for name, t in layer.named_buffers()},
+    )
 
 
 def assert_same(actual, expected, like):
@@ -113,8 +124,9 @@ def assert_same(actual, expected, like):
         if dtype == torch.float64 and like.dtype != torch.float64:
             dtype = torch.float32
         tolerance = TOLERANCE[dtype] if dtype.is_floating_point else dict(rtol=0, atol=0)
-        torch.testing.assert_close(actual[name].double(), wanted.double(), **tolerance,
-                                   msg=lambda m, n=name: f'{n}: {m}')
+        torch.testing.assert_close(
+            actual[name].double(), wanted.double(), **tolerance, msg=lambda m, n=name: f'{n}: {m}'
+        )
 
 
 def check(layer, twin, x, host=True, steps=1):
@@ -151,11 +163,11 @@ MAPS = {
     'batch transposed': lambda d: values(d, 3, 2, 2, 2).transpose(0, 1),
     'expanded': lambda d: values(d, 2, 3, 1, 4).expand(2, 3, 3, 4),
     'expanded channels': lambda d: values(d, 2, 1, 2, 2).expand(2, 3, 2, 2),
-    'channels_last': lambda d: values(d, 2, 3, 2, 3).contiguous(
-        memory_format=torch.channels_last),
+    'channels_last': lambda d: values(d, 2, 3, 2, 3).contiguous(memory_format=torch.channels_last),
     '1 x 1': lambda d: values(d, 4, 3, 1, 1),
     '1 x 1, channels_last': lambda d: values(d, 4, 3, 1, 1).contiguous(
-        memory_format=torch.channels_last),
+        memory_format=torch.channels_last
+    ),
     'odd strides of sizes 1': lambda d: odd(d, (2, 3, 1, 1), (3, 1, 7, 0)),
     'odd strides of sizes 1, channels_last': lambda d: odd(d, (1, 3, 2, 2), (99, 1, 6, 3)),
     'one channel, odd stride': lambda d: odd(d, (3, 1, 2, 2), (4, 50, 2, 1)),
@@ -166,7 +178,8 @@ MAPS = {
     '3-d, channels innermost': lambda d: values(d, 2, 5, 3).mT,
     '5-d': lambda d: values(d, 2, 3, 2, 1, 3),
     '5-d, channels_last_3d': lambda d: values(d, 2, 3, 2, 3, 2).contiguous(
-        memory_format=torch.channels_last_3d),
+        memory_format=torch.channels_last_3d
+    ),
 }
 CLASSES = {2: (DNB1d, DNC1d), 3: (DNB1d, DNC1d), 4: (DNB, DNC), 5: (DNB3d, DNC3d)}
 
@@ -201,11 +214,16 @@ def test_gradients_of_any_layout(layout, device):
     wide = x.detach().requires_grad_()
     y, expected = layer(x), twin(wide)
     n = y.numel()
-    for dy in (torch.ones((), device=device, dtype=x.dtype).expand(y.shape),
-               values(device, *y.shape[:3], 2 * y.shape[3])[..., ::2],
-               values(device, *y.shape).contiguous(), values(device, n + 1)[1:].view(y.shape)):
-        actual, wanted = (torch.autograd.grad(t, leaf, dy, retain_graph=True)[0]
-                          for t, leaf in ((y, x), (expected, wide)))
+    for dy in (
+        torch.ones((), device=device, dtype=x.dtype).expand(y.shape),
+        values(device, *y.shape[:3], 2 * y.shape[3])[..., ::2],
+        values(device, *y.shape).contiguous(),
+        values(device, n + 1)[1:].view(y.shape),
+    ):
+        actual, wanted = (
+            torch.autograd.grad(t, leaf, dy, retain_graph=True)[0]
+            for t, leaf in ((y, x), (expected, wide))
+        )
         torch.testing.assert_close(actual, wanted)
 
 
@@ -223,9 +241,11 @@ def test_a_negated_view(device):
     check(layer, twin, x, host=False)
     y, expected = layer(-x), twin(-x)
     dy = torch.randn(2, 3, 2, 2, dtype=torch.complex128, device=device).conj().imag
-    for actual, wanted in zip(torch.autograd.grad(y, list(layer.parameters()), dy),
-                              torch.autograd.grad(expected, list(twin.parameters()), dy),
-                              strict=True):
+    for actual, wanted in zip(
+        torch.autograd.grad(y, list(layer.parameters()), dy),
+        torch.autograd.grad(expected, list(twin.parameters()), dy),
+        strict=True,
+    ):
         torch.testing.assert_close(actual, wanted)
 
 
@@ -241,11 +261,19 @@ def test_more_values_in_a_channel_than_its_numbers_hold(device):
 
 
 @DEVICES
-@pytest.mark.parametrize('x_dtype, dtype', [
-    (torch.float32, torch.float16), (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float64), (torch.float64, torch.float32),
-    (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    'x_dtype, dtype',
+    [
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float64),
+    ],
+    ids=str,
+)
 def test_parameters_of_another_dtype(x_dtype, dtype, device):
     layer, twin = pair(device, dtype=dtype)
     check(layer, twin, values(device, 3, 3, 2, 2).to(x_dtype))
@@ -292,7 +320,7 @@ def test_parameters_in_one_flat_buffer(dtype, device):
     at = [1]
 
     def place(t):
-        view = flat[at[0]:at[0] + t.numel()].view(t.shape).copy_(t)
+        view = flat[at[0] : at[0] + t.numel()].view(t.shape).copy_(t)
         at[0] += t.numel() + t.numel() % 2  # the next is at an odd place again
         return view
 
@@ -303,13 +331,19 @@ def test_parameters_in_one_flat_buffer(dtype, device):
     check(layer, twin, values(device, 2, 3, 2, 2).to(torch.float32), steps=2)
 
 
-OPTIONS = {'plain': {}, 'not affine': dict(affine=False), 'no bound': dict(bound=None),
-           'cumulative': dict(momentum=None), 'frozen averages': dict(momentum=0),
-           'last batch': dict(momentum=1), 'integers': dict(bound=1, momentum=1, eps=1),
-           'no averages': dict(track_running_stats=False),
-           'many hidden units': dict(min_channels=70),
-           'very many hidden units': dict(min_channels=135),
-           'one hidden unit': dict(min_channels=1)}
+OPTIONS = {
+    'plain': {},
+    'not affine': dict(affine=False),
+    'no bound': dict(bound=None),
+    'cumulative': dict(momentum=None),
+    'frozen averages': dict(momentum=0),
+    'last batch': dict(momentum=1),
+    'integers': dict(bound=1, momentum=1, eps=1),
+    'no averages': dict(track_running_stats=False),
+    'many hidden units': dict(min_channels=70),
+    'very many hidden units': dict(min_channels=135),
+    'one hidden unit': dict(min_channels=1),
+}
 
 
 @DEVICES
@@ -326,8 +360,11 @@ def test_every_option(name, device):
 @MODES
 @pytest.mark.parametrize('name', OPTIONS)
 def test_every_option_of_every_layer(name, training, cls, kwargs, device):
-    check(*pair(device, cls, training=training, **kwargs, **OPTIONS[name]),
-          values(device, 3, 3, 2, 2), steps=2)
+    check(
+        *pair(device, cls, training=training, **kwargs, **OPTIONS[name]),
+        values(device, 3, 3, 2, 2),
+        steps=2,
+    )
 
 
 @DEVICES
@@ -392,7 +429,7 @@ def test_numbers_and_flags_can_be_changed(device):
     x = values(device, 2, 3, 2, 2)
     check(layer, twin, x)
     for each in (layer, twin):
-        each.eps, each.momentum, each.sc.bound = 0.5, 0.7, 2.
+        each.eps, each.momentum, each.sc.bound = 0.5, 0.7, 2.0
     check(layer, twin, x)
     for each in (layer, twin):
         each.sc.inputs, each.sc.bound = 'standardized', None
@@ -413,8 +450,11 @@ def test_a_flag_that_is_true_without_being_True(flag, device):
 
 # ---------------------------------------------------------------- autograd
 
-EVERY_SUBSET = [frozenset(chosen) for size in range(len(NAMES) + 1)
-                for chosen in itertools.combinations(NAMES, size)]
+EVERY_SUBSET = [
+    frozenset(chosen)
+    for size in range(len(NAMES) + 1)
+    for chosen in itertools.combinations(NAMES, size)
+]
 
 
 def check_subset(needed, device):
@@ -437,8 +477,11 @@ def check_subset(needed, device):
 
 
 @DEVICES
-@pytest.mark.parametrize('needed', [s for s in EVERY_SUBSET if len(s) in (0, 1, 6, 7)],
-                         ids=lambda s: ' '.join(sorted(s)) or 'nothing')
+@pytest.mark.parametrize(
+    'needed',
+    [s for s in EVERY_SUBSET if len(s) in (0, 1, 6, 7)],
+    ids=lambda s: ' '.join(sorted(s)) or 'nothing',
+)
 def test_exactly_the_gradients_that_are_needed(needed, device):
     check_subset(needed, device)
 
@@ -491,8 +534,14 @@ def test_a_step_of_the_averages_is_seen_as_a_change_in_place(device):
 
 
 @DEVICES
-@pytest.mark.parametrize('layout', ['plain', 'sliced', *(
-    pytest.param(layout, marks=slow) for layout in ('channels_last', 'not aligned'))])
+@pytest.mark.parametrize(
+    'layout',
+    [
+        'plain',
+        'sliced',
+        *(pytest.param(layout, marks=slow) for layout in ('channels_last', 'not aligned')),
+    ],
+)
 @KINDS
 @MODES
 def test_second_gradients(training, cls, kwargs, layout, device):
@@ -500,7 +549,7 @@ def test_second_gradients(training, cls, kwargs, layout, device):
     layer, twin = pair(device, cls, training=training, **kwargs)
     x = MAPS[layout](device)
     found = []
-    dy, ddx = (torch.randn(2, *x.shape, dtype=torch.float64, device=device))
+    dy, ddx = torch.randn(2, *x.shape, dtype=torch.float64, device=device)
     for each in (layer, twin):
         leaf = x.detach().requires_grad_()
         y = each(leaf)
@@ -510,18 +559,30 @@ def test_second_gradients(training, cls, kwargs, layout, device):
                 each.bn.running_var.mul_(2)
         leaves = [leaf, *each.parameters()]
         first = torch.autograd.grad(y.square(), leaves, dy, create_graph=True)
-        second = torch.autograd.grad(first[0], leaves, ddx, allow_unused=True,
-                                     materialize_grads=True)
+        second = torch.autograd.grad(
+            first[0], leaves, ddx, allow_unused=True, materialize_grads=True
+        )
         found.append((*first, *second))
     for actual, wanted in zip(*found, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-8)
 
 
 @DEVICES
-@pytest.mark.parametrize('cls, kwargs, training', [
-    (DNB, {}, True), *(pytest.param(*case, marks=slow) for case in (
-        (DNB, dict(inputs='standardized'), True), (DNC, {}, True), (DNB, {}, False),
-        (DNC, {}, False)))])
+@pytest.mark.parametrize(
+    'cls, kwargs, training',
+    [
+        (DNB, {}, True),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in (
+                (DNB, dict(inputs='standardized'), True),
+                (DNC, {}, True),
+                (DNB, {}, False),
+                (DNC, {}, False),
+            )
+        ),
+    ],
+)
 def test_gradgradcheck(cls, kwargs, training, device):
     layer, _ = pair(device, cls, 2, training, min_channels=2, **kwargs)
     names, parameters = zip(*layer.named_parameters(), strict=True)
@@ -562,8 +623,9 @@ def test_gradient_checkpointing(use_reentrant, cls, kwargs, device):
         y = checkpoint(each, leaf, use_reentrant=use_reentrant)
         y.square().sum().backward()
         assert each.num_batches_tracked == 2
-        found.append((y.detach(), leaf.grad, *(p.grad for p in each.parameters()),
-                      *each.buffers()))
+        found.append(
+            (y.detach(), leaf.grad, *(p.grad for p in each.parameters()), *each.buffers())
+        )
     for actual, wanted in zip(*found, strict=True):
         torch.testing.assert_close(actual, wanted, check_dtype=False)
 
@@ -584,29 +646,33 @@ def test_hooks_on_saved_tensors(layout, device):
         flat = torch.zeros(array.size + 1, dtype=torch.float64, device=device)
         return flat[1:].view(array.shape).copy_(torch.from_numpy(array))
 
-    for context in (torch.autograd.graph.saved_tensors_hooks(pack, unpack),
-                    torch.autograd.graph.save_on_cpu()):
+    for context in (
+        torch.autograd.graph.saved_tensors_hooks(pack, unpack),
+        torch.autograd.graph.save_on_cpu(),
+    ):
         leaf = x.detach().requires_grad_()
         with context:
             y = layer(leaf)
         assert by_host(y)
         dy = torch.randn_like(y)
-        assert_same(results(layer, leaf, dy, y), results(twin, x.detach().requires_grad_(), dy),
-                    x)
+        assert_same(results(layer, leaf, dy, y), results(twin, x.detach().requires_grad_(), dy), x)
     assert sorted(packed) == sorted([x.shape, *(p.shape for p in layer.parameters())])
 
 
 @DEVICES
-@pytest.mark.parametrize('wrong', [lambda t: t[..., :1], lambda t: t.float(),
-                                   lambda t: t.to('meta')], ids=['size', 'dtype', 'device'])
+@pytest.mark.parametrize(
+    'wrong',
+    [lambda t: t[..., :1], lambda t: t.float(), lambda t: t.to('meta')],
+    ids=['size', 'dtype', 'device'],
+)
 @pytest.mark.parametrize('which', range(7))
 def test_a_hook_on_saved_tensors_that_gives_back_something_else(which, wrong, device):
     layer, _ = pair(device)
     x = values(device, 2, 3, 2, 2).requires_grad_()
     count = itertools.count()
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (next(count), t), lambda pair: wrong(pair[1]) if pair[0] == which
-            else pair[1]):
+        lambda t: (next(count), t), lambda pair: wrong(pair[1]) if pair[0] == which else pair[1]
+    ):
         y = layer(x)
     with pytest.raises(RuntimeError, match='expected the saved tensor'):
         y.sum().backward()
@@ -620,8 +686,10 @@ def test_a_hook_on_saved_tensors_that_fails(device):
         raise ZeroDivisionError
 
     x = values(device, 2, 3, 2, 2)
-    with (torch.autograd.graph.saved_tensors_hooks(fail, lambda t: t),
-          pytest.raises(ZeroDivisionError)):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(fail, lambda t: t),
+        pytest.raises(ZeroDivisionError),
+    ):
         layer(x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, fail):
         y = layer(x)
@@ -637,8 +705,7 @@ def test_hooks_on_parameters_on_y_and_on_x(device):
     for each in (layer, twin):
         leaf = x.clone().requires_grad_()
         each.sc.w_in.register_hook(lambda d: 2 * d)
-        each.bn.bias.register_post_accumulate_grad_hook(
-            lambda p, of=each: calls.append(of))
+        each.bn.bias.register_post_accumulate_grad_hook(lambda p, of=each: calls.append(of))
         leaf.register_hook(lambda d: d + 1)
         y = each(leaf)
         y.register_hook(lambda d: 3 * d)
@@ -668,8 +735,10 @@ def test_anomaly_mode(device):
     x = values(device, 2, 3, 2, 2)
     with torch.autograd.set_detect_anomaly(True):
         check(layer, twin, x)
-        with pytest.raises(RuntimeError, match="'DynamicNormBackward' returned nan"), \
-                pytest.warns(UserWarning, match='Error detected in DynamicNormBackward'):
+        with (
+            pytest.raises(RuntimeError, match="'DynamicNormBackward' returned nan"),
+            pytest.warns(UserWarning, match='Error detected in DynamicNormBackward'),
+        ):
             layer(x).backward(torch.full_like(x, float('nan')))
 
 
@@ -775,12 +844,20 @@ SAMPLES = {  # what each is there for: batch, channels, height, width
 @DEVICES
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('inputs', ['raw', 'standardized'])
-@pytest.mark.parametrize('name', [*(n for n in SAMPLES if 'steps' not in n), pytest.param(
-    'steps within a part', marks=slow)])
+@pytest.mark.parametrize(
+    'name',
+    [*(n for n in SAMPLES if 'steps' not in n), pytest.param('steps within a part', marks=slow)],
+)
 def test_inference_of_small_maps_takes_two_launches(name, inputs, memory_format, device):
     shape = SAMPLES[name]
-    layer, twin = pair(device, DNB, shape[1], training=False, inputs=inputs,
-                       min_channels=70 if 'hidden' in name else 2)
+    layer, twin = pair(
+        device,
+        DNB,
+        shape[1],
+        training=False,
+        inputs=inputs,
+        min_channels=70 if 'hidden' in name else 2,
+    )
     x = values(device, *shape).to(memory_format=memory_format)
     check_inference(layer, twin, x, BY_SAMPLE)
 
@@ -819,8 +896,9 @@ def test_a_step_of_the_averages_without_a_gradient(device):
     x = values(device, 2, 3, 2, 2)
     with torch.no_grad():
         y, expected = layer(x), twin(x)
-    assert_same(dict(y=y, **dict(layer.named_buffers())),
-                dict(y=expected, **dict(twin.named_buffers())), x)
+    assert_same(
+        dict(y=y, **dict(layer.named_buffers())), dict(y=expected, **dict(twin.named_buffers())), x
+    )
 
 
 @DEVICES
@@ -851,10 +929,16 @@ def test_nan_stays_in_its_sample(device):
 
 
 @DEVICES
-@pytest.mark.parametrize('copied', [
-    copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)),
-    lambda layer: through_a_file(layer), lambda layer: loaded(layer)],
-    ids=['deepcopy', 'pickle', 'torch.save', 'state dict'])
+@pytest.mark.parametrize(
+    'copied',
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: through_a_file(layer),
+        lambda layer: loaded(layer),
+    ],
+    ids=['deepcopy', 'pickle', 'torch.save', 'state dict'],
+)
 def test_copies_of_a_layer_that_has_run(copied, device):
     layer, _ = pair(device)
     x = values(device, 2, 3, 2, 2).requires_grad_()
@@ -889,8 +973,7 @@ def test_functional_call(device):
     x = values(device, 2, 3, 2, 2)
     found = []
     for each in (layer, twin):
-        given = {name: p.detach().clone().requires_grad_() for name, p in
-                 each.named_parameters()}
+        given = {name: p.detach().clone().requires_grad_() for name, p in each.named_parameters()}
         # not leaves
         y = torch.func.functional_call(each, {name: 2 * p for name, p in given.items()}, x)
         found.append((y, *torch.autograd.grad(y.square().sum(), list(given.values()))))
@@ -906,8 +989,9 @@ def test_transforms(device):
     torch.testing.assert_close(torch.vmap(layer)(x), torch.vmap(twin)(x))
     for transform in (torch.func.grad, torch.func.hessian):
         small = x[0, :1, :, :1]
-        torch.testing.assert_close(*(transform(lambda x, f=f: f(x).square().sum())(small)
-                                     for f in (layer, twin)))
+        torch.testing.assert_close(
+            *(transform(lambda x, f=f: f(x).square().sum())(small) for f in (layer, twin))
+        )
     parameters = dict(layer.named_parameters())
 
     def loss(parameters, sample):
@@ -956,7 +1040,6 @@ def with_hook(part, register):
 
 
 class CalledSC(SC):
-
     def forward(self, mean, std):
         g, h = super().forward(mean, std)
         return 2 * g, h - 1
@@ -983,7 +1066,6 @@ def norm_pruned(layer):
 
 
 class Tagged(torch.Tensor):
-
     def new_empty(self, *args, **kwargs):
         return super().new_empty(*args, **kwargs).as_subclass(Tagged)
 
@@ -999,11 +1081,29 @@ def with_an_attribute(layer):
 
 
 MODIFIED = dict(
-    {f'{register} on {part}': with_hook(part, register) for part in ('bn', 'sc') for register in (
-        'register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook',
-        'register_full_backward_pre_hook')},
-    **{f.__name__: f for f in (with_own_forward, with_another_sc, parametrized, pruned,
-                               norm_pruned, with_a_subclass, with_an_attribute)})
+    {
+        f'{register} on {part}': with_hook(part, register)
+        for part in ('bn', 'sc')
+        for register in (
+            'register_forward_hook',
+            'register_forward_pre_hook',
+            'register_full_backward_hook',
+            'register_full_backward_pre_hook',
+        )
+    },
+    **{
+        f.__name__: f
+        for f in (
+            with_own_forward,
+            with_another_sc,
+            parametrized,
+            pruned,
+            norm_pruned,
+            with_a_subclass,
+            with_an_attribute,
+        )
+    },
+)
 
 
 @DEVICES
@@ -1021,8 +1121,9 @@ def test_something_registered_on_a_part(name, device):
         assert torch.equal(t, state[key])
     y, expected = layer(x), twin(x)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x),
-                               torch.autograd.grad(expected.square().sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), x), torch.autograd.grad(expected.square().sum(), x)
+    )
     torch.testing.assert_close(layer.running_mean, twin.running_mean)
 
 
@@ -1056,18 +1157,26 @@ def test_an_sc_or_norm_that_only_has_another_name(device):
 @DEVICES
 def test_another_norm_or_sc(device):
     from torchvision.ops import FrozenBatchNorm2d
+
     x = values(device, 2, 3, 2, 2).float()
     layer, _ = pair(device, dtype=torch.float32)
     frozen = FrozenBatchNorm2d(3).to(device)
-    frozen.load_state_dict({name: getattr(layer.bn, name).detach() for name in (
-        'weight', 'bias', 'running_mean', 'running_var')})
+    frozen.load_state_dict(
+        {
+            name: getattr(layer.bn, name).detach()
+            for name in ('weight', 'bias', 'running_mean', 'running_var')
+        }
+    )
     layer.eval()
     expected = layer(x)
     layer.bn = frozen
     assert not taken(layer, x)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    layer, _ = pair(device, dtype=torch.float32, sc=dict(
-        type='dn_mmdet.experiments.ablation.VariantSC', squash='sigmoid'))
+    layer, _ = pair(
+        device,
+        dtype=torch.float32,
+        sc=dict(type='dn_mmdet.experiments.ablation.VariantSC', squash='sigmoid'),
+    )
     assert not taken(layer, x)
     twin = copy.deepcopy(layer)
     twin.backend = 'reference'
@@ -1087,12 +1196,12 @@ def test_a_map_of_a_subclass(device):
 @DEVICES
 def test_dispatch_modes_see_the_operators(device):
     from torch.utils._python_dispatch import TorchDispatchMode
+
     layer, twin = pair(device)
     x = values(device, 2, 3, 2, 2)
     seen = []
 
     class Mode(TorchDispatchMode):
-
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function)
             return function(*args, **(kwargs or {}))
@@ -1108,6 +1217,7 @@ def test_dispatch_modes_see_the_operators(device):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # shapes are checked in Python
 def test_traces_hold_operators(device):
     from torch.fx.experimental.proxy_tensor import make_fx
+
     layer, twin = pair(device, training=False)
     x, other = values(device, 2, 2, 3, 2, 2)
     layer(x)
@@ -1139,18 +1249,33 @@ ERRORS = {
     'w_in of fewer units': (broken_by(sc_w_in=parameter(7, 6)), RuntimeError, 'b_in'),
     'w_out of another size': (broken_by(sc_w_out=parameter(6, 7)), RuntimeError, 'w_out'),
     'b_out of another size': (broken_by(sc_b_out=parameter(3)), RuntimeError, 'b_out'),
-    'running_mean of another size': (broken_by(bn_running_mean=torch.zeros(2)), RuntimeError,
-                                     'running_mean'),
+    'running_mean of another size': (
+        broken_by(bn_running_mean=torch.zeros(2)),
+        RuntimeError,
+        'running_mean',
+    ),
     'running_var alone': (broken_by(bn_running_mean=None), ValueError, 'running_mean'),
-    'weight elsewhere': (broken_by(bn_weight=parameter(3, device='meta')), RuntimeError,
-                         'same device'),
-    'w_in elsewhere': (broken_by(sc_w_in=parameter(8, 6, device='meta')), RuntimeError,
-                       'same device'),
-    'averages elsewhere': (broken_by(bn_running_mean=torch.zeros(3, device='meta')),
-                           RuntimeError, 'same device'),
-    'integers': (broken_by(bn_running_mean=torch.zeros(3, dtype=torch.int64)), RuntimeError,
-                 'floating'),
-    'eps': (broken_by(bn_eps=0.), ValueError, 'eps'),
+    'weight elsewhere': (
+        broken_by(bn_weight=parameter(3, device='meta')),
+        RuntimeError,
+        'same device',
+    ),
+    'w_in elsewhere': (
+        broken_by(sc_w_in=parameter(8, 6, device='meta')),
+        RuntimeError,
+        'same device',
+    ),
+    'averages elsewhere': (
+        broken_by(bn_running_mean=torch.zeros(3, device='meta')),
+        RuntimeError,
+        'same device',
+    ),
+    'integers': (
+        broken_by(bn_running_mean=torch.zeros(3, dtype=torch.int64)),
+        RuntimeError,
+        'floating',
+    ),
+    'eps': (broken_by(bn_eps=0.0), ValueError, 'eps'),
     'eps that is no number': (broken_by(bn_eps=float('nan')), ValueError, 'eps'),
 }
 
@@ -1173,16 +1298,20 @@ def test_parts_that_do_not_fit(name, device):
 
 
 @DEVICES
-@pytest.mark.parametrize('x, error, match', [
-    (torch.zeros(2, 4, 2, 2), ValueError, 'expected 3 channels'),
-    (torch.zeros(2, 3, 2), ValueError, 'expected 4D input'),
-    (torch.zeros(3), ValueError, 'expected 4D input'),
-    (torch.zeros(()), ValueError, 'expected 4D input'),
-    (torch.zeros(2, 3, 2, 2, dtype=torch.int32), TypeError, 'floating-point'),
-    (torch.zeros(2, 3, 2, 2, dtype=torch.complex64), TypeError, 'floating-point'),
-    (torch.zeros(2, 3, 2, 2).to(torch.float8_e4m3fn), ValueError, 'float8'),
-    (torch.zeros(1, 3, 1, 1), ValueError, 'more than 1 value per channel'),
-], ids=lambda v: f'{tuple(v.shape)} {v.dtype}' if isinstance(v, torch.Tensor) else '')
+@pytest.mark.parametrize(
+    'x, error, match',
+    [
+        (torch.zeros(2, 4, 2, 2), ValueError, 'expected 3 channels'),
+        (torch.zeros(2, 3, 2), ValueError, 'expected 4D input'),
+        (torch.zeros(3), ValueError, 'expected 4D input'),
+        (torch.zeros(()), ValueError, 'expected 4D input'),
+        (torch.zeros(2, 3, 2, 2, dtype=torch.int32), TypeError, 'floating-point'),
+        (torch.zeros(2, 3, 2, 2, dtype=torch.complex64), TypeError, 'floating-point'),
+        (torch.zeros(2, 3, 2, 2).to(torch.float8_e4m3fn), ValueError, 'float8'),
+        (torch.zeros(1, 3, 1, 1), ValueError, 'more than 1 value per channel'),
+    ],
+    ids=lambda v: f'{tuple(v.shape)} {v.dtype}' if isinstance(v, torch.Tensor) else '',
+)
 def test_maps_that_do_not_fit(x, error, match, device):
     layer, _ = pair(device)
     assert not taken(layer, x := x.to(device))
@@ -1222,7 +1351,7 @@ if INTERPRETED:
         state = {name: t.clone() for name, t in layer.state_dict().items()}
         refusing(719)
         for call in (lambda: layer(x), lambda: y.sum().backward(retain_graph=True)):
-            with pytest.raises(RuntimeError, match=r"^cuLaunchKernel: CUDA error 719 \(the fake"):
+            with pytest.raises(RuntimeError, match=r'^cuLaunchKernel: CUDA error 719 \(the fake'):
                 call()
         assert x.grad is None
         for name, t in layer.state_dict().items():
@@ -1240,8 +1369,11 @@ if INTERPRETED:
             if error == 'abi':
                 raise host.UnknownTriton('another version')
             assert capability == 90
-            return SimpleNamespace(hash='hash', asm=dict(cubin=b''),
-                                   metadata=SimpleNamespace(name='kernel', shared=1 << 16))
+            return SimpleNamespace(
+                hash='hash',
+                asm=dict(cubin=b''),
+                metadata=SimpleNamespace(name='kernel', shared=1 << 16),
+            )
 
         logged = []
         monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
@@ -1264,8 +1396,11 @@ if INTERPRETED:
 
     def test_a_full_memory_is_no_fault_of_the_gpu(refusing, monkeypatch):
         """It is told as torch tells it, and the next call runs."""
-        binary = SimpleNamespace(hash='hash', asm=dict(cubin=b''),
-                                 metadata=SimpleNamespace(name='kernel', shared=1 << 10))
+        binary = SimpleNamespace(
+            hash='hash',
+            asm=dict(cubin=b''),
+            metadata=SimpleNamespace(name='kernel', shared=1 << 10),
+        )
         monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
         monkeypatch.setattr(host, '_unusable', {})
         monkeypatch.setattr(host, '_loaded', {})
@@ -1282,8 +1417,11 @@ if INTERPRETED:
         check(layer, twin, x)
 
     def test_kernels_are_loaded_once(monkeypatch):
-        binary = SimpleNamespace(hash='some', asm=dict(cubin=b'\0'),
-                                 metadata=SimpleNamespace(name='kernel', shared=1 << 16))
+        binary = SimpleNamespace(
+            hash='some',
+            asm=dict(cubin=b'\0'),
+            metadata=SimpleNamespace(name='kernel', shared=1 << 16),
+        )
         monkeypatch.setattr(host, '_loaded', {})
         monkeypatch.setattr(host, 'compile_kernel', lambda *args: binary)
         monkeypatch.setattr(host.Signature, 'of', lambda plan, launch: 'one kernel')
@@ -1294,15 +1432,25 @@ if INTERPRETED:
 
 
 def test_another_way_to_pass_arguments_is_noticed():
-    known = dict(num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
-                 global_scratch_size=0, profile_scratch_size=0)
+    known = dict(
+        num_ctas=1,
+        launch_cooperative_grid=False,
+        launch_pdl=False,
+        global_scratch_size=0,
+        profile_scratch_size=0,
+    )
     ptx = '.visible .entry k(.param .u64 .ptr .global k_0, .param .u32 k_1, {}) .reqntid 128'
     pair_ = '.param .u64 k_2, .param .u64 k_3'
-    for extra, changed in (('.param .u64 k_2', {}), (pair_ + ', .param .u64 k_4', {}),
-                           (pair_, dict(num_ctas=2)), (pair_, dict(launch_pdl=True)),
-                           (pair_, dict(global_scratch_size=4))):
-        binary = SimpleNamespace(metadata=SimpleNamespace(**dict(known, **changed)),
-                                 asm=dict(ptx=ptx.format(extra)))
+    for extra, changed in (
+        ('.param .u64 k_2', {}),
+        (pair_ + ', .param .u64 k_4', {}),
+        (pair_, dict(num_ctas=2)),
+        (pair_, dict(launch_pdl=True)),
+        (pair_, dict(global_scratch_size=4)),
+    ):
+        binary = SimpleNamespace(
+            metadata=SimpleNamespace(**dict(known, **changed)), asm=dict(ptx=ptx.format(extra))
+        )
         with pytest.raises(host.UnknownTriton, match='this version of Triton is not known'):
             host._check_arguments(binary, ['*fp32', 'i32'])
     binary = SimpleNamespace(metadata=SimpleNamespace(**known), asm=dict(ptx=ptx.format(pair_)))
@@ -1316,7 +1464,7 @@ def handed_over(device, mode=None, dtype=torch.float64):
     """Arguments of `host.forward`: x, parameters, state, mode, eps, momentum, bound."""
     n, c, hidden = 3, 5, 7
     x = torch.randn(n, c, 2, 3, dtype=dtype, device=device)
-    sizes = (c, ), (c, ), (hidden, 2 * c), (hidden, ), (2 * c, hidden), (2 * c, )
+    sizes = (c,), (c,), (hidden, 2 * c), (hidden,), (2 * c, hidden), (2 * c,)
     parameters = tuple(x.new_empty(size).normal_() for size in sizes)
     state = (x.new_zeros(c), x.new_ones(c), torch.tensor(3, device=device))
     mode = host.BATCH | host.UPDATE | host.BOUNDED if mode is None else mode
@@ -1348,8 +1496,12 @@ UNFIT = {
     'x of one dimension': (X, lambda x: x[0, 0, 0], ValueError, 'x: expected a map'),
     'x elsewhere': (X, lambda x: x.to('meta'), ValueError, 'x: expected a'),
     'x sparse': (X, lambda x: x.to_sparse(), ValueError, 'x: expected a plain, dense tensor'),
-    'x of too many values': (X, lambda x: x[:1, :, :1, :1].expand(1, 5, 2**16, 2**15), ValueError,
-                             'x: expected less than'),
+    'x of too many values': (
+        X,
+        lambda x: x[:1, :, :1, :1].expand(1, 5, 2**16, 2**15),
+        ValueError,
+        'x: expected less than',
+    ),
     'five parameters': (PARAMETERS, lambda p: p[:5], ValueError, 'expected 6 tensors, w and so'),
     'one average': (TENSORS_OF_STATE, lambda s: s[:1], ValueError, 'expected 3 tensors, running'),
     'w of another size': ((PARAMETERS, 0), lambda w: w[:4], ValueError, 'w: expected sizes'),
@@ -1360,10 +1512,14 @@ UNFIT = {
     'no b_in': ((PARAMETERS, 3), lambda b: None, ValueError, 'b_in: expected a tensor, got None'),
     'b_in without units': ((PARAMETERS, 3), lambda b: b[:0], ValueError, 'b_in: expected sizes'),
     'w_out cut': ((PARAMETERS, 4), lambda w: w[:-1], ValueError, 'w_out: expected sizes'),
-    'b_out is a number': ((PARAMETERS, 5), lambda b: 1., TypeError, 'b_out: expected a tensor'),
+    'b_out is a number': ((PARAMETERS, 5), lambda b: 1.0, TypeError, 'b_out: expected a tensor'),
     'mean cut': ((TENSORS_OF_STATE, 0), lambda t: t[1:], ValueError, 'running_mean: expected si'),
-    'mean in parts': ((TENSORS_OF_STATE, 0), lambda t: t.repeat(2)[::2], ValueError,
-                      r'running_mean: expected sizes.* with strides \[2\]'),
+    'mean in parts': (
+        (TENSORS_OF_STATE, 0),
+        lambda t: t.repeat(2)[::2],
+        ValueError,
+        r'running_mean: expected sizes.* with strides \[2\]',
+    ),
     'no mean': ((TENSORS_OF_STATE, 0), lambda t: None, ValueError, 'expected both, got the seco'),
     'no var': ((TENSORS_OF_STATE, 1), lambda t: None, ValueError, 'expected both, got the first'),
     'no averages': (TENSORS_OF_STATE, lambda s: (None, None, s[2]), ValueError, 'both, got none'),
@@ -1440,12 +1596,16 @@ def test_tensors_that_lie_anywhere(device):
     assert torch.equal(other[0], y)
     first = backward_of(given, kept)
     wanted = host.backward(*first)
-    for dy in (shifted(first[0]), spread(first[0]), first[0].contiguous(
-            memory_format=torch.channels_last)):
+    for dy in (
+        shifted(first[0]),
+        spread(first[0]),
+        first[0].contiguous(memory_format=torch.channels_last),
+    ):
         for k in (shifted(kept), spread(kept)):
             found = host.backward(dy, x, k, parameters, *first[4:])
-            assert all(torch.equal(a, b) and a.is_contiguous()
-                       for a, b in zip(found, wanted, strict=True))
+            assert all(
+                torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, wanted, strict=True)
+            )
 
 
 @DEVICES
@@ -1461,7 +1621,7 @@ def test_what_an_operators_call_gives(device):
     assert [t._version for t in state] == [version + 1 for version in versions]
     assert host.forward(x, parameters, state, mode & ~host.UPDATE, *numbers)[1].shape == kept.shape
     nothing = host.forward(x, parameters, state, host.INFERENCE, *numbers)[1]
-    assert nothing.shape == (0, ) and nothing.dtype == kept.dtype
+    assert nothing.shape == (0,) and nothing.dtype == kept.dtype
     assert [t._version for t in state] == [version + 1 for version in versions]
     given = backward_of(given, kept)
     found = host.backward(*given)
@@ -1512,15 +1672,18 @@ def test_more_plans_than_are_kept(device):
     y, expected = layer(x), twin(x)
     for i in range(1 << 14):
         _host.add_plan((1000, i, *range(7)), struct.pack('<16q', *[0] * 16))
-    for actual, wanted in zip(torch.autograd.grad(y, [x, *layer.parameters()], dy),
-                              torch.autograd.grad(expected, [x, *twin.parameters()], dy),
-                              strict=True):
+    for actual, wanted in zip(
+        torch.autograd.grad(y, [x, *layer.parameters()], dy),
+        torch.autograd.grad(expected, [x, *twin.parameters()], dy),
+        strict=True,
+    ):
         torch.testing.assert_close(actual, wanted)
     check(layer, twin, x)
 
 
-@pytest.mark.parametrize('blob', [b'', struct.pack('<15q', *[0] * 15),
-                                  struct.pack('<17q', *[0] * 17)])
+@pytest.mark.parametrize(
+    'blob', [b'', struct.pack('<15q', *[0] * 15), struct.pack('<17q', *[0] * 17)]
+)
 def test_a_plan_that_is_cut_off(blob):
     with pytest.raises(RuntimeError, match='plan too'):
         _host.add_plan((1000, *range(8)), blob)
@@ -1571,7 +1734,7 @@ def test_references_do_not_pile_up(device):
         y = layer(x)
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
         y.sum().backward()
-        host.call(x.int(), layer.bn, layer.sc, False, (4, ))
+        host.call(x.int(), layer.bn, layer.sc, False, (4,))
         del y
     assert [sys.getrefcount(o) for o in objects] == before
 
@@ -1589,7 +1752,7 @@ def test_two_threads(device):
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=work, args=(i, )) for i in range(2)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -1603,8 +1766,9 @@ def test_two_threads(device):
 two_processes = test_distributed.two_processes
 
 
-def half(rank, device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2),
-         checkpointed=False):
+def half(
+    rank, device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2), checkpointed=False
+):
     """In a process of its own: a step with a part of the batch."""
     torch.manual_seed(4)
     layer, _ = pair(device, cls, **kwargs)
@@ -1636,15 +1800,27 @@ def whole(device, sizes, cls, kwargs, map_needs_gradient=True, size=(2, 2)):
     return found
 
 
-SYNCHRONISED = {'raw': (SyncDNB, {}), 'standardized': (SyncDNB, dict(inputs='standardized')),
-                'dnc': (SyncDNC, {}), 'cumulative': (SyncDNB, dict(momentum=None, affine=False))}
+SYNCHRONISED = {
+    'raw': (SyncDNB, {}),
+    'standardized': (SyncDNB, dict(inputs='standardized')),
+    'dnc': (SyncDNC, {}),
+    'cumulative': (SyncDNB, dict(momentum=None, affine=False)),
+}
 
 
 @DEVICES
-@pytest.mark.parametrize('kind, sizes, map_needs_gradient', [
-    *((kind, (2, 2), True) for kind in SYNCHRONISED),
-    *((kind, (1, 4), True) for kind in SYNCHRONISED), ('raw', (3, 0), True), ('dnc', (0, 3), True),
-    ('raw', (1, 2), False), ('standardized', (2, 0), False), ('dnc', (0, 3), False)])
+@pytest.mark.parametrize(
+    'kind, sizes, map_needs_gradient',
+    [
+        *((kind, (2, 2), True) for kind in SYNCHRONISED),
+        *((kind, (1, 4), True) for kind in SYNCHRONISED),
+        ('raw', (3, 0), True),
+        ('dnc', (0, 3), True),
+        ('raw', (1, 2), False),
+        ('standardized', (2, 0), False),
+        ('dnc', (0, 3), False),
+    ],
+)
 def test_synchronised_statistics(two_processes, kind, sizes, map_needs_gradient, device):
     """An empty batch runs on the reference: the same all-reduces there, or both would hang."""
     arguments = device, sizes, *SYNCHRONISED[kind], map_needs_gradient
@@ -1653,8 +1829,10 @@ def test_synchronised_statistics(two_processes, kind, sizes, map_needs_gradient,
 
 
 @DEVICES
-@pytest.mark.parametrize('kind', ['raw', *(
-    pytest.param(kind, marks=slow) for kind in ('standardized', 'dnc', 'cumulative'))])
+@pytest.mark.parametrize(
+    'kind',
+    ['raw', *(pytest.param(kind, marks=slow) for kind in ('standardized', 'dnc', 'cumulative'))],
+)
 def test_synchronised_statistics_of_maps_in_parts(two_processes, kind, device):
     """Sums over a map split among programs, and more hidden units than one program takes."""
     cls, kwargs = SYNCHRONISED[kind]
@@ -1697,7 +1875,7 @@ def second(rank, device):
     found = {}
     for name, each in dict(host=layer, reference=twin_of(layer)).items():
         y = each(x)
-        first, = torch.autograd.grad(y.square(), x, dy, create_graph=True)
+        (first,) = torch.autograd.grad(y.square(), x, dy, create_graph=True)
         found[name] = torch.autograd.grad(first.square().sum(), x)[0]
     return {name: t.cpu() for name, t in found.items()}
 
@@ -1767,9 +1945,14 @@ if not INTERPRETED:
             graph.replay()
             torch.cuda.synchronize()
             expected = results(twin, x.detach().requires_grad_(), dy)
-            actual = dict(zip(('y', 'x', *dict(layer.named_parameters())),
-                              (y.detach(), *gradients), strict=True),
-                          **dict(layer.named_buffers()))
+            actual = dict(
+                zip(
+                    ('y', 'x', *dict(layer.named_parameters())),
+                    (y.detach(), *gradients),
+                    strict=True,
+                ),
+                **dict(layer.named_buffers()),
+            )
             assert_same(actual, expected, x)
 
     @GPU
@@ -1818,8 +2001,7 @@ if not INTERPRETED:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join(60)
-        torch.testing.assert_close(found[0],
-                                   torch.autograd.grad(expected.square().sum(), wide)[0])
+        torch.testing.assert_close(found[0], torch.autograd.grad(expected.square().sum(), wide)[0])
         torch.testing.assert_close(found[1], twin(x))
 
     @GPU
@@ -1842,10 +2024,11 @@ if not INTERPRETED:
             torch.cuda.empty_cache()
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(
-                min((torch.cuda.memory_reserved() + more) / total, 1.))
+                min((torch.cuda.memory_reserved() + more) / total, 1.0)
+            )
 
         yield limit
-        torch.cuda.set_per_process_memory_fraction(1.)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
     @GPU
     def test_a_full_memory(little_memory, device):
@@ -1863,7 +2046,7 @@ if not INTERPRETED:
             y.backward(dy, retain_graph=True)
         for name, t in layer.state_dict().items():
             assert torch.equal(t, state[name]), name
-        torch.cuda.set_per_process_memory_fraction(1.)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         y.backward(dy)
         assert x.grad is not None
         del y
@@ -1883,10 +2066,11 @@ if not INTERPRETED:
         assert x.normal_().numel() > 2**31
         y = layer(x.requires_grad_())
         assert by_host(y)
-        dx, = torch.autograd.grad(y, x, y.detach())
+        (dx,) = torch.autograd.grad(y, x, y.detach())
         last = x[-1:].detach().clone().requires_grad_()
         alone = layer(last)
         torch.testing.assert_close(y[-1:], alone)
         # the same dy: where y and its twin are rounded to neighbours, their gradients are too
         torch.testing.assert_close(
-            dx[-1:], torch.autograd.grad(alone, last, y[-1:].detach())[0], rtol=2e-3, atol=2e-3)
+            dx[-1:], torch.autograd.grad(alone, last, y[-1:].detach())[0], rtol=2e-3, atol=2e-3
+        )

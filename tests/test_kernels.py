@@ -1,4 +1,5 @@
 """The torch and cpp backends are as accurate as plain PyTorch in every dtype, shape, layout."""
+
 import copy
 import sys
 
@@ -30,15 +31,26 @@ except ImportError:
     cpp_ops = None
 OPS = dict(torch=torch_ops, cpp=cpp_ops)
 CPP = pytest.mark.skipif(cpp_ops is None, reason='the compiled kernels were not built')
-PLACES = pytest.mark.parametrize('backend, device', [
-    ('torch', 'cpu'), pytest.param('cpp', 'cpu', marks=CPP),
-    pytest.param('torch', 'cuda', marks=CUDA.marks)])
+PLACES = pytest.mark.parametrize(
+    'backend, device',
+    [
+        ('torch', 'cpu'),
+        pytest.param('cpp', 'cpu', marks=CPP),
+        pytest.param('torch', 'cuda', marks=CUDA.marks),
+    ],
+)
 ON_CPUS = pytest.mark.parametrize('backend', ['torch', pytest.param('cpp', marks=CPP)])
-DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
-                                 ids=['fp32', 'fp16', 'bf16'])
-CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
-         ((4, 6, 1, 1), 'contiguous'), ((1, 4, 9, 5), 'contiguous'),
-         ((2, 3, 41, 37), 'contiguous'), ((2, 3, 41, 37), 'channels_last')]
+DTYPES = pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.float16, torch.bfloat16], ids=['fp32', 'fp16', 'bf16']
+)
+CASES = [
+    ((3, 5, 7, 3), 'channels_last'),
+    ((2, 7, 13, 11), 'transposed'),
+    ((4, 6, 1, 1), 'contiguous'),
+    ((1, 4, 9, 5), 'contiguous'),
+    ((2, 3, 41, 37), 'contiguous'),
+    ((2, 3, 41, 37), 'channels_last'),
+]
 
 
 @PLACES
@@ -46,8 +58,9 @@ CASES = [((3, 5, 7, 3), 'channels_last'), ((2, 7, 13, 11), 'transposed'),
 @DTYPES
 @MODES
 @pytest.mark.parametrize('kind', KINDS)
-def test_errors_are_within_twice_plain_pytorchs(kind, training, dtype, shape, layout, backend,
-                                                  device):
+def test_errors_are_within_twice_plain_pytorchs(
+    kind, training, dtype, shape, layout, backend, device
+):
     assert_as_accurate_as_plain_pytorch(backend, kind, shape, layout, dtype, training, device)
 
 
@@ -57,17 +70,19 @@ def test_errors_are_within_twice_plain_pytorchs(kind, training, dtype, shape, la
 @MODES
 @pytest.mark.parametrize('kind', KINDS)
 def test_also_where_the_mean_is_large(kind, training, dtype, layout, backend, device):
-    assert_as_accurate_as_plain_pytorch(backend, kind, (4, 5, 12, 11), layout, dtype, training,
-                                        device, offset=OFFSETS[dtype])
+    assert_as_accurate_as_plain_pytorch(
+        backend, kind, (4, 5, 12, 11), layout, dtype, training, device, offset=OFFSETS[dtype]
+    )
 
 
 @PLACES
 @pytest.mark.parametrize('offset', [False, True], ids=['centred', 'large-mean'])
 @pytest.mark.parametrize('dtype', OFFSETS, ids=str)
-@pytest.mark.parametrize('shape', [(3, 5, 7), (3, 5, 7, 3), (2, 7, 47, 43), (2, 3, 3, 4, 5)],
-                         ids=str)
+@pytest.mark.parametrize(
+    'shape', [(3, 5, 7), (3, 5, 7, 3), (2, 7, 47, 43), (2, 3, 3, 4, 5)], ids=str
+)
 def test_each_primitive_in_each_layout(shape, dtype, offset, backend, device):
-    offset = OFFSETS[dtype] if offset else 0.
+    offset = OFFSETS[dtype] if offset else 0.0
     x = (torch.randn(shape, device=device) + offset).to(dtype)
     assert_primitives(OPS[backend], x, offset)
     assert_primitives(OPS[backend], x.mT.contiguous().mT, offset)
@@ -79,8 +94,9 @@ def test_each_primitive_in_each_layout(shape, dtype, offset, backend, device):
 def test_one_memory_for_two_outputs_is_noticed():
     x, m, unused = torch.randn(1, 4, 6), torch.randn(4), torch.empty(0)
     with WritesApart(), pytest.raises(AssertionError, match='save_mean and save_invstd'):
-        torch.native_batch_norm(x, m, m, m, torch.ones(4), False, 0., 0.,
-                                out=(torch.empty_like(x), unused, unused))
+        torch.native_batch_norm(
+            x, m, m, m, torch.ones(4), False, 0.0, 0.0, out=(torch.empty_like(x), unused, unused)
+        )
 
 
 @pytest.mark.parametrize('shape', [(2, 4, 6), (2, 4, 6, 5), (2, 4, 3, 6, 5)], ids=str)
@@ -97,10 +113,20 @@ def test_stock_operators_write_to_memory_of_their_own(kind, training, layout, sh
     with WritesApart(), torch.no_grad():
         m, v = torch_ops.moments(x)
         small = torch_ops.Coefficients(
-            m, v, x[0, 0].numel(), None if training else averages,
-            (*averages, 0.1) if training else None, bn.weight, bn.bias, list(sc.parameters()),
-            eps=bn.eps, bound=sc.bound, standardized=sc.inputs == 'standardized',
-            batch_shared=layer.batch_shared, keep=True)
+            m,
+            v,
+            x[0, 0].numel(),
+            None if training else averages,
+            (*averages, 0.1) if training else None,
+            bn.weight,
+            bn.bias,
+            list(sc.parameters()),
+            eps=bn.eps,
+            bound=sc.bound,
+            standardized=sc.inputs == 'standardized',
+            batch_shared=layer.batch_shared,
+            keep=True,
+        )
         torch_ops.affine(x, m, small.a, small.c)
         p, q, *_ = small.backward(*torch_ops.reduce(dy, x, m))
         torch_ops.input_gradient(dy, x, m, small.a, p, q)
@@ -113,14 +139,21 @@ def test_a_gradient_of_any_strides(layout, backend, close):
     x, a, dy = torch.randn(3, 4, 6, 5, 7, dtype=torch.float64)
     x = LAYOUTS[layout](x)
     m = torch.randn(4, 6, dtype=torch.float64)
-    for view in (dy, dy.mT.contiguous().mT, dy[:1].expand_as(dy), dy[:, :, :1, :1].expand_as(dy),
-                 dy.contiguous(memory_format=torch.channels_last)):
+    for view in (
+        dy,
+        dy.mT.contiguous().mT,
+        dy[:1].expand_as(dy),
+        dy[:, :, :1, :1].expand_as(dy),
+        dy.contiguous(memory_format=torch.channels_last),
+    ):
         expected = ops.reduce(view.contiguous(), x.contiguous(), m)
         for actual, wanted in zip(ops.reduce(view, x, m), expected, strict=True):
             close(actual, wanted)
         coefficients = torch.randn(3, 4, 6, dtype=torch.float64)
-        close(ops.input_gradient(view, x, m, *coefficients),
-              ops.input_gradient(view.contiguous(), x.contiguous(), m, *coefficients))
+        close(
+            ops.input_gradient(view, x, m, *coefficients),
+            ops.input_gradient(view.contiguous(), x.contiguous(), m, *coefficients),
+        )
 
 
 @ON_CPUS
@@ -146,9 +179,15 @@ def test_nothing_reads_uninitialised_memory(kind, layout, training, backend):
 
 
 @ON_CPUS
-@given(n=st.integers(1, 5), c=st.integers(1, 9), height=st.integers(1, 40),
-       width=st.integers(1, 40), kind=st.sampled_from(list(KINDS)), training=st.booleans(),
-       layout=st.sampled_from(list(LAYOUTS)))
+@given(
+    n=st.integers(1, 5),
+    c=st.integers(1, 9),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    kind=st.sampled_from(list(KINDS)),
+    training=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)),
+)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_shape(backend, n, c, height, width, kind, training, layout):
     if training and n * height * width == 1:
@@ -163,8 +202,9 @@ def eval_layer(kind, channels, backend, **kwargs):
 
 @CPP
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize('shape', [(1, 5, 9, 7), (2, 5, 1, 1), (3, 40, 33, 31), (17, 3, 2, 2),
-                                   (0, 5, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(1, 5, 9, 7), (2, 5, 1, 1), (3, 40, 33, 31), (17, 3, 2, 2), (0, 5, 3, 3)], ids=str
+)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('args', [{}, dict(bound=None), dict(affine=False)], ids=str)
 def test_inference_at_one_call_equals_the_reference(kind, args, shape, dtype, close):
@@ -180,8 +220,9 @@ def test_inference_at_one_call_equals_the_reference(kind, args, shape, dtype, cl
 def test_one_call_is_what_inference_makes(monkeypatch):
     layer, calls = eval_layer('dnb-raw', 5, 'auto'), []
     infer = cpp_ops.infer
-    monkeypatch.setattr(cpp_ops, 'infer',
-                        lambda *args, **kwargs: calls.append(1) or infer(*args, **kwargs))
+    monkeypatch.setattr(
+        cpp_ops, 'infer', lambda *args, **kwargs: calls.append(1) or infer(*args, **kwargs)
+    )
     x = torch.randn(2, 5, 4, 4)
     layer(x)
     assert not calls  # a gradient may be asked for
@@ -215,10 +256,15 @@ def test_threads_change_nothing(threads, close):
 @CPP
 def test_tanh_of_the_compiled_sc():
     """By way of its bias: the output of an SC whose weights are zero."""
-    values = torch.cat((torch.linspace(-12, 12, 4001), torch.logspace(-8, 30, 401),
-                        torch.tensor([0., -0., float('inf'), -float('inf')]))).repeat(2)
+    values = torch.cat(
+        (
+            torch.linspace(-12, 12, 4001),
+            torch.logspace(-8, 30, 401),
+            torch.tensor([0.0, -0.0, float('inf'), -float('inf')]),
+        )
+    ).repeat(2)
     channels = len(values) // 2
-    layer = DNB(channels, bound=1., affine=False, backend='cpp').eval()
+    layer = DNB(channels, bound=1.0, affine=False, backend='cpp').eval()
     layer.sc.b_out.data = values
     with torch.no_grad():
         layer.bn.running_var.fill_(1 - layer.eps)
@@ -234,20 +280,51 @@ def calls_of_the_kernels():
     x, dy = torch.randn(2, n, c, 4, 4)
     m, a, shift, p, q, v, da, dc = torch.rand(8, n, c) + 0.5
     w, b, mu, var = torch.rand(4, c) + 0.5
-    sc = dict(w_in=torch.randn(h, 2 * c), b_in=torch.randn(h), w_out=torch.randn(2 * c, h),
-              b_out=torch.randn(2 * c))
+    sc = dict(
+        w_in=torch.randn(h, 2 * c),
+        b_in=torch.randn(h),
+        w_out=torch.randn(2 * c, h),
+        b_out=torch.randn(2 * c),
+    )
     small = dict(eps=1e-5, bound=0.25, standardized=False, batch_shared=False)
     running = dict(running_mean=mu, running_var=var)
     return dict(
-        moments=dict(x=x), affine=dict(x=x, m=m, a=a, c=shift), reduce=dict(dy=dy, x=x, m=m),
+        moments=dict(x=x),
+        affine=dict(x=x, m=m, a=a, c=shift),
+        reduce=dict(dy=dy, x=x, m=m),
         input_gradient=dict(dy=dy, x=x, m=m, a=a, p=p, q=q),
-        coefficients=dict(m=m, v=v, size=16, mean=None, var=None, **running, momentum=0.1, w=w,
-                          b=b, **sc, **small),
+        coefficients=dict(
+            m=m,
+            v=v,
+            size=16,
+            mean=None,
+            var=None,
+            **running,
+            momentum=0.1,
+            w=w,
+            b=b,
+            **sc,
+            **small,
+        ),
         coefficients_backward=dict(
-            da=da, dc=dc, m=m, a=a, mu=mu, sigma=var, inputs=torch.randn(n, 2 * c),
-            hidden=torch.rand(n, h), out=torch.randn(n, 2 * c), size=16, w=w, b=b, **sc, **small,
-            training=True),
-        infer=dict(x=x, **running, w=w, b=b, **sc, **small))
+            da=da,
+            dc=dc,
+            m=m,
+            a=a,
+            mu=mu,
+            sigma=var,
+            inputs=torch.randn(n, 2 * c),
+            hidden=torch.rand(n, h),
+            out=torch.randn(n, 2 * c),
+            size=16,
+            w=w,
+            b=b,
+            **sc,
+            **small,
+            training=True,
+        ),
+        infer=dict(x=x, **running, w=w, b=b, **sc, **small),
+    )
 
 
 def run_kernel(name, arguments):
@@ -273,8 +350,18 @@ def misfits(t):
 
 
 @CPP
-@pytest.mark.parametrize('name', ['moments', 'affine', 'reduce', 'input_gradient', 'coefficients',
-                                  'coefficients_backward', 'infer'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'moments',
+        'affine',
+        'reduce',
+        'input_gradient',
+        'coefficients',
+        'coefficients_backward',
+        'infer',
+    ],
+)
 def test_the_compiled_kernels_check_what_they_are_given(name):
     arguments = calls_of_the_kernels()[name]
     run_kernel(name, arguments)
@@ -343,6 +430,7 @@ def test_kernels_of_another_torch_are_said_once(monkeypatch):
             raise ImportError('undefined symbol: _ZN2at4')
         except ImportError as error:
             raise ImportError("backend='cpp': undefined symbol: _ZN2at4") from error
+
     monkeypatch.setattr(functional, '_cpp_ops', broken)
     x = torch.randn(2, 3, 4, 4)
     with pytest.warns(UserWarning, match='undefined symbol.*slower') as caught:

@@ -1,4 +1,5 @@
 """DN-B and DN-C: the formula, its gradients, BatchNorm's state, and what is refused."""
+
 import copy
 import gc
 import inspect
@@ -30,15 +31,21 @@ SHAPE = {DNB1d: (4, 6, 5), DNC1d: (4, 6, 5), DNB3d: (4, 6, 2, 3, 3), DNC3d: (4, 
 # Every way in which statistics reach SC.
 VARIANTS = [(DNB, 'raw'), (DNB, 'standardized'), (DNC, 'raw')]
 # (keyword arguments, training): every way in which BatchNorm chooses statistics.
-MODES = [(dict(), True), (dict(), False), (dict(track_running_stats=False), True),
-         (dict(track_running_stats=False), False), (dict(momentum=None), True),
-         (dict(affine=False), True), (dict(affine=False), False),
-         (dict(affine=False, track_running_stats=False), True)]
+MODES = [
+    (dict(), True),
+    (dict(), False),
+    (dict(track_running_stats=False), True),
+    (dict(track_running_stats=False), False),
+    (dict(momentum=None), True),
+    (dict(affine=False), True),
+    (dict(affine=False), False),
+    (dict(affine=False, track_running_stats=False), True),
+]
 
 
 def batch(cls=DNB, dtype=torch.float64):
     shape = SHAPE.get(cls, (4, 6, 5, 3))
-    scale = torch.rand(4, 6, *(1, ) * (len(shape) - 2), dtype=dtype) * 3
+    scale = torch.rand(4, 6, *(1,) * (len(shape) - 2), dtype=dtype) * 3
     return torch.randn(shape, dtype=dtype) * scale + torch.randn_like(scale)
 
 
@@ -90,23 +97,23 @@ def by_numpy(layer, x):
 
 
 def test_hand_computed(close):
-    layer = DNB(1, eps=3., momentum=0.5, min_channels=1, bound=None).double()
-    layer.weight.data.fill_(2.)
-    layer.bias.data.fill_(1.)
-    for name, value in dict(w_in=[[1., 1.]], w_out=[[0.1], [1.]], b_out=[0., -5.]).items():
+    layer = DNB(1, eps=3.0, momentum=0.5, min_channels=1, bound=None).double()
+    layer.weight.data.fill_(2.0)
+    layer.bias.data.fill_(1.0)
+    for name, value in dict(w_in=[[1.0, 1.0]], w_out=[[0.1], [1.0]], b_out=[0.0, -5.0]).items():
         getattr(layer.sc, name).data = torch.tensor(value, dtype=torch.float64)
-    x = torch.tensor([[[[1., 3.]]], [[[5., 7.]]]], dtype=torch.float64)
+    x = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]], dtype=torch.float64)
     # sample means 2 and 6, variances 1, s = 2; mu = 4, var = 1 + 4 = 5
     # hidden: 4 and 8; g = 0.4 and 0.8; h = -1 and 3
     z = 2 * (x - 4) / 8**0.5 + 1
     expected = torch.stack([1.4 * z[0] - 1, 1.8 * z[1] + 3])
     close(layer(x), expected)
-    close(layer.running_mean, torch.tensor([2.], dtype=torch.float64))
+    close(layer.running_mean, torch.tensor([2.0], dtype=torch.float64))
     # unbiased: 5 * 4 / 3; halfway from its start, 1
     close(layer.running_var, torch.tensor([0.5 + 10 / 3], dtype=torch.float64))
 
     layer.eval()
-    z = 2 * (x - 2) / (layer.running_var.item() + 3)**0.5 + 1
+    z = 2 * (x - 2) / (layer.running_var.item() + 3) ** 0.5 + 1
     close(layer(x), torch.stack([1.4 * z[0] - 1, 1.8 * z[1] + 3]))
 
 
@@ -155,9 +162,11 @@ def test_gradcheck_of_x_and_every_parameter(cls, inputs, kwargs, training):
     frozen = {k: v.clone() for k, v in layer.named_buffers()}
 
     def forward(x, *parameters):
-        state = {**dict(zip(names, parameters, strict=True)),
-                 **{k: v.clone() for k, v in frozen.items()}}
-        return torch.func.functional_call(layer, state, (x, ))
+        state = {
+            **dict(zip(names, parameters, strict=True)),
+            **{k: v.clone() for k, v in frozen.items()},
+        }
+        return torch.func.functional_call(layer, state, (x,))
 
     x = torch.randn(3, 3, 2, 2, dtype=torch.float64)
     inputs = [x, *(p.detach().clone() for p in layer.parameters())]
@@ -170,10 +179,19 @@ def test_gradgradcheck():
     assert torch.autograd.gradgradcheck(layer, x)
 
 
-@pytest.mark.parametrize('cls, batch_norm', [
-    (DNB, nn.BatchNorm2d), (DNC, nn.BatchNorm2d), (DNB1d, nn.BatchNorm1d),
-    (DNC1d, nn.BatchNorm1d), (DNB3d, nn.BatchNorm3d), (DNC3d, nn.BatchNorm3d),
-    (SyncDNB, nn.BatchNorm2d), (SyncDNC, nn.BatchNorm2d)])
+@pytest.mark.parametrize(
+    'cls, batch_norm',
+    [
+        (DNB, nn.BatchNorm2d),
+        (DNC, nn.BatchNorm2d),
+        (DNB1d, nn.BatchNorm1d),
+        (DNC1d, nn.BatchNorm1d),
+        (DNB3d, nn.BatchNorm3d),
+        (DNC3d, nn.BatchNorm3d),
+        (SyncDNB, nn.BatchNorm2d),
+        (SyncDNC, nn.BatchNorm2d),
+    ],
+)
 def test_fresh_layer_is_batch_norm(cls, batch_norm, close):
     bn = batch_norm(6, eps=1e-3, momentum=0.03).double()
     nn.init.uniform_(bn.weight)
@@ -194,8 +212,17 @@ def test_fresh_layer_is_batch_norm(cls, batch_norm, close):
         close(layer.bias.grad, bn.bias.grad)
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(momentum=0.03), dict(momentum=None),
-                                    dict(momentum=0.), dict(momentum=1.), dict(affine=False)])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(),
+        dict(momentum=0.03),
+        dict(momentum=None),
+        dict(momentum=0.0),
+        dict(momentum=1.0),
+        dict(affine=False),
+    ],
+)
 @pytest.mark.parametrize('cls', [DNB, DNC, SyncDNB])
 def test_running_statistics_follow_batch_norm(cls, kwargs, close):
     layer, bn = trained(cls, **kwargs), nn.BatchNorm2d(6, **kwargs).double()
@@ -253,8 +280,16 @@ def test_state_dict_round_trip(cls, close):
     x = batch(cls)
     assert torch.equal(other(x), layer(x))
     assert list(layer.state_dict()) == [
-        'sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out', 'bn.weight', 'bn.bias',
-        'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']
+        'sc.w_in',
+        'sc.b_in',
+        'sc.w_out',
+        'sc.b_out',
+        'bn.weight',
+        'bn.bias',
+        'bn.running_mean',
+        'bn.running_var',
+        'bn.num_batches_tracked',
+    ]
 
 
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -319,13 +354,13 @@ def to_bn_fold(conv, bn):
 
 
 def fuse_conv_and_bn(conv, bn):
-    scale = [(bn.weight / torch.sqrt(bn.eps + bn.running_var))[:, None, None, None]
-             for _ in range(1)][0]
+    scale = [
+        (bn.weight / torch.sqrt(bn.eps + bn.running_var))[:, None, None, None] for _ in range(1)
+    ][0]
     return conv.weight * scale
 
 
 class Block(nn.Sequential):
-
     def switch_to_deploy(self):
         conv, bn = self
         std = (bn.running_var + bn.eps).sqrt()
@@ -333,7 +368,7 @@ class Block(nn.Sequential):
 
 
 def by_another_name(conv, bn):
-    return conv.weight * (bn.weight / (bn.running_var + bn.eps)**0.5)[:, None, None, None]
+    return conv.weight * (bn.weight / (bn.running_var + bn.eps) ** 0.5)[:, None, None, None]
 
 
 def scale(bn):
@@ -345,13 +380,21 @@ def by_a_part(conv, bn):
 
 
 def by_a_call(conv, bn):
-    return fuse_conv_bn_weights(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps,
-                                bn.weight, bn.bias)
+    return fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
 
 
-@pytest.mark.parametrize('fold', [fuse_conv_bn_eval, fuse_conv_and_bn, to_bn_fold,
-                                  lambda conv, bn: Block(conv, bn).switch_to_deploy()],
-                         ids=['torch', 'yolo', 'nested', 'method'])
+@pytest.mark.parametrize(
+    'fold',
+    [
+        fuse_conv_bn_eval,
+        fuse_conv_and_bn,
+        to_bn_fold,
+        lambda conv, bn: Block(conv, bn).switch_to_deploy(),
+    ],
+    ids=['torch', 'yolo', 'nested', 'method'],
+)
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_that_folds_by_attributes_is_refused(cls, fold):
     conv, layer = nn.Conv2d(6, 6, 3).eval(), awake(cls(6)).eval()
@@ -365,8 +408,11 @@ def test_code_that_folds_by_attributes_is_refused(cls, fold):
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_of_any_name_that_looks_as_if_it_folded_is_warned(cls, fold):
     conv, layer = nn.Conv2d(6, 6, 3).eval(), awake(cls(6)).eval()
-    with pytest.warns(UserWarning, match=f'(by_another_name|scale|by_a_call) reads .* fuse a '
-                                         f'BatchNorm.* Of a {cls.__name__} they would') as caught:
+    with pytest.warns(
+        UserWarning,
+        match=f'(by_another_name|scale|by_a_call) reads .* fuse a '
+        f'BatchNorm.* Of a {cls.__name__} they would',
+    ) as caught:
         fold(conv, layer)
     assert {warning.filename for warning in caught} == {__file__}
     fold(conv, cls(6).eval())
@@ -394,8 +440,11 @@ def test_a_deleted_layer_is_freed_at_once():
     gc.disable()
     try:
         for cls in (DNB, DNC):
-            for copied in (lambda layer: layer, copy.deepcopy,
-                           lambda layer: pickle.loads(pickle.dumps(layer))):
+            for copied in (
+                lambda layer: layer,
+                copy.deepcopy,
+                lambda layer: pickle.loads(pickle.dumps(layer)),
+            ):
                 layer = copied(cls(6))
                 layer(torch.randn(2, 6, 3, 3)).sum().backward()
                 kept = [weakref.ref(t) for t in (layer, layer.sc.w_in, layer.bn.weight)]
@@ -412,8 +461,9 @@ def test_scripting_says_what_to_use_instead(what):
 
 
 def test_numpys_integers_are_integers():
-    layer = DNB(np.int64(64), reduction=np.int32(4), min_channels=np.uint8(2),
-                bound=np.float32(0.5))
+    layer = DNB(
+        np.int64(64), reduction=np.int32(4), min_channels=np.uint8(2), bound=np.float32(0.5)
+    )
     assert type(layer.num_features) is int and type(layer.bn.num_features) is int
     assert len(layer.sc.b_in) == 16
     assert layer(torch.randn(2, 64, 3, 3)).shape == (2, 64, 3, 3)
@@ -422,9 +472,11 @@ def test_numpys_integers_are_integers():
 def test_factory_arguments():
     layer = DNB(6, device='meta', dtype=torch.float16)
     assert {(t.device.type, t.dtype) for t in [*layer.parameters(), layer.running_mean]} == {
-        ('meta', torch.float16)}
+        ('meta', torch.float16)
+    }
     assert DNB(6, device='meta', affine=False, track_running_stats=False)(
-        torch.empty(2, 6, 3, 3, device='meta')).shape == (2, 6, 3, 3)
+        torch.empty(2, 6, 3, 3, device='meta')
+    ).shape == (2, 6, 3, 3)
 
 
 def test_repr_says_what_differs():
@@ -432,11 +484,18 @@ def test_repr_says_what_differs():
     assert 'bn_requires_grad=False' in repr(DNB(6, bn_requires_grad=False))
 
 
-@pytest.mark.parametrize('cls, shape, said', [
-    (DNB, (2, 6, 3), 'expected 4D input .got 3D'), (DNC, (6, 3, 3), 'expected 4D'),
-    (DNB1d, (2, 6, 3, 3), 'expected 2D or 3D'), (DNB3d, (2, 6, 3, 3), 'expected 5D'),
-    (DNB, (2, 5, 3, 3), 'expected 6 channels.*got 5'), (SyncDNB, (6, ), 'at least 2D'),
-    (SyncDNB, (2, 3, 6), 'expected 6 channels')])
+@pytest.mark.parametrize(
+    'cls, shape, said',
+    [
+        (DNB, (2, 6, 3), 'expected 4D input .got 3D'),
+        (DNC, (6, 3, 3), 'expected 4D'),
+        (DNB1d, (2, 6, 3, 3), 'expected 2D or 3D'),
+        (DNB3d, (2, 6, 3, 3), 'expected 5D'),
+        (DNB, (2, 5, 3, 3), 'expected 6 channels.*got 5'),
+        (SyncDNB, (6,), 'at least 2D'),
+        (SyncDNB, (2, 3, 6), 'expected 6 channels'),
+    ],
+)
 def test_wrong_shapes_are_refused(cls, shape, said):
     with pytest.raises(ValueError, match=said):
         cls(6)(torch.randn(shape))
@@ -502,8 +561,12 @@ class TestFrozenInnerBatchNorm:
 @pytest.mark.slow
 def test_torchs_own_inputs_for_its_batch_norms_give_the_same():
     script = Path(__file__).with_name('torch_suite.py')
-    done = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': str(script.parents[1])})
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(script.parents[1])},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r'(\d+) agree, 0 differ', done.stdout)[1]) > 3000
 
@@ -527,6 +590,7 @@ def ssdlite():
     init_default_scope('mmdet')
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
+
     register_all_modules()
 
     def build(norm):

@@ -1,4 +1,5 @@
 """Configs beyond SSDLite: short diffs over mmdet's own, in nothing but the norm, that train."""
+
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,11 @@ def build(model_cfg):
 def bare(node):
     """A config without what mmengine adds on inheriting, and without mmcv's default."""
     if isinstance(node, dict):
-        return {key: bare(value) for key, value in node.items()
-                if key != '_scope_' and (key, value) != ('requires_grad', True)}
+        return {
+            key: bare(value)
+            for key, value in node.items()
+            if key != '_scope_' and (key, value) != ('requires_grad', True)
+        }
     return [bare(child) for child in node] if isinstance(node, (list, tuple)) else node
 
 
@@ -58,9 +62,13 @@ def test_a_config_differs_from_its_parent_in_nothing_but_the_norm(name):
 
 
 @pytest.mark.shows('training by config and by `--norm`')
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith('mask') else [])
-    for name in PARENTS])
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith('mask') else [])
+        for name in PARENTS
+    ],
+)
 def test_a_config_builds_trains_and_predicts(name):
     cfg = read(name)
     cfg.model.data_preprocessor.pop('batch_augments', None)  # resizes to 320 and more
@@ -71,8 +79,14 @@ def test_a_config_builds_trains_and_predicts(name):
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
 
     def data():
-        return demo_mm_inputs(2, image_shapes=(3, 96, 96), num_items=[8, 8], num_classes=80,
-                              with_mask=name.startswith('mask'), use_box_type=True)
+        return demo_mm_inputs(
+            2,
+            image_shapes=(3, 96, 96),
+            num_items=[8, 8],
+            num_classes=80,
+            with_mask=name.startswith('mask'),
+            use_box_type=True,
+        )
 
     for _ in range(2):  # what ResNet's zero-initialised bn3 holds back moves in the second
         losses = model.train_step(data(), optimizer)
@@ -81,8 +95,11 @@ def test_a_config_builds_trains_and_predicts(name):
     frozen = 11 if 'r50' in name else 0  # stem and first stage: frozen_stages=1
     assert len(trainable) == len(layers) - frozen
     # without an object of that size, no gradient reaches the boxes of RTMDet's last level
-    still = {name for name, layer in layers.items()
-             if layer.sc.w_out.requires_grad and not layer.sc.w_out.any()}
+    still = {
+        name
+        for name, layer in layers.items()
+        if layer.sc.w_out.requires_grad and not layer.sc.w_out.any()
+    }
     assert still <= {'bbox_head.reg_convs.2.0.bn', 'bbox_head.reg_convs.2.1.bn'}
     with torch.no_grad():
         results = model.eval().test_step(data())
@@ -98,5 +115,7 @@ def test_the_fine_tuning_starts_from_a_bn_checkpoint(close, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for got, expected in zip(model(x, mode='tensor'), source(x, mode='tensor'), strict=True):
-            close(torch.cat([level.flatten() for level in got]),
-                  torch.cat([level.flatten() for level in expected]))
+            close(
+                torch.cat([level.flatten() for level in got]),
+                torch.cat([level.flatten() for level in expected]),
+            )

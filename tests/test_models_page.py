@@ -1,4 +1,5 @@
 """docs/models.md: its code runs."""
+
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Precision, odd shapes, and everything that autograd and torch do around a layer."""
+
 import copy
 import gc
 import weakref
@@ -38,8 +39,9 @@ def test_autocast_keeps_the_dtype_and_the_precision(cls, inputs, dtype, close):
     close(model[1].running_mean.double(), exact.running_mean, torch.float32)
     close(model[1].running_var.double(), exact.running_var, torch.float32)
     y.float().square().sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32
-               for p in model.parameters())
+    assert all(
+        p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters()
+    )
 
 
 @variants
@@ -119,8 +121,9 @@ def test_1x1_maps(cls, close):
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
     vector = awake(DNB1d(8) if cls in (DNB, SyncDNB) else DNC1d(8)).double()
-    vector.load_state_dict({**layer.state_dict(), 'bn.running_mean': torch.zeros(8),
-                            'bn.running_var': torch.ones(8)})
+    vector.load_state_dict(
+        {**layer.state_dict(), 'bn.running_mean': torch.zeros(8), 'bn.running_var': torch.ones(8)}
+    )
     close(vector(x.detach().flatten(1)), y.flatten(1))
 
 
@@ -133,8 +136,10 @@ def test_constant_channels_have_finite_gradients(cls):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize('cls, shape', [(DNB, (1, 8, 1, 1)), (DNC, (1, 8, 1, 1)),
-                                        (DNB1d, (1, 8)), (SyncDNB, (1, 8, 1, 1))])
+@pytest.mark.parametrize(
+    'cls, shape',
+    [(DNB, (1, 8, 1, 1)), (DNC, (1, 8, 1, 1)), (DNB1d, (1, 8)), (SyncDNB, (1, 8, 1, 1))],
+)
 def test_one_value_per_channel_fails_in_training_as_in_torch(cls, shape):
     layer = cls(8)
     before = copy.deepcopy(layer.state_dict())
@@ -144,8 +149,9 @@ def test_one_value_per_channel_fails_in_training_as_in_torch(cls, shape):
     assert layer.eval()(torch.randn(shape)).shape == shape
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(momentum=None), dict(affine=False),
-                                    dict(track_running_stats=False)])
+@pytest.mark.parametrize(
+    'kwargs', [dict(), dict(momentum=None), dict(affine=False), dict(track_running_stats=False)]
+)
 @pytest.mark.parametrize('shape', [(0, 8, 4, 4), (2, 8, 0, 4)])
 @pytest.mark.parametrize('cls', [DNB, DNC, SyncDNB, SyncDNC])
 def test_an_empty_batch_follows_torch(cls, shape, kwargs, close):
@@ -191,8 +197,11 @@ def test_channels_last_gives_the_same(cls, inputs, close):
 def test_strided_and_expanded_inputs(cls, inputs, close):
     _, layer = pair(cls, inputs, track_running_stats=False)
     whole = torch.randn(4, 16, 10, 7, dtype=torch.float64)
-    for x in (whole[:, ::2, 1::3], whole[:, :8].transpose(2, 3),
-              whole[:1, :8].expand(4, -1, -1, -1)):
+    for x in (
+        whole[:, ::2, 1::3],
+        whole[:, :8].transpose(2, 3),
+        whole[:1, :8].expand(4, -1, -1, -1),
+    ):
         close(layer(x), layer(x.contiguous()))
 
 
@@ -231,11 +240,14 @@ def test_a_second_forward_before_the_backward(cls, inputs, close):
     """Siamese use: the running averages move between a forward and its backward."""
     _, layer = pair(cls, inputs)
     a, b = torch.randn(2, 4, 8, 5, 5, dtype=torch.float64).requires_grad_().unbind()
-    together = torch.autograd.grad(layer(a).square().sum() + layer(b).pow(3).sum(),
-                                   list(layer.parameters()))
-    apart = zip(torch.autograd.grad(layer(a).square().sum(), list(layer.parameters())),
-                torch.autograd.grad(layer(b).pow(3).sum(), list(layer.parameters())),
-                strict=True)
+    together = torch.autograd.grad(
+        layer(a).square().sum() + layer(b).pow(3).sum(), list(layer.parameters())
+    )
+    apart = zip(
+        torch.autograd.grad(layer(a).square().sum(), list(layer.parameters())),
+        torch.autograd.grad(layer(b).pow(3).sum(), list(layer.parameters())),
+        strict=True,
+    )
     for got, (one, two) in zip(together, apart, strict=True):
         close(got, one + two)
 
@@ -311,8 +323,9 @@ def test_sync_layers_without_processes_are_the_plain_ones(cls, training, close):
 @pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
 @pytest.mark.parametrize('momentum', [0.1, None])  # None differentiates the small part by autograd
 @pytest.mark.parametrize('use_reentrant', [False, True])
-def test_a_checkpointed_layer_is_computed_twice_as_batch_norm_is(backend, momentum,
-                                                                 use_reentrant, close):
+def test_a_checkpointed_layer_is_computed_twice_as_batch_norm_is(
+    backend, momentum, use_reentrant, close
+):
     layer = DNB(6, momentum=momentum, backend=backend).double()
     bn = nn.BatchNorm2d(6, momentum=momentum).double()
     x = torch.randn(4, 6, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -340,15 +353,20 @@ def test_running_statistics_may_move_between_forward_and_backward(cls, inputs, b
         close(actual, value)
 
 
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(momentum=None), dict(sc=dict(type=VariantSC, hidden='normalized'))], ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [{}, dict(momentum=None), dict(sc=dict(type=VariantSC, hidden='normalized'))],
+    ids=str,
+)
 @pytest.mark.parametrize('cls', [DNB, DNC])
 @pytest.mark.parametrize('backend', ['reference', 'torch', 'auto'])
 @pytest.mark.parametrize('through', ['backward', 'forward'])
 def test_a_step_leaves_no_memory_behind(cls, kwargs, backend, through):
     layer = awake(cls(8, backend=backend, **kwargs))
-    memory = [np.random.default_rng(0).normal(size=shape).astype(np.float32)
-              for shape in ((4, 8, 5, 5), (16, 8))]
+    memory = [
+        np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        for shape in ((4, 8, 5, 5), (16, 8))
+    ]
     alive = [weakref.ref(each) for each in memory]  # as long as a tensor or a graph uses it
     x, layer.sc.w_out.data = map(torch.from_numpy, memory)
     y = layer(x.requires_grad_())

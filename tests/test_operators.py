@@ -4,6 +4,7 @@ Those of Triton's kernels run on a GPU where there is one, everywhere else in Tr
 interpreter, in a process that `test_in_the_interpreter` starts on this file. They are launched
 by the compiled host (there, against the driver of `emulated_gpu`), some also from Python.
 """
+
 import copy
 
 import pytest
@@ -25,20 +26,23 @@ BACKEND = 'triton' if KERNELS == 'triton' else 'auto'
 if KERNELS == 'cpp' and functional.compiled_kernels() is None:
     pytest.skip('the compiled kernels were not built', allow_module_level=True)
 # the interpreter's own, of numpy
-pytestmark = [pytest.mark.filterwarnings('ignore:Conversion of an array with ndim'),
-              *([pytest.mark.gpu] if DEVICE == 'cuda' else [])]
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:Conversion of an array with ndim'),
+    *([pytest.mark.gpu] if DEVICE == 'cuda' else []),
+]
 slow = pytest.mark.slow
-LAUNCHERS = (['C++', 'Python'] if KERNELS == 'triton' and functional.gpu_host() else ['Python'])
+LAUNCHERS = ['C++', 'Python'] if KERNELS == 'triton' and functional.gpu_host() else ['Python']
 if 'C++' in LAUNCHERS:
     from dn_mmdet.kernels import host, triton_ops
+
     if INTERPRETED:
         import emulated_gpu
+
         emulated_gpu.install()
 BY_EACH = pytest.mark.parametrize('launched_by', LAUNCHERS, indirect=True)
 # N = 4 and C = 4: what is kept has no gaps then, whose values would be any
 N, C, HIDDEN = 4, 4, 8
 OPS = torch.ops.dn_mmdet
-
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +66,13 @@ def launched_by(request, monkeypatch):
 
 if not INTERPRETED:
 
-    @pytest.mark.parametrize('marker', [
-        'not slow and not gpu', pytest.param('slow and not gpu', marks=[
-            slow, pytest.mark.timeout(2400)])])
+    @pytest.mark.parametrize(
+        'marker',
+        [
+            'not slow and not gpu',
+            pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)]),
+        ],
+    )
     def test_in_the_interpreter(marker):
         pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
         assert_interpreted_tests_pass(__file__, marker)
@@ -72,22 +80,35 @@ if not INTERPRETED:
 
 def arguments(affine, grad, dtype=torch.float64):
     """x, the parameters and the running averages."""
-    shapes = dict(x=(N, C, 3, 2), w=(C, ), b=(C, ), w_in=(HIDDEN, 2 * C), b_in=(HIDDEN, ),
-                  w_out=(2 * C, HIDDEN), b_out=(2 * C, ))
-    found = [torch.randn(size, dtype=dtype, device=DEVICE).requires_grad_(grad)
-             for size in shapes.values()]
+    shapes = dict(
+        x=(N, C, 3, 2),
+        w=(C,),
+        b=(C,),
+        w_in=(HIDDEN, 2 * C),
+        b_in=(HIDDEN,),
+        w_out=(2 * C, HIDDEN),
+        b_out=(2 * C,),
+    )
+    found = [
+        torch.randn(size, dtype=dtype, device=DEVICE).requires_grad_(grad)
+        for size in shapes.values()
+    ]
     if not affine:
         found[1] = found[2] = None
-    return found, [torch.randn(C, dtype=dtype, device=DEVICE),
-                   torch.rand(C, dtype=dtype, device=DEVICE) + 1]
+    return found, [
+        torch.randn(C, dtype=dtype, device=DEVICE),
+        torch.rand(C, dtype=dtype, device=DEVICE) + 1,
+    ]
 
 
 # (affine, bound, batch, batch_shared, standardized, keep)
-OPTIONS = {'dnb': (True, 0.25, True, False, False, True),
-           'standardized, unbounded': (False, None, False, False, True, True),
-           'dnc': (True, 0.5, True, True, False, True),
-           'dnc, running': (True, 0.5, False, True, False, True),
-           'inference': (True, 0.25, False, False, False, False)}
+OPTIONS = {
+    'dnb': (True, 0.25, True, False, False, True),
+    'standardized, unbounded': (False, None, False, False, True, True),
+    'dnc': (True, 0.5, True, True, False, True),
+    'dnc, running': (True, 0.5, False, True, False, True),
+    'inference': (True, 0.25, False, False, False, False),
+}
 
 
 @slow
@@ -104,20 +125,24 @@ def test_an_operator_is_what_it_says(name, options, launched_by):
     elif name == 'dynamic_norm_step':
         counter = torch.tensor(3, device=DEVICE)
         for tracked, momentum in ((counter, None), (counter, 0.1), (None, 0.1)):
-            torch.library.opcheck(OPS.dynamic_norm_step, (
-                *tensors, *averages, tracked, momentum, *more[:2], True, *more[3:]))
+            torch.library.opcheck(
+                OPS.dynamic_norm_step,
+                (*tensors, *averages, tracked, momentum, *more[:2], True, *more[3:]),
+            )
     elif keep:
         kept = OPS.dynamic_norm(*tensors, *averages, *more)[1]
         tensors = [t if t is None else t.detach() for t in tensors]
         dy = torch.randn_like(tensors[0])
         for x_needs_gradient in (True, False):
-            torch.library.opcheck(OPS.dynamic_norm_backward, (
-                dy, tensors[0], kept, *tensors[1:], *more, x_needs_gradient))
+            torch.library.opcheck(
+                OPS.dynamic_norm_backward,
+                (dy, tensors[0], kept, *tensors[1:], *more, x_needs_gradient),
+            )
 
 
 if 'C++' in LAUNCHERS:
 
-    @pytest.mark.parametrize('refused', [(), ('forward', ), ('backward', )], ids=str)
+    @pytest.mark.parametrize('refused', [(), ('forward',), ('backward',)], ids=str)
     def test_who_launches(refused, monkeypatch):
         """The compiled host; Python where the host cannot, each way for itself."""
         by_python = []
@@ -148,8 +173,11 @@ if 'C++' in LAUNCHERS:
         tensors, averages = arguments(True, False)
         options = 1e-5, 0.25, True, False, False, True, KERNELS
         y, kept = OPS.dynamic_norm(*tensors, *averages, *options)
-        found = (y, kept, *OPS.dynamic_norm_backward(y, tensors[0], kept, *tensors[1:], *options,
-                                                     True))
+        found = (
+            y,
+            kept,
+            *OPS.dynamic_norm_backward(y, tensors[0], kept, *tensors[1:], *options, True),
+        )
         assert len({t.untyped_storage().data_ptr() for t in (*tensors, *found)}) == 16
         for t in found:
             assert t.is_contiguous() and t.storage_offset() == 0
@@ -166,11 +194,19 @@ def test_what_is_kept_lies_where_a_plan_puts_it(batch_shared):
         views = operators.unpack(memory, sizes)
         assert {name: int(view[0]) for name, view in views.items()} == plan.kept
         assert {name: len(view) for name, view in views.items()} == {
-            name: plan.sizes[name] for name in views}
+            name: plan.sizes[name] for name in views
+        }
         x = torch.empty(n, c, 6, 1, device='meta')
         _, kept = operators._sizes_forward(
-            x, *[None] * 2, torch.empty(hidden, 2 * c, device='meta'), *[
-                torch.empty(hidden, device='meta')] * 5, batch_shared, False, True, 'triton')
+            x,
+            *[None] * 2,
+            torch.empty(hidden, 2 * c, device='meta'),
+            *[torch.empty(hidden, device='meta')] * 5,
+            batch_shared,
+            False,
+            True,
+            'triton',
+        )
         assert len(kept) == plan.kept_size
 
 
@@ -191,6 +227,7 @@ class Counting:
         if not self.autograd:
             return self.keep(graph, example)
         from torch._dynamo.backends.common import aot_autograd
+
         return aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep)(graph, example)
 
     def calls(self):
@@ -205,11 +242,17 @@ class Counting:
         return found
 
 
-LAYERS = {'dnb': (DNB, {}), 'standardized': (DNB, dict(inputs='standardized')), 'dnc': (DNC, {}),
-          'unbounded': (DNB, dict(bound=None)), 'not affine': (DNB, dict(affine=False)),
-          'cumulative': (DNB, dict(momentum=None)),
-          'without averages': (DNC, dict(track_running_stats=False)),
-          'dnb1d': (DNB1d, {}), 'dnc1d': (DNC1d, {})}
+LAYERS = {
+    'dnb': (DNB, {}),
+    'standardized': (DNB, dict(inputs='standardized')),
+    'dnc': (DNC, {}),
+    'unbounded': (DNB, dict(bound=None)),
+    'not affine': (DNB, dict(affine=False)),
+    'cumulative': (DNB, dict(momentum=None)),
+    'without averages': (DNC, dict(track_running_stats=False)),
+    'dnb1d': (DNB1d, {}),
+    'dnc1d': (DNC1d, {}),
+}
 
 
 def pair(cls=DNB, training=True, dtype=torch.float64, **kwargs):
@@ -224,8 +267,9 @@ def pair(cls=DNB, training=True, dtype=torch.float64, **kwargs):
 
 
 def values(cls=DNB, n=3, dtype=torch.float64):
-    return torch.randn(*((n, C) if cls in (DNB1d, DNC1d) else (n, C, 5, 3)), dtype=dtype,
-                       device=DEVICE)
+    return torch.randn(
+        *((n, C) if cls in (DNB1d, DNC1d) else (n, C, 5, 3)), dtype=dtype, device=DEVICE
+    )
 
 
 def step(run, layer, x, dy):
@@ -235,16 +279,24 @@ def step(run, layer, x, dy):
     y = run(leaf)
     if y.requires_grad:
         y.backward(dy)
-    return dict(y=y, dx=leaf.grad, **{name: p.grad for name, p in layer.named_parameters()},
-                **{name: t.clone() for name, t in layer.named_buffers()})
+    return dict(
+        y=y,
+        dx=leaf.grad,
+        **{name: p.grad for name, p in layer.named_parameters()},
+        **{name: t.clone() for name, t in layer.named_buffers()},
+    )
 
 
 def assert_same(found, wanted, dtype=torch.float64):
     for name, value in wanted.items():
         assert (found[name] is None) == (value is None), name
         if value is not None:
-            torch.testing.assert_close(found[name].double(), value.double(), **TOLERANCE[dtype],
-                                       msg=lambda message, name=name: f'{name}: {message}')
+            torch.testing.assert_close(
+                found[name].double(),
+                value.double(),
+                **TOLERANCE[dtype],
+                msg=lambda message, name=name: f'{name}: {message}',
+            )
 
 
 @pytest.mark.shows('`torch.compile` keeps the fused kernels')
@@ -261,14 +313,23 @@ def test_a_compiled_step_is_one_operator_each_way(kind, training, launched_by):
         dy = torch.randn_like(x)
         assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
     steps = training and layer.track_running_stats
-    assert graphs.calls() == ['dynamic_norm_step' if steps else 'dynamic_norm',
-                              'dynamic_norm_backward']
+    assert graphs.calls() == [
+        'dynamic_norm_step' if steps else 'dynamic_norm',
+        'dynamic_norm_backward',
+    ]
 
 
-@pytest.mark.parametrize('frozen', [
-    ['x'], ['bn.weight', 'bn.bias'], ['x', 'bn.weight', 'sc.w_in', 'sc.b_in'],
-    ['sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out', 'bn.weight', 'bn.bias'],
-    ['x', 'sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out', 'bn.weight', 'bn.bias']], ids=str)
+@pytest.mark.parametrize(
+    'frozen',
+    [
+        ['x'],
+        ['bn.weight', 'bn.bias'],
+        ['x', 'bn.weight', 'sc.w_in', 'sc.b_in'],
+        ['sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out', 'bn.weight', 'bn.bias'],
+        ['x', 'sc.w_in', 'sc.b_in', 'sc.w_out', 'sc.b_out', 'bn.weight', 'bn.bias'],
+    ],
+    ids=str,
+)
 def test_frozen_parts(frozen):
     layer, twin = pair()
     for each in (layer, twin):
@@ -321,14 +382,17 @@ def test_the_running_averages_move_once_and_are_seen_to(launched_by):
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'transposed'])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32],
-                         ids=['fp16', 'bf16', 'fp32'])
+@pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16, torch.float32], ids=['fp16', 'bf16', 'fp32']
+)
 def test_dtypes_and_layouts_under_autocast(dtype, layout):
     layer, twin = pair(dtype=torch.float32)
     twin.backend = BACKEND  # eager, by the same kernels
-    x = dict(contiguous=lambda x: x, transposed=lambda x: x.mT,
-             channels_last=lambda x: x.contiguous(memory_format=torch.channels_last))[layout](
-                 torch.randn(3, C, 5, 4, device=DEVICE)).to(dtype)
+    x = dict(
+        contiguous=lambda x: x,
+        transposed=lambda x: x.mT,
+        channels_last=lambda x: x.contiguous(memory_format=torch.channels_last),
+    )[layout](torch.randn(3, C, 5, 4, device=DEVICE)).to(dtype)
     dy = torch.randn_like(x)
     run = torch.compile(layer, fullgraph=True, backend='aot_eager')
     with torch.autocast(DEVICE, torch.bfloat16 if DEVICE == 'cpu' else torch.float16):
@@ -381,11 +445,15 @@ def test_an_explicit_reference_is_traced():
     assert calls_of(twin, twin, values()) == []
 
 
-@pytest.mark.parametrize('change', [
-    lambda layer: layer.sc.register_forward_hook(lambda *_: None),
-    lambda layer: setattr(layer.bn, 'running_mean', layer.bn.running_mean.repeat(2)[::2]),
-    lambda layer: layer.bn.register_parameter('bias', None)],
-    ids=['a hook on SC', 'averages in parts', 'no bias'])
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda layer: layer.sc.register_forward_hook(lambda *_: None),
+        lambda layer: setattr(layer.bn, 'running_mean', layer.bn.running_mean.repeat(2)[::2]),
+        lambda layer: layer.bn.register_parameter('bias', None),
+    ],
+    ids=['a hook on SC', 'averages in parts', 'no bias'],
+)
 def test_what_is_not_the_plain_case_is_traced(change):
     layer, twin = pair()
     change(layer)
@@ -409,12 +477,12 @@ def test_synchronised_layers_of_one_process():
     assert_same(step(run, layer, x, dy), step(twin, twin, x, dy))
 
 
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # torch's own
+@pytest.mark.filterwarnings('ignore:`isinstance.treespec, LeafSpec.` is deprecated')  # torch's own
 @pytest.mark.parametrize('strict', [False, True])
 def test_an_exported_program_holds_torchs_own_operators(strict):
     layer, twin = pair(training=False)
     x = values()
-    program = torch.export.export(layer, (x, ), strict=strict)
+    program = torch.export.export(layer, (x,), strict=strict)
     assert not any('dn_mmdet' in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), twin(x))
 
@@ -439,9 +507,10 @@ def test_a_second_gradient_is_right_or_an_error():
     x = values().requires_grad_()
 
     def second(run):
-        gradient, = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), (x, layer.sc.w_in)
-                                   if run is not twin else (x, twin.sc.w_in))
+        (gradient,) = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(
+            gradient.square().sum(), (x, layer.sc.w_in) if run is not twin else (x, twin.sc.w_in)
+        )
 
     wanted = second(twin)
     run = torch.compile(layer, fullgraph=True, backend='eager')  # the operator, by autograd itself
@@ -451,8 +520,20 @@ def test_a_second_gradient_is_right_or_an_error():
     tensors, averages = arguments(True, True)
     kept = OPS.dynamic_norm(*tensors, *averages, 1e-5, 0.25, True, False, False, True, KERNELS)[1]
     with pytest.raises(RuntimeError, match='expected no gradient of this operator'):
-        OPS.dynamic_norm_backward(tensors[0], tensors[0], kept, *tensors[1:], 1e-5, 0.25, True,
-                                  False, False, True, KERNELS, True)
+        OPS.dynamic_norm_backward(
+            tensors[0],
+            tensors[0],
+            kept,
+            *tensors[1:],
+            1e-5,
+            0.25,
+            True,
+            False,
+            False,
+            True,
+            KERNELS,
+            True,
+        )
 
 
 def test_gradient_checkpointing():
@@ -461,8 +542,9 @@ def test_gradient_checkpointing():
     dy = torch.randn_like(x)
 
     def checkpointed(x):
-        return torch.utils.checkpoint.checkpoint(lambda x: layer(x.tanh()).tanh(), x,
-                                                 use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(
+            lambda x: layer(x.tanh()).tanh(), x, use_reentrant=False
+        )
 
     found = step(torch.compile(checkpointed, fullgraph=True, backend='aot_eager'), layer, x, dy)
     wanted = step(lambda x: twin(x.tanh()).tanh(), twin, x, dy)
@@ -474,6 +556,7 @@ def test_gradient_checkpointing():
 def test_code_that_inductor_makes(training):
     """The averages are changed where they are, not copied; nothing stands between launches."""
     from torch._inductor.utils import run_and_get_code
+
     model = awake(nn.Sequential(nn.Conv2d(3, C, 3), DNB(C, backend=BACKEND), nn.ReLU()))
     model = model.to(DEVICE, torch.float64).train(training)
     twin = copy.deepcopy(model)
@@ -488,7 +571,11 @@ def test_code_that_inductor_makes(training):
     found, code = run_and_get_code(train, torch.compile(model, fullgraph=True), model)
     for value, wanted in zip(found, train(twin, twin), strict=True):
         torch.testing.assert_close(value.double(), wanted.double())
-    called = [line for part in code for line in part.splitlines() if 'torch.ops.dn_mmdet' in line
-              and 'default(' in line]
+    called = [
+        line
+        for part in code
+        for line in part.splitlines()
+        if 'torch.ops.dn_mmdet' in line and 'default(' in line
+    ]
     assert len(called) == 2, called
     assert not any('.copy_(' in part for part in code)

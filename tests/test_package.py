@@ -1,4 +1,5 @@
 """The package installs from a wheel and from an sdist, and works without a checkout."""
+
 import os
 import subprocess
 import sys
@@ -14,9 +15,21 @@ ROOT = Path(__file__).parents[1]
 tomllib = pytest.importorskip('tomllib', reason='Python 3.10 has no tomllib')
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 # What the extras and the frameworks bring: the layers need none of it.
-OPTIONAL = ('mmcv', 'mmdet', 'mmpretrain', 'onnx', 'onnxruntime', 'onnxscript', 'plotly',
-            'pycocotools', 'scipy', 'sklearn', 'timm', 'torchvision')
-USE = f'''
+OPTIONAL = (
+    'mmcv',
+    'mmdet',
+    'mmpretrain',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'plotly',
+    'pycocotools',
+    'scipy',
+    'sklearn',
+    'timm',
+    'torchvision',
+)
+USE = f"""
 import sys
 for name in {OPTIONAL}:
     sys.modules[name] = None  # an import of it fails
@@ -35,21 +48,38 @@ reference.load_state_dict(layer.state_dict())
 assert torch.allclose(layer(x), reference(x), atol=1e-5)
 layer(x).sum().backward()
 print(dn_mmdet.__file__, dn_mmdet.__version__)
-'''
+"""
 
 
 def run(*command, cwd):
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def build(source, out):
-    run(sys.executable, '-m', 'pip', 'wheel', source, '--no-deps', '--no-build-isolation',
-        '--disable-pip-version-check', '-w', out, cwd=out.parent)
-    wheel, = out.glob('*.whl')
+    run(
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        source,
+        '--no-deps',
+        '--no-build-isolation',
+        '--disable-pip-version-check',
+        '-w',
+        out,
+        cwd=out.parent,
+    )
+    (wheel,) = out.glob('*.whl')
     return wheel
 
 
@@ -62,8 +92,13 @@ def contents(wheel):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what git tracks or would track, so that nothing is built into the real one."""
-    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT,
-                           check=True, capture_output=True, text=True).stdout.split('\0')
+    names = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard', '-z'],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split('\0')
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (tmp_path / 'checkout' / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,17 +116,28 @@ def test_wheel_and_sdist_work_outside_of_a_checkout(checkout, tmp_path):
     assert not any(name.startswith(('tests/', 'tools/', 'configs/')) for name in files)
 
     target = tmp_path / 'installed'
-    run(sys.executable, '-m', 'pip', 'install', wheel, '--no-deps', '--target', target,
-        '--disable-pip-version-check', cwd=tmp_path)
+    run(
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        wheel,
+        '--no-deps',
+        '--target',
+        target,
+        '--disable-pip-version-check',
+        cwd=tmp_path,
+    )
     code = f'import sys; sys.path.insert(0, {str(target)!r})\n{USE}'
-    where, version = run(sys.executable, '-W', 'error', '-c', code,
-                         cwd=tmp_path).splitlines()[-1].split()
+    where, version = (
+        run(sys.executable, '-W', 'error', '-c', code, cwd=tmp_path).splitlines()[-1].split()
+    )
     assert Path(where).is_relative_to(target) and version == __version__
 
     make = 'from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])'
     (tmp_path / 'sdist').mkdir()
     run(sys.executable, '-c', f'import sys; {make}', tmp_path / 'sdist', cwd=checkout)
-    sdist, = (tmp_path / 'sdist').glob('*.tar.gz')
+    (sdist,) = (tmp_path / 'sdist').glob('*.tar.gz')
     (tmp_path / 'again').mkdir()
     assert contents(build(sdist, tmp_path / 'again')) == files  # compiled from its own sources
 
@@ -115,4 +161,5 @@ def test_a_missing_package_of_an_extra_is_named_with_the_command():
         environment.check_extra('demo', 'sklearn_of_nobody', 'json')
     assert str(error.value) == (
         'expected sklearn_of_nobody, not installed here: in a clone of dn_mmdet run '
-        "`pip install -e '.[demo]'`")
+        "`pip install -e '.[demo]'`"
+    )

@@ -1,4 +1,5 @@
 """Pictures and one COCO json of what is found; a broken image does not stop the others."""
+
 import json
 
 import mmcv
@@ -24,8 +25,10 @@ def root(tmp_path_factory):
     make_coco(root)
     torch.manual_seed(0)
     model = preflight.check_model(Config.fromfile(write_config(root, 'DNB')))
-    torch.save(dict(state_dict=model.state_dict(),
-                    meta=dict(dataset_meta=dict(classes=CLASSES))), root / 'weights.pth')
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=CLASSES))),
+        root / 'weights.pth',
+    )
     return root
 
 
@@ -78,12 +81,13 @@ def test_no_images_is_an_error(tmp_path):
 
 def test_an_image_of_another_size_and_shape(arguments, tmp_path):
     """Boxes are in its own pixels; a grey image is one like others."""
-    mmcv.imwrite(np.random.default_rng(0).integers(0, 255, (48, 200), np.uint8),
-                 str(tmp_path / 'a grey ünit.png'))
+    mmcv.imwrite(
+        np.random.default_rng(0).integers(0, 255, (48, 200), np.uint8),
+        str(tmp_path / 'a grey ünit.png'),
+    )
     succeed(*arguments, 'a grey ünit.png', *ALL, cwd=tmp_path)
     content = read(tmp_path / 'predictions')
-    assert content['images'] == [
-        dict(id=0, file_name='a grey ünit.png', height=48, width=200)]
+    assert content['images'] == [dict(id=0, file_name='a grey ünit.png', height=48, width=200)]
     assert len(content['annotations']) > 0
     assert max(a['bbox'][0] + a['bbox'][2] for a in content['annotations']) > 64
     picture = mmcv.imread(str(tmp_path / 'predictions' / 'vis' / 'a grey ünit.png'))
@@ -98,7 +102,7 @@ def test_broken_images_are_named_and_the_others_done(arguments, root, tmp_path):
     (folder / '1 good.png').write_bytes(good)
     (folder / '2 text.jpg').write_text('no image')
     (folder / '3 empty.png').touch()
-    (folder / '4 half.png').write_bytes(good[:len(good) // 2])
+    (folder / '4 half.png').write_bytes(good[: len(good) // 2])
     (folder / '5 good.png').write_bytes((root / 'images' / '1.png').read_bytes())
     message = refuse(*arguments, 'images', '--out-dir', 'out', *ALL, cwd=tmp_path)
     assert message.startswith('3 of 5 files cannot be read as images and were left out: ')
@@ -117,8 +121,7 @@ def test_the_threshold_leaves_out_weaker_detections(arguments, root, tmp_path):
 
 
 @pytest.mark.slow
-def test_classes_come_from_the_config_where_the_checkpoint_names_none(
-        arguments, root, tmp_path):
+def test_classes_come_from_the_config_where_the_checkpoint_names_none(arguments, root, tmp_path):
     """mmdet would take COCO's: a cat would be a person."""
     state = torch.load(root / 'weights.pth')['state_dict']
     torch.save(state, tmp_path / 'bare.pth')
@@ -127,14 +130,18 @@ def test_classes_come_from_the_config_where_the_checkpoint_names_none(
     assert [category['name'] for category in content['categories']] == ['cat', 'dog']
 
 
-@pytest.mark.parametrize('images, options, expected', [
-    ('absent', (), 'absent: no such image or folder'),
-    ('.', (), 'holds no images'),
-    ('{root}/images', ('--out-dir', 'file/x'), 'file/x: cannot be written to'),
-    ('{root}/images', ('--cfg-options', 'model.bbox_head.num_classes=3'), 'of another size'),
-])
+@pytest.mark.parametrize(
+    'images, options, expected',
+    [
+        ('absent', (), 'absent: no such image or folder'),
+        ('.', (), 'holds no images'),
+        ('{root}/images', ('--out-dir', 'file/x'), 'file/x: cannot be written to'),
+        ('{root}/images', ('--cfg-options', 'model.bbox_head.num_classes=3'), 'of another size'),
+    ],
+)
 def test_what_cannot_be_done_is_told_before_anything_is_written(
-        arguments, root, tmp_path, images, options, expected):
+    arguments, root, tmp_path, images, options, expected
+):
     (tmp_path / 'file').touch()
     message = refuse(*arguments, images.format(root=root), *options, cwd=tmp_path)
     assert expected in message

@@ -1,4 +1,5 @@
 """What a tool cannot go on with is found beforehand, and told with the option that sets it."""
+
 import copy
 import os
 import subprocess
@@ -42,18 +43,31 @@ def model(original):
 
 
 def snapshot(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
-            for path in Path(folder).rglob('*')}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in Path(folder).rglob('*')
+    }
 
 
 def test_a_model_is_built(model):
     assert sum(isinstance(module, _DynamicNorm) for module in model.modules()) == 66
 
 
-@pytest.mark.parametrize('name, meant', [
-    ('DBN', 'DNB'), ('DN-B', 'DNB'), ('dnb', 'DNB'), ('DNB2d', 'DNB'), ('DNc', 'DNC'),
-    ('SyncDnb', 'SyncDNB'), ('mmdet.DBN', 'DNB'), ('DN_C3d', 'DNC3d'), ('BM', 'BN'),
-    ('Dynamic', None)])
+@pytest.mark.parametrize(
+    'name, meant',
+    [
+        ('DBN', 'DNB'),
+        ('DN-B', 'DNB'),
+        ('dnb', 'DNB'),
+        ('DNB2d', 'DNB'),
+        ('DNc', 'DNC'),
+        ('SyncDnb', 'SyncDNB'),
+        ('mmdet.DBN', 'DNB'),
+        ('DN_C3d', 'DNC3d'),
+        ('BM', 'BN'),
+        ('Dynamic', None),
+    ],
+)
 def test_a_misspelt_norm_type_is_told_with_the_right_name(name, meant):
     with pytest.raises(ConfigError) as raised:
         preflight.check_norm('model.norm_cfg', dict(type=name))
@@ -69,32 +83,44 @@ def test_a_misspelt_norm_argument_is_told_with_the_right_one(name):
         preflight.check_norm('model.norm_cfg', dict(type=name, epss=1e-3))
 
 
-@pytest.mark.parametrize('norm_cfg', [
-    dict(type='BN'), dict(type='BN', requires_grad=False), dict(type='GN', num_groups=2),
-    dict(type='LN'), dict(type='DNB', reduction=8, bound=None, requires_grad=True),
-    dict(type='SyncDNC', eps=1e-3), dict(type=DNB, momentum=None),
-    dict(type='mmengine.DNB', reduction=8), dict(type='dn_mmdet.layers.DNB', momentum=0.2)])
+@pytest.mark.parametrize(
+    'norm_cfg',
+    [
+        dict(type='BN'),
+        dict(type='BN', requires_grad=False),
+        dict(type='GN', num_groups=2),
+        dict(type='LN'),
+        dict(type='DNB', reduction=8, bound=None, requires_grad=True),
+        dict(type='SyncDNC', eps=1e-3),
+        dict(type=DNB, momentum=None),
+        dict(type='mmengine.DNB', reduction=8),
+        dict(type='dn_mmdet.layers.DNB', momentum=0.2),
+    ],
+)
 def test_a_right_norm_passes(norm_cfg):
     preflight.check_norm('model.norm_cfg', norm_cfg)
 
 
-@pytest.mark.parametrize('norm_cfg, expected', [
-    (dict(), 'expected a type'),
-    (dict(type='DNB', inputs='rawe'), 'inputs'),
-    (dict(type='DNC', inputs='standardized'), 'inputs'),
-    (dict(type='DNB', reduction=0), 'reduction'),
-    (dict(type='DNB', bound='x'), 'bound'),
-    (dict(type='DNB', backend='cuda'), 'backend'),
-    (dict(type='DNB', sc=dict(type='MySC')), 'MySC is not in'),
-    (dict(type='DNB', sc=dict(type='SC', bounds=1)), 'bounds'),
-])
+@pytest.mark.parametrize(
+    'norm_cfg, expected',
+    [
+        (dict(), 'expected a type'),
+        (dict(type='DNB', inputs='rawe'), 'inputs'),
+        (dict(type='DNC', inputs='standardized'), 'inputs'),
+        (dict(type='DNB', reduction=0), 'reduction'),
+        (dict(type='DNB', bound='x'), 'bound'),
+        (dict(type='DNB', backend='cuda'), 'backend'),
+        (dict(type='DNB', sc=dict(type='MySC')), 'MySC is not in'),
+        (dict(type='DNB', sc=dict(type='SC', bounds=1)), 'bounds'),
+    ],
+)
 def test_a_value_out_of_range_is_told_with_its_option(norm_cfg, expected):
     with pytest.raises(ConfigError, match=f'^model.norm_cfg: .*{expected}'):
         preflight.check_norm('model.norm_cfg', norm_cfg)
 
 
 def test_a_type_that_is_no_name_is_told():
-    with pytest.raises(ConfigError, match="^model.norm_cfg.type: expected a name.* got 3"):
+    with pytest.raises(ConfigError, match='^model.norm_cfg.type: expected a name.* got 3'):
         preflight.check_norm('model.norm_cfg', dict(type=3))
 
 
@@ -108,11 +134,14 @@ def test_the_norms_of_all_parts_are_checked(cfg, place):
 def test_norms_inside_lists_are_found():
     node = dict(heads=[dict(a=1), dict(norm_cfg=dict(type='BN'), dw_norm_cfg=None)])
     assert list(preflight._norm_cfgs(node, 'model')) == [
-        ('model.heads.1.norm_cfg', dict(type='BN'))]
+        ('model.heads.1.norm_cfg', dict(type='BN'))
+    ]
 
 
-@pytest.mark.parametrize('change', [
-    dict(type='NoSuchDetector'), dict(no_such_argument=1), dict(neck=dict(type='NoSuchNeck'))])
+@pytest.mark.parametrize(
+    'change',
+    [dict(type='NoSuchDetector'), dict(no_such_argument=1), dict(neck=dict(type='NoSuchNeck'))],
+)
 def test_a_model_that_cannot_be_built_is_told(cfg, change):
     cfg.model.update(change)
     with pytest.raises(ConfigError, match='cannot be built.*(No|no_)[sS]uch|no_such'):
@@ -167,18 +196,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             pytest.fail('reserved')
 
 
-HOLD = '''
+HOLD = """
 import sys, time
 from dn_mmdet.checks import preflight
 with preflight.reserved(sys.argv[1]):
     print('reserved', flush=True)
     time.sleep(60)
-'''
+"""
 
 
 def test_a_second_run_is_refused_until_the_first_ends_even_by_kill_9(tmp_path):
-    first = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, tmp_path], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', HOLD, tmp_path],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with first:
         try:
             assert 'reserved\n' in iter(first.stdout.readline, '')
@@ -187,8 +220,9 @@ def test_a_second_run_is_refused_until_the_first_ends_even_by_kill_9(tmp_path):
                 with pytest.raises(ConfigError, match=f'is running in it .process {first.pid} on'):
                     with preflight.reserved(tmp_path, **kwargs):
                         pytest.fail('reserved')
-            assert snapshot(tmp_path)[tmp_path / preflight.LOCK] == before[
-                tmp_path / preflight.LOCK]
+            assert (
+                snapshot(tmp_path)[tmp_path / preflight.LOCK] == before[tmp_path / preflight.LOCK]
+            )
         finally:
             first.kill()
     assert str(first.pid) in (tmp_path / preflight.LOCK).read_text()  # stale, and no obstacle
@@ -212,9 +246,16 @@ def test_resume_finds_the_last_checkpoint(tmp_path):
         preflight.checkpoint_to_resume(tmp_path, 'auto')
 
 
-@pytest.mark.parametrize('options, expected', [
-    (dict(), None), (dict(load_from='x.pth'), None), (dict(resume=True), 'auto'),
-    (dict(resume=True, load_from='x.pth'), 'x.pth'), (dict(resume=False), None)])
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        (dict(), None),
+        (dict(load_from='x.pth'), None),
+        (dict(resume=True), 'auto'),
+        (dict(resume=True, load_from='x.pth'), 'x.pth'),
+        (dict(resume=False), None),
+    ],
+)
 def test_what_a_config_resumes(options, expected):
     assert preflight.resumes(Config(options)) == expected
 

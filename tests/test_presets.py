@@ -1,4 +1,5 @@
 """Each preset holds the grid that it is named for, and its variants are what they say."""
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -41,22 +42,33 @@ def test_robustness_is_four_norms_at_four_rates_and_at_five_batches(bn):
     assert len(points) == len(set(points)) == 2 * 4 * (4 + 5)
     assert {(p.lr_factor, p.batch) for p in points} == {
         *((factor, None) for factor in (1, 4, 16, 64)),
-        *((1, batch) for batch in (2, 4, 8, 32, 128))}
+        *((1, batch) for batch in (2, 4, 8, 32, 128)),
+    }
     checked = check([point for point in points if point.seed == 0])  # only norms differ
     counts = {}
     for name, variant in variants(checked).items():
         model = check_model(variant.cfg)
-        layers = list(dn_layers(model).values()) + list(batch_norms(model).values()) + [
-            module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        layers = (
+            list(dn_layers(model).values())
+            + list(batch_norms(model).values())
+            + [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+        )
         counts[name] = ({type(layer) for layer in layers}, len(layers))
-    assert counts == {'tiny_bn': ({nn.BatchNorm2d}, 66), 'dnb': ({DNB}, 66),
-                      'dnc': ({DNC}, 66), 'gn': ({nn.GroupNorm}, 66)}
+    assert counts == {
+        'tiny_bn': ({nn.BatchNorm2d}, 66),
+        'dnb': ({DNB}, 66),
+        'dnc': ({DNC}, 66),
+        'gn': ({nn.GroupNorm}, 66),
+    }
 
 
 def test_batches_run_at_the_rate_in_proportion(bn):
-    rates = {point.batch: configured(point)[1]['lr'] for point in grid('robustness', bn)
-             if point.batch is not None}
-    assert rates == pytest.approx({2: .01, 4: .02, 8: .04, 32: .16, 128: .64})
+    rates = {
+        point.batch: configured(point)[1]['lr']
+        for point in grid('robustness', bn)
+        if point.batch is not None
+    }
+    assert rates == pytest.approx({2: 0.01, 4: 0.02, 8: 0.04, 32: 0.16, 128: 0.64})
 
 
 def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
@@ -64,9 +76,22 @@ def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
     assert {point.lr_factor for point in points} == {1, 8}
     found = variants(points)
     assert set(found) == {'tiny_bn', 'dnb', *SC_FACTORS}
-    assert {'inputs-standardized', 'bound-none', 'bound-0.5', 'bound-1', 'reduction-8',
-            'reduction-128', 'channelwise', 'hidden-normalized', '2-sigmoid-1', 'default-init',
-            'mean-only', 'std-only', 'scale-only', 'shift-only'} == set(SC_FACTORS)
+    assert {
+        'inputs-standardized',
+        'bound-none',
+        'bound-0.5',
+        'bound-1',
+        'reduction-8',
+        'reduction-128',
+        'channelwise',
+        'hidden-normalized',
+        '2-sigmoid-1',
+        'default-init',
+        'mean-only',
+        'std-only',
+        'scale-only',
+        'shift-only',
+    } == set(SC_FACTORS)
     default = DNB(640).sc
     for name, changed in SC_FACTORS.items():
         assert differences(bn.cfg, found[name].cfg) == []
@@ -78,12 +103,24 @@ def test_the_ablation_changes_one_factor_of_sc_at_a_time(bn):
 def test_dnc_loses_one_suspect_at_a_time(bn):
     points = grid('dnc-failure', bn, seeds=[0])
     checked = check(points)  # only norms differ
-    layers = {name: dn_layers(check_model(variant.cfg))
-              for name, variant in variants(checked).items()}
-    assert {name: {type(layer) for layer in found.values()} for name, found in layers.items()} \
-        == {'tiny_bn': set(), 'dnb': {DNB}, **{name: {DNC} for name in (
-            'dnc', 'dnc-batch-statistics', 'dnc-no-feedback', 'dnc-bound-0.1',
-            'dnc-unbounded', 'dnc-unbounded-no-feedback')}}
+    layers = {
+        name: dn_layers(check_model(variant.cfg)) for name, variant in variants(checked).items()
+    }
+    assert {name: {type(layer) for layer in found.values()} for name, found in layers.items()} == {
+        'tiny_bn': set(),
+        'dnb': {DNB},
+        **{
+            name: {DNC}
+            for name in (
+                'dnc',
+                'dnc-batch-statistics',
+                'dnc-no-feedback',
+                'dnc-bound-0.1',
+                'dnc-unbounded',
+                'dnc-unbounded-no-feedback',
+            )
+        },
+    }
     first = {name: next(iter(found.values()), None) for name, found in layers.items()}
     assert first['dnc'].track_running_stats
     assert not first['dnc-batch-statistics'].track_running_stats
@@ -101,23 +138,34 @@ def test_causes_are_separated_one_at_a_time(bn):
         model = check_model(found[name].cfg)
         made = norm_counts(model)
         assert list(made.values()) == [66], name
-    classes = {name: {type(m) for m in check_model(found[name].cfg).modules()}
-               for name in ('static', 'bn-rate-10')}
+    classes = {
+        name: {type(m) for m in check_model(found[name].cfg).modules()}
+        for name in ('static', 'bn-rate-10')
+    }
     assert StaticDN in classes['static'] and ScaledBN in classes['bn-rate-10']
-    sc = {name: next(iter(dn_layers(check_model(found[name].cfg)).values())).sc
-          for name in ('dnb-stopped', 'dnb-shuffled', 'dnb-scale', 'dnb-shift', 'dnb-bound-0.5')}
+    sc = {
+        name: next(iter(dn_layers(check_model(found[name].cfg)).values())).sc
+        for name in ('dnb-stopped', 'dnb-shuffled', 'dnb-scale', 'dnb-shift', 'dnb-bound-0.5')
+    }
     assert sc['dnb-stopped'].choices['gradient'] == 'stopped'
     assert sc['dnb-shuffled'].choices['sample'] == 'other'
     assert sc['dnb-scale'].choices['outputs'] == 'scale'
     assert sc['dnb-shift'].choices['outputs'] == 'shift'
     assert sc['dnb-bound-0.5'].bound == 0.5
     assert differences(bn.cfg, found['bn-no-decay'].cfg) == [
-        'optim_wrapper.paramwise_cfg.norm_decay_mult: not set and 0.0']
+        'optim_wrapper.paramwise_cfg.norm_decay_mult: not set and 0.0'
+    ]
 
 
-@pytest.mark.parametrize('name,part', [
-    ('dnb-depthwise', 'depthwise_conv'), ('dnb-expansions', 'expand_conv'),
-    ('dnb-projections', 'linear_conv'), ('dnb-head', 'bbox_head')])
+@pytest.mark.parametrize(
+    'name,part',
+    [
+        ('dnb-depthwise', 'depthwise_conv'),
+        ('dnb-expansions', 'expand_conv'),
+        ('dnb-projections', 'linear_conv'),
+        ('dnb-head', 'bbox_head'),
+    ],
+)
 def test_where_is_where_the_name_says(name, part, bn):
     cfg = variants(grid('causes', bn, seeds=[0]))[name].cfg
     model = check_model(cfg)
@@ -137,12 +185,15 @@ def test_wider_models_have_more_parameters(bn):
 
 def test_backends_are_all_that_run_here_and_nothing_else_differs(bn):
     found = variants(grid('backends', bn))
-    backends = {name: {layer.backend for layer in dn_layers(check_model(variant.cfg)).values()}
-                for name, variant in found.items()}
+    backends = {
+        name: {layer.backend for layer in dn_layers(check_model(variant.cfg)).values()}
+        for name, variant in found.items()
+    }
     assert next(iter(found)) == 'dnb-reference' and 'dnb-torch' in found
     assert backends == {name: {name.removeprefix('dnb-')} for name in found}
-    assert ('dnb-cpp' in found) == (compiled_kernels() is not None
-                                    and not torch.cuda.is_available())
+    assert ('dnb-cpp' in found) == (
+        compiled_kernels() is not None and not torch.cuda.is_available()
+    )
 
 
 @pytest.mark.slow
@@ -161,9 +212,16 @@ def test_the_controls_have_the_parameters_of_dnb(bn):
 
 
 def test_a_backbone_without_a_width_cannot_be_widened(bn):
-    cfg = Config(dict(model=dict(backbone=dict(type='ResNet', depth=18), type='RetinaNet',
-                                 neck=None, bbox_head=dict(
-                                     type='RetinaHead', num_classes=2, in_channels=64))))
+    cfg = Config(
+        dict(
+            model=dict(
+                backbone=dict(type='ResNet', depth=18),
+                type='RetinaNet',
+                neck=None,
+                bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=64),
+            )
+        )
+    )
     with pytest.raises(ConfigError, match='ResNet: has no widen_factor'):
         widened(Variant('r', 'r.py', cfg), 10**7)
 

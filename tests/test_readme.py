@@ -1,4 +1,5 @@
 """What README and docs claim in code and in numbers holds."""
+
 import csv
 import re
 from pathlib import Path
@@ -25,7 +26,8 @@ DOCS = ROOT / 'docs'
 README = (ROOT / 'README.md').read_text()
 # zoo.md is written by tools/check_zoo.py and names nothing of this repository.
 PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')] + [
-    path for path in sorted(DOCS.rglob('*.md')) if path.name != 'zoo.md']
+    path for path in sorted(DOCS.rglob('*.md')) if path.name != 'zoo.md'
+]
 
 
 def one_line(name):
@@ -54,12 +56,21 @@ def test_equivalent_to_is_dn_b(close):
     for training in (True, False):
         layer = awake(DNB(6)).double().train(training)
         x = torch.randn(3, 6, 5, 4, dtype=torch.float64) * 3 + 1
-        names = dict(torch=torch, F=F, x=x, eps=layer.eps, training=training,
-                     weight=layer.weight, bias=layer.bias,
-                     running_mean=layer.running_mean.clone(),
-                     running_var=layer.running_var.clone(), w_in=layer.sc.w_in,
-                     b_in=layer.sc.b_in[:, None], w_out=layer.sc.w_out,
-                     b_out=layer.sc.b_out[:, None])
+        names = dict(
+            torch=torch,
+            F=F,
+            x=x,
+            eps=layer.eps,
+            training=training,
+            weight=layer.weight,
+            bias=layer.bias,
+            running_mean=layer.running_mean.clone(),
+            running_var=layer.running_var.clone(),
+            w_in=layer.sc.w_in,
+            b_in=layer.sc.b_in[:, None],
+            w_out=layer.sc.w_out,
+            b_out=layer.sc.b_out[:, None],
+        )
         exec(code, names)
         close(names['y'], layer(x))
 
@@ -128,12 +139,28 @@ SPEED = {
     'inference, batch 8': ('detector', 'inference', '8', 'time', 'of BN'),
     'inference, batch 1': ('detector', 'inference', '1', 'time', 'of BN'),
     'inference, batch 8, against BN folded into the convolutions': (
-        'detector', 'inference', '8', 'time', 'of BN folded'),
+        'detector',
+        'inference',
+        '8',
+        'time',
+        'of BN folded',
+    ),
     'inference, batch 1, against BN folded into the convolutions': (
-        'detector', 'inference', '1', 'time', 'of BN folded'),
+        'detector',
+        'inference',
+        '1',
+        'time',
+        'of BN folded',
+    ),
     'the 76 layers alone, forward + backward, geometric mean': (
-        'layers', 'train', '8', 'time', 'of BN'),
-    'bytes saved for backward': ('layers', 'train', '8', 'bytes saved', 'of BN')}
+        'layers',
+        'train',
+        '8',
+        'time',
+        'of BN',
+    ),
+    'bytes saved for backward': ('layers', 'train', '8', 'bytes saved', 'of BN'),
+}
 
 
 def benchmark_rows():
@@ -142,32 +169,47 @@ def benchmark_rows():
 
 
 def test_the_slowest_layer_is_the_benchmarks():
-    ratios = {row['map']: float(row['median']) for row in sorted(
-        benchmark_rows(), key=lambda row: float(row['median']))
-        if (row['part'], row['task'], row['unit'], row['norm'], row['backend']) == (
-            'layer', 'train', 'of BN', 'DNB', 'cpp')}
+    ratios = {
+        row['map']: float(row['median'])
+        for row in sorted(benchmark_rows(), key=lambda row: float(row['median']))
+        if (row['part'], row['task'], row['unit'], row['norm'], row['backend'])
+        == ('layer', 'train', 'of BN', 'DNB', 'cpp')
+    }
     assert max(ratios, key=ratios.get) == '1'
     assert f"takes up to {ratios['1']:.1f} times BatchNorm's" in one_line('speed.md')
 
 
 def test_the_speed_table_is_the_benchmarks():
     text = (DOCS / 'speed.md').read_text()
-    measured = {tuple(row[key] for key in ('part', 'task', 'batch', 'measure', 'unit', 'norm',
-                                           'backend')): row
-                for row in benchmark_rows() if row['part'] != 'layer'}
+    measured = {
+        tuple(
+            row[key] for key in ('part', 'task', 'batch', 'measure', 'unit', 'norm', 'backend')
+        ): row
+        for row in benchmark_rows()
+        if row['part'] != 'layer'
+    }
     for label, key in SPEED.items():
         cells = re.search(rf'^\| {re.escape(label)} \|(.+)\|$', text, re.M).group(1)
         for cell, backend in zip(cells.split('|'), ('cpp', 'torch', 'reference'), strict=False):
             row = measured[(*key, 'DNB', backend)]
-            expected = [row['median']] if label.startswith('bytes') else [
-                row['median'], row['q10'], row['q90']]
+            expected = (
+                [row['median']]
+                if label.startswith('bytes')
+                else [row['median'], row['q10'], row['q90']]
+            )
             assert re.findall(r'[\d.]+', cell) == [f'{float(v):.2f}' for v in expected], label
     train, inference, folded = (
-        float(measured[(*SPEED[label], 'DNB', 'cpp')]['median']) for label in (
-            'train step, batch 8', 'inference, batch 8',
-            'inference, batch 8, against BN folded into the convolutions'))
-    assert (f"{train:.2f} of BatchNorm's time for a training step, {inference:.2f} for inference, "
-            f'{folded:.2f} where BatchNorm is folded') in README
+        float(measured[(*SPEED[label], 'DNB', 'cpp')]['median'])
+        for label in (
+            'train step, batch 8',
+            'inference, batch 8',
+            'inference, batch 8, against BN folded into the convolutions',
+        )
+    )
+    assert (
+        f"{train:.2f} of BatchNorm's time for a training step, {inference:.2f} for inference, "
+        f'{folded:.2f} where BatchNorm is folded'
+    ) in README
 
 
 def test_the_gain_is_that_of_the_runs():
@@ -197,14 +239,16 @@ def test_what_the_page_on_causes_says_is_what_the_runs_say():
 def test_the_speed_on_a_gpu_is_the_benchmarks():
     text = speed.PAGE.read_text()
     assert speed.with_table(text, speed.read()) == text, (
-        'python tests/speed.py writes the table again')
+        'python tests/speed.py writes the table again'
+    )
 
 
 def test_the_tables_of_tile_sizes_are_the_benchmarks():
     text = speed.TUNING_PAGE.read_text()
     assert len(speed.TUNING.findall(text)) == 3
     assert speed.with_tuning_tables(text, speed.read(speed.TUNING_ROWS)) == text, (
-        'python tests/speed.py writes the tables again')
+        'python tests/speed.py writes the tables again'
+    )
     assert len(speed.COMPILED.findall(text)) == 1
     assert speed.with_compiled_table(text, speed.read()) == text
     assert f'-->\n{speed.MISSING}\n<!-- end' in speed.with_compiled_table(text, [])
@@ -212,42 +256,78 @@ def test_the_tables_of_tile_sizes_are_the_benchmarks():
 
 
 def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
-    measured = {(row['task'], row['measure'], row['memory_format']): float(row['median'])
-                for row in speed.read() if row['part'] == 'layers' and row['norm'] == 'DNB'
-                and row['unit'] == 'of BN'}
-    step, = (row['median'] for row in speed.read() if (
-        row['part'], row['task'], row['norm'], row['measure'], row['unit']) == (
-        'detector', 'train', 'DNB', 'time', 'of BN'))
-    contiguous, channels_last, inference = (measured[key] for key in (
-        ('train', 'sum of times', 'contiguous'), ('train', 'sum of times', 'channels_last'),
-        ('inference', 'sum of times', 'contiguous')))
-    assert (f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
-            f'{channels_last:.2f} in channels_last; inference {inference:.2f}; a whole training '
-            f'step of SSDLite {step:.2f}') in README
+    measured = {
+        (row['task'], row['measure'], row['memory_format']): float(row['median'])
+        for row in speed.read()
+        if row['part'] == 'layers' and row['norm'] == 'DNB' and row['unit'] == 'of BN'
+    }
+    (step,) = (
+        row['median']
+        for row in speed.read()
+        if (row['part'], row['task'], row['norm'], row['measure'], row['unit'])
+        == ('detector', 'train', 'DNB', 'time', 'of BN')
+    )
+    contiguous, channels_last, inference = (
+        measured[key]
+        for key in (
+            ('train', 'sum of times', 'contiguous'),
+            ('train', 'sum of times', 'channels_last'),
+            ('inference', 'sum of times', 'contiguous'),
+        )
+    )
+    assert (
+        f"{contiguous:.2f} of BatchNorm's time for forward and backward, "
+        f'{channels_last:.2f} in channels_last; inference {inference:.2f}; a whole training '
+        f'step of SSDLite {step:.2f}'
+    ) in README
 
 
 def gpu_row(line, layout, measure, median, **others):
-    return dict(dict(part=line.part, task=line.task, measure=measure, unit='of BN',
-                     batch=line.batch, dtype=line.dtype, memory_format=layout, norm='DNB',
-                     backend='auto', median=median, device='NVIDIA X', commit='abc123',
-                     torch='2', triton='3', date='2026-01-02 03:04'), **others)
+    return dict(
+        dict(
+            part=line.part,
+            task=line.task,
+            measure=measure,
+            unit='of BN',
+            batch=line.batch,
+            dtype=line.dtype,
+            memory_format=layout,
+            norm='DNB',
+            backend='auto',
+            median=median,
+            device='NVIDIA X',
+            commit='abc123',
+            torch='2',
+            triton='3',
+            date='2026-01-02 03:04',
+        ),
+        **others,
+    )
 
 
 def test_a_table_of_gpu_speed_follows_the_rows_and_names_card_and_commit():
     first, second, *_ = speed.LINES
     page = f'a\n{speed.BEGIN}\nold\n{speed.END}\nb'
-    made = speed.with_table(page, [
-        gpu_row(first, 'contiguous', first.eager, 0.714),
-        gpu_row(first, 'channels_last', first.alone, 1.2),
-        gpu_row(first, 'contiguous', first.eager, 9, backend='torch'),
-        gpu_row(second, 'contiguous', second.alone, 0.5)])
+    made = speed.with_table(
+        page,
+        [
+            gpu_row(first, 'contiguous', first.eager, 0.714),
+            gpu_row(first, 'channels_last', first.alone, 1.2),
+            gpu_row(first, 'contiguous', first.eager, 9, backend='torch'),
+            gpu_row(second, 'contiguous', second.alone, 0.5),
+        ],
+    )
     assert 'old' not in made and 'NVIDIA X' in made and '`abc123`' in made
     assert f'| {first.label} | 0.71 | not measured | not measured | 1.20 |' in made
     assert f'| {second.label} | not measured | 0.50 | not measured | not measured |' in made
     assert speed.with_table(made, []).count('not measured') > 2 * len(speed.LINES)
     with pytest.raises(ValueError, match='rows of one device, commit'):
-        speed.table([gpu_row(first, 'contiguous', first.eager, 1),
-                     gpu_row(first, 'contiguous', first.eager, 1, commit='def')])
+        speed.table(
+            [
+                gpu_row(first, 'contiguous', first.eager, 1),
+                gpu_row(first, 'contiguous', first.eager, 1, commit='def'),
+            ]
+        )
 
 
 def test_what_works_is_the_table_of_the_tests_that_show_it():
@@ -272,9 +352,31 @@ def test_a_table_of_evidence_follows_the_runs():
 
 
 def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'mobilenetv2_bn_x', 'BN', 0, 'top1', 48., 2, .1, 8,
-                                     9, 3., 'GPU', 'c', 'finished'), strict=True), folded=48.)
-    dnb = dict(row, config='dnb', value=50., folded=49.)
+    row = dict(
+        zip(
+            results.COLUMNS,
+            (
+                'q',
+                'd',
+                'mobilenetv2_bn_x',
+                'BN',
+                0,
+                'top1',
+                48.0,
+                2,
+                0.1,
+                8,
+                9,
+                3.0,
+                'GPU',
+                'c',
+                'finished',
+            ),
+            strict=True,
+        ),
+        folded=48.0,
+    )
+    dnb = dict(row, config='dnb', value=50.0, folded=49.0)
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in (row, dnb)])
     assert '| dnb | 0.00 M | BN | 1 | 0 | 50 |' in evidence.tables('q')
     made = evidence.with_tables('<!-- folded runs of q: dnb -->\n<!-- end -->')
@@ -286,11 +388,21 @@ def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
 
 
 def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3.,
-                                     'GPU', 'c', 'finished'), strict=True),
-               folded=49., folded_recalibrated=49.5, folded_most=50.)
-    rows = [row, dict(row, seed=1, value=40., folded=38., folded_recalibrated=39.5,
-                      folded_most=40.), dict(row, config='static', norm='StaticDN')]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50.0, 2, 0.1, 8, 9, 3.0, 'GPU', 'c', 'finished'),
+            strict=True,
+        ),
+        folded=49.0,
+        folded_recalibrated=49.5,
+        folded_most=50.0,
+    )
+    rows = [
+        row,
+        dict(row, seed=1, value=40.0, folded=38.0, folded_recalibrated=39.5, folded_most=40.0),
+        dict(row, config='static', norm='StaticDN'),
+    ]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
     made = evidence.with_tables('<!-- adaptation in q -->\n<!-- end -->')
     assert '| dnb | 2 | +1.50 (-4.85 to +7.85) | +0.50 (+0.50 to +0.50) | +0.00' in made
@@ -298,11 +410,21 @@ def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
 
 
 def test_what_folding_costs_follows_the_runs_of_a_config_and_its_twin(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50., 2, .1, 8, 9, 3.,
-                                     'CPU', 'c', 'finished'), strict=True),
-               folded=30., folded_recalibrated=40., folded_most=49.)
-    rows = [row, dict(row, seed=1, value=52., folded=34., folded_recalibrated=None,
-                      folded_most=50.), dict(row, config='bn', value=48.)]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50.0, 2, 0.1, 8, 9, 3.0, 'CPU', 'c', 'finished'),
+            strict=True,
+        ),
+        folded=30.0,
+        folded_recalibrated=40.0,
+        folded_most=49.0,
+    )
+    rows = [
+        row,
+        dict(row, seed=1, value=52.0, folded=34.0, folded_recalibrated=None, folded_most=50.0),
+        dict(row, config='bn', value=48.0),
+    ]
     monkeypatch.setattr(results, 'read_rows', lambda _: rows)
     made = evidence.with_tables('<!-- trade-off in q: dnb against bn -->\n<!-- end -->')
     assert '| all dynamic | 2 | 51.00 (38.29 to 63.71) |  |' in made
@@ -314,11 +436,36 @@ def test_what_folding_costs_follows_the_runs_of_a_config_and_its_twin(monkeypatc
 
 
 def test_a_curve_of_folding_follows_its_rows(monkeypatch):
-    row = dict(zip(trade_off.COLUMNS, ('digits', 'dnb', 0, None, 4, 4, 'mAP', .5, 'no', None,
-                                       2e6, 3e6, 9., 512, 'CPU', 'c'), strict=True))
-    rows = [row, dict(row, dynamic=1, value=.4, milliseconds=6.),
-            dict(row, dynamic=0, value=.3, milliseconds=3.)]
-    changed = [dict(r, config='dnc', changed='std=2', value_changed=.1) for r in rows]
+    row = dict(
+        zip(
+            trade_off.COLUMNS,
+            (
+                'digits',
+                'dnb',
+                0,
+                None,
+                4,
+                4,
+                'mAP',
+                0.5,
+                'no',
+                None,
+                2e6,
+                3e6,
+                9.0,
+                512,
+                'CPU',
+                'c',
+            ),
+            strict=True,
+        )
+    )
+    rows = [
+        row,
+        dict(row, dynamic=1, value=0.4, milliseconds=6.0),
+        dict(row, dynamic=0, value=0.3, milliseconds=3.0),
+    ]
+    changed = [dict(r, config='dnc', changed='std=2', value_changed=0.1) for r in rows]
     monkeypatch.setattr(trade_off, 'read', lambda _: [*rows, *changed])
     made = evidence.with_tables('<!-- folding of dnb -->\nbefore\n<!-- end -->')
     assert 'before' not in made and 'digits, 1 seed, ' in made and 'changed' not in made
@@ -332,12 +479,21 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
 
 
 def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 8, 9, 3.,
-                                     'GPU', 'c', 'finished'), strict=True),
-               averaged=None, train_loss=2.)
-    rows = [row, dict(row, seed=1, value=43., averaged=44., train_loss=1.),
-            dict(row, seed=2, value=43., averaged=46., train_loss=1.5),
-            dict(row, seed=3, value=None, status='diverged', train_loss=None)]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40.0, 2, 0.1, 8, 9, 3.0, 'GPU', 'c', 'finished'),
+            strict=True,
+        ),
+        averaged=None,
+        train_loss=2.0,
+    )
+    rows = [
+        row,
+        dict(row, seed=1, value=43.0, averaged=44.0, train_loss=1.0),
+        dict(row, seed=2, value=43.0, averaged=46.0, train_loss=1.5),
+        dict(row, seed=3, value=None, status='diverged', train_loss=None),
+    ]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
     made = evidence.with_tables('<!-- fit in q -->\nold\n<!-- end -->')
     assert '| bn_x | 3 | 1.500 | 42.00 (1.73) | 2 | 43.00 (0.00) | 45.00 (1.41) |' in made
@@ -346,27 +502,63 @@ def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
 
 
 def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40., 2, .1, 128, 9, 3.,
-                                     'GPU', 'c', 'finished'), strict=True))
-    rows = [dict(row, lr=.4, value=None, status='diverged'), dict(row, lr=.025, batch=32), row,
-            dict(row, config='dnb_x', value=41.), dict(row, config='dnb_x', lr=.4, value=3.)]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40.0, 2, 0.1, 128, 9, 3.0, 'GPU', 'c', 'finished'),
+            strict=True,
+        )
+    )
+    rows = [
+        dict(row, lr=0.4, value=None, status='diverged'),
+        dict(row, lr=0.025, batch=32),
+        row,
+        dict(row, config='dnb_x', value=41.0),
+        dict(row, config='dnb_x', lr=0.4, value=3.0),
+    ]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
     made = evidence.with_tables(
-        '<!-- settings of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+        '<!-- settings of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->'
+    )
     assert '|  | lr 0.1, batch 128 | lr 0.4, batch 128 | lr 0.025, batch 32 |' in made
     assert '| BN | 40.00 | diverged | 40.00 |\n| DN-B | 41.00 | 3.00 | not run |' in made
 
 
 def test_the_figure_has_the_differences_of_the_runs(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'mobilenetv2_bn_x', 'BN', 0, 'top1', 40., 2, .1, 8,
-                                     9, 3., 'GPU', 'c', 'finished'), strict=True), train_loss=2.)
-    rows = [row, dict(row, seed=1, value=43., train_loss=2.5),
-            dict(row, config='dnb', value=44., train_loss=1.),
-            dict(row, config='dnb', seed=1, value=46., train_loss=1.5),
-            dict(row, config='dnb', seed=2, value=None, status='diverged')]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            (
+                'q',
+                'd',
+                'mobilenetv2_bn_x',
+                'BN',
+                0,
+                'top1',
+                40.0,
+                2,
+                0.1,
+                8,
+                9,
+                3.0,
+                'GPU',
+                'c',
+                'finished',
+            ),
+            strict=True,
+        ),
+        train_loss=2.0,
+    )
+    rows = [
+        row,
+        dict(row, seed=1, value=43.0, train_loss=2.5),
+        dict(row, config='dnb', value=44.0, train_loss=1.0),
+        dict(row, config='dnb', seed=1, value=46.0, train_loss=1.5),
+        dict(row, config='dnb', seed=2, value=None, status='diverged'),
+    ]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
     top1, loss = evidence.figure('q')[1]
-    assert (top1.lines[0].x, top1.lines[0].y, loss.lines[0].y) == (['dnb'], [3.5], [-1.])
+    assert (top1.lines[0].x, top1.lines[0].y, loss.lines[0].y) == (['dnb'], [3.5], [-1.0])
     assert top1.lines[0].low[0] < 0 < 4 < top1.lines[0].high[0]
 
 
@@ -376,18 +568,44 @@ def test_questions_that_are_planned_have_no_runs_yet():
 
 
 def test_a_summary_follows_the_runs_and_refuses_several_settings(monkeypatch):
-    row = dict(zip(results.COLUMNS, ('q', 'd', 'bn_x', 'BN', 0, 'accuracy/top1', 48., 2, .1, 8,
-                                     9, 3., 'GPU', 'c', 'finished'), strict=True))
-    rows = [row, dict(row, seed=1, value=49.), dict(row, config='dnb_x', value=50., params=2e6),
-            dict(row, config='dnb_x', seed=1, value=52.)]
+    row = dict(
+        zip(
+            results.COLUMNS,
+            (
+                'q',
+                'd',
+                'bn_x',
+                'BN',
+                0,
+                'accuracy/top1',
+                48.0,
+                2,
+                0.1,
+                8,
+                9,
+                3.0,
+                'GPU',
+                'c',
+                'finished',
+            ),
+            strict=True,
+        )
+    )
+    rows = [
+        row,
+        dict(row, seed=1, value=49.0),
+        dict(row, config='dnb_x', value=50.0, params=2e6),
+        dict(row, config='dnb_x', seed=1, value=52.0),
+    ]
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in rows])
     made = evidence.with_tables(
-        '<!-- summary of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->')
+        '<!-- summary of q: BN = bn_x, DN-B = dnb_x -->\nold\n<!-- end -->'
+    )
     assert 'old' not in made and '| BN | 0.00 M | 2 | 48.50 |  |' in made
     assert '| DN-B | 2.00 M | 2 | 51.00 | +2.50 (' in made
     with pytest.raises(ValueError, match='expected runs of one setting'):
         evidence.summary('q', 'BN = bn_x, wider = wide_x')
-    rows.append(dict(row, seed=2, lr=.2))
+    rows.append(dict(row, seed=2, lr=0.2))
     with pytest.raises(ValueError, match='expected runs of one setting'):
         evidence.summary('q', 'BN = bn_x, DN-B = dnb_x')
 

@@ -1,4 +1,5 @@
 """A run's log is whole, in order and without repetition, however often the run is killed."""
+
 import json
 import os
 import time
@@ -31,7 +32,6 @@ EPOCHS = 3
 
 
 class Toy(BaseModel):
-
     def __init__(self, norm=nn.BatchNorm2d, nan_at=None):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 1), norm(4)
@@ -42,15 +42,15 @@ class Toy(BaseModel):
         out = self.norm(self.conv(inputs))
         if mode == 'loss':
             self.step += 1
-            return dict(loss=out.square().mean() * (float('nan') if self.step == self.nan_at
-                                                    else 1))
+            return dict(
+                loss=out.square().mean() * (float('nan') if self.step == self.nan_at else 1)
+            )
         return list(out)
 
 
 class Metric(BaseMetric):
-
     def process(self, data_batch, data_samples):
-        self.results += [1.] * len(data_samples)
+        self.results += [1.0] * len(data_samples)
 
     def compute_metrics(self, results):
         return dict(count=sum(results))
@@ -59,14 +59,25 @@ class Metric(BaseMetric):
 def runner(folder, model=None, resume=False, hooks=(), epochs=EPOCHS):
     torch.manual_seed(0)
     data = [dict(inputs=torch.randn(3, 4, 4), data_samples=i) for i in range(2 * STEPS)]
-    loader = dict(batch_size=2, dataset=data, sampler=dict(type='DefaultSampler', shuffle=False),
-                  collate_fn=pseudo_collate)
+    loader = dict(
+        batch_size=2,
+        dataset=data,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=pseudo_collate,
+    )
     return Runner(
-        model or Toy(), str(folder), train_dataloader=loader, val_dataloader=loader,
-        train_cfg=dict(by_epoch=True, max_epochs=epochs), val_cfg=dict(),
-        val_evaluator=Evaluator(Metric()), custom_hooks=[dict(type='RecordRun'), *hooks],
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), resume=resume,
-        experiment_name=f'toy{time.time_ns()}')
+        model or Toy(),
+        str(folder),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        val_cfg=dict(),
+        val_evaluator=Evaluator(Metric()),
+        custom_hooks=[dict(type='RecordRun'), *hooks],
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        resume=resume,
+        experiment_name=f'toy{time.time_ns()}',
+    )
 
 
 class KilledAt:
@@ -82,8 +93,10 @@ class KilledAt:
 
 def killing(point, epoch):
     from mmengine.hooks import Hook
-    return type('Kill', (Hook, ), {point: lambda self, run, *args, **kwargs:
-                                   KilledAt(point, epoch)(run)})()
+
+    return type(
+        'Kill', (Hook,), {point: lambda self, run, *args, **kwargs: KilledAt(point, epoch)(run)}
+    )()
 
 
 def steps(folder, key):
@@ -108,8 +121,9 @@ def test_a_run_leaves_its_losses_metrics_environment_and_measurements(tmp_path):
     assert measured['peak_memory']['megabytes'] > 1
 
 
-@pytest.mark.parametrize('point', ['after_train_iter', 'before_val_epoch', 'after_val_iter',
-                                   'after_train'])
+@pytest.mark.parametrize(
+    'point', ['after_train_iter', 'before_val_epoch', 'after_val_iter', 'after_train']
+)
 def test_after_a_kill_every_step_and_every_validation_is_there_once(point, tmp_path):
     epoch = EPOCHS if point == 'after_train' else 1
     run = runner(tmp_path, hooks=[killing(point, epoch)])
@@ -183,8 +197,9 @@ def test_a_run_does_not_outlive_the_process_that_started_it(tmp_path, monkeypatc
 
 
 def test_norms_are_counted_by_type_and_inner_ones_are_not():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), DNB(8), nn.BatchNorm2d(8), nn.GroupNorm(2, 8),
-                          DNB(8), BNSE(8))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), DNB(8), nn.BatchNorm2d(8), nn.GroupNorm(2, 8), DNB(8), BNSE(8)
+    )
     assert norm_counts(model) == dict(BN=1, BNSE=1, DNB=2, GN=1)
 
 
@@ -219,9 +234,14 @@ def test_the_fingerprint_depends_on_labels_and_names_and_not_on_the_folder(tmp_p
             super().__init__()
 
         def load_data_list(self):
-            return [dict(img_path=f'{self.root}/1.png', gt_label=0),
-                    dict(img_path=f'{self.root}/2.png', gt_label=self.label, instances=[
-                        dict(bbox=[0, 0, 1, 1], bbox_label=1)])]
+            return [
+                dict(img_path=f'{self.root}/1.png', gt_label=0),
+                dict(
+                    img_path=f'{self.root}/2.png',
+                    gt_label=self.label,
+                    instances=[dict(bbox=[0, 0, 1, 1], bbox_label=1)],
+                ),
+            ]
 
     first = describe(Images('here'))
     assert first['samples'] == 2

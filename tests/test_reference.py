@@ -1,4 +1,5 @@
 """The specification, against numpy in float64 and against torch."""
+
 import numpy as np
 import pytest
 import torch
@@ -62,8 +63,9 @@ def test_modulate_takes_coefficients_of_each_sample_or_of_the_batch(samples, clo
     close(reference.modulate(z, g, h), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize('batch_shared, inputs', [(False, 'raw'), (False, 'standardized'),
-                                                  (True, 'raw')])
+@pytest.mark.parametrize(
+    'batch_shared, inputs', [(False, 'raw'), (False, 'standardized'), (True, 'raw')]
+)
 @pytest.mark.parametrize('affine', [True, False])
 def test_dynamic_norm_is_the_equations_written_as_loops(batch_shared, inputs, affine, close):
     N, C, eps = 4, 3, 1e-3
@@ -94,6 +96,7 @@ def test_dynamic_norm_is_the_equations_written_as_loops(batch_shared, inputs, af
 def test_dynamic_norm_by_given_statistics(close):
     x, sc = torch.randn(4, 3, 5, 6, dtype=torch.float64), SC(3, dtype=torch.float64)
     mean, var = torch.rand(2, 3, dtype=torch.float64)
-    y = reference.dynamic_norm(x, None, None, sc, eps=1e-5, batch_shared=False,
-                               statistics=lambda m, v: (mean, var))
+    y = reference.dynamic_norm(
+        x, None, None, sc, eps=1e-5, batch_shared=False, statistics=lambda m, v: (mean, var)
+    )
     close(y, F.batch_norm(x, mean, var))  # a fresh SC

@@ -1,4 +1,5 @@
 """A type in a config is what the registry makes of it, however it is written."""
+
 import sys
 
 import pytest
@@ -21,37 +22,66 @@ def scope_of_mmdet():
         yield
 
 
-@pytest.mark.parametrize('registry, kind, expected', [
-    (HOOKS, 'DetVisualizationHook', DetVisualizationHook),
-    (HOOKS, 'mmdet.DetVisualizationHook', DetVisualizationHook),
-    (HOOKS, 'mmdet.engine.hooks.DetVisualizationHook', DetVisualizationHook),
-    (HOOKS, DetVisualizationHook, DetVisualizationHook),
-    (MODELS, 'DNB', DNB), (MODELS, 'mmengine.DNB', DNB), (MODELS, 'dn_mmdet.DNC', DNC),
-    (MODELS, 'dn_mmdet.layers.DNC', DNC), (MODELS, 'torch.nn.GELU', nn.GELU),
-    (TRANSFORMS, 'mmdet.Resize', Resize), (DATASETS, 'mmdet.CocoDataset', CocoDataset)])
+@pytest.mark.parametrize(
+    'registry, kind, expected',
+    [
+        (HOOKS, 'DetVisualizationHook', DetVisualizationHook),
+        (HOOKS, 'mmdet.DetVisualizationHook', DetVisualizationHook),
+        (HOOKS, 'mmdet.engine.hooks.DetVisualizationHook', DetVisualizationHook),
+        (HOOKS, DetVisualizationHook, DetVisualizationHook),
+        (MODELS, 'DNB', DNB),
+        (MODELS, 'mmengine.DNB', DNB),
+        (MODELS, 'dn_mmdet.DNC', DNC),
+        (MODELS, 'dn_mmdet.layers.DNC', DNC),
+        (MODELS, 'torch.nn.GELU', nn.GELU),
+        (TRANSFORMS, 'mmdet.Resize', Resize),
+        (DATASETS, 'mmdet.CocoDataset', CocoDataset),
+    ],
+)
 def test_names_scopes_paths_and_classes_are_resolved(registry, kind, expected):
     assert resolve(registry, kind) is expected
 
 
-@pytest.mark.parametrize('kind', [
-    'DNX', 'mmdet.DNX', 'nowhere.DNX', 'torch.nn.DNX', 'a b', '', None, 3, print])
+@pytest.mark.parametrize(
+    'kind', ['DNX', 'mmdet.DNX', 'nowhere.DNX', 'torch.nn.DNX', 'a b', '', None, 3, print]
+)
 def test_what_is_no_class_is_none(kind):
     assert resolve(MODELS, kind) is None
 
 
-@pytest.mark.parametrize('node, expected', [
-    (dict(type='CocoDataset'), True), (dict(type='mmdet.LVISV1Dataset'), True),
-    (dict(type=CocoDataset, ann_file='x'), True), (dict(type='mmdet.XMLDataset'), False),
-    (dict(type='NoDataset'), False), (dict(), False), (None, False), ([], False)])
+@pytest.mark.parametrize(
+    'node, expected',
+    [
+        (dict(type='CocoDataset'), True),
+        (dict(type='mmdet.LVISV1Dataset'), True),
+        (dict(type=CocoDataset, ann_file='x'), True),
+        (dict(type='mmdet.XMLDataset'), False),
+        (dict(type='NoDataset'), False),
+        (dict(), False),
+        (None, False),
+        ([], False),
+    ],
+)
 def test_subclasses_count(node, expected):
     assert is_of(DATASETS, node, CocoDataset) is expected
     assert is_of(DATASETS, node, (CocoDataset, BaseDataset)) is (
-        expected or node == dict(type='mmdet.XMLDataset'))
+        expected or node == dict(type='mmdet.XMLDataset')
+    )
 
 
-@pytest.mark.parametrize('name, expected', [
-    ('DNB', DNB), ('mmengine.DNB', DNB), ('dn_mmdet.layers.DNB', DNB), ('dn_mmdet.DNC', DNC),
-    ('DNX', None), ('mmdet.DNX', None), ('nowhere.DNX', None), ('', None)])
+@pytest.mark.parametrize(
+    'name, expected',
+    [
+        ('DNB', DNB),
+        ('mmengine.DNB', DNB),
+        ('dn_mmdet.layers.DNB', DNB),
+        ('dn_mmdet.DNC', DNC),
+        ('DNX', None),
+        ('mmdet.DNX', None),
+        ('nowhere.DNX', None),
+        ('', None),
+    ],
+)
 def test_a_class_that_is_loaded_is_found_by_its_name(name, expected):
     assert loaded(MODELS, name) is expected
 

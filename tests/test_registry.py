@@ -1,4 +1,5 @@
 """The layers are found by name from every scope, once, and take no foreign place."""
+
 import importlib.util
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_build_norm_layer_finds_it_from_every_scope(name, scope, other_project):
 
 def test_other_registries_find_it(other_project):
     import mmdet.registry
+
     assert mmdet.registry.MODELS.get('DNB') is dn_mmdet.DNB
     assert other_project.get('DNB') is dn_mmdet.DNB
     assert isinstance(other_project.build(dict(type='DNB', num_features=8)), dn_mmdet.DNB)
@@ -47,11 +49,24 @@ def test_the_class_itself_can_be_the_type():
 
 
 def test_every_argument_reaches_the_layer():
-    cfg = dict(type='DNB', eps=1e-3, momentum=None, affine=False, track_running_stats=False,
-               reduction=2, min_channels=3, inputs='standardized', bound=None)
+    cfg = dict(
+        type='DNB',
+        eps=1e-3,
+        momentum=None,
+        affine=False,
+        track_running_stats=False,
+        reduction=2,
+        min_channels=3,
+        inputs='standardized',
+        bound=None,
+    )
     layer = build_norm_layer(cfg, 32)[1]
     assert (layer.eps, layer.momentum, layer.affine, layer.track_running_stats) == (
-        1e-3, None, False, False)
+        1e-3,
+        None,
+        False,
+        False,
+    )
     assert (len(layer.sc.b_in), layer.sc.inputs, layer.sc.bound) == (16, 'standardized', None)
 
 
@@ -75,19 +90,19 @@ class HalfSC(dn_mmdet.SC):
 def test_a_registered_module_takes_the_place_of_sc(cls, monkeypatch, close):
     monkeypatch.setitem(MODELS.module_dict, 'HalfSC', HalfSC)
     norm = dict(type=cls.__name__, reduction=2, eps=1e-3)
-    half = build_norm_layer(dict(norm, sc=dict(type='HalfSC', factor=0.25, bound=1.)), 8)[1]
-    whole = build_norm_layer(dict(norm, sc=dict(type='SC', bound=1.)), 8)[1]
+    half = build_norm_layer(dict(norm, sc=dict(type='HalfSC', factor=0.25, bound=1.0)), 8)[1]
+    whole = build_norm_layer(dict(norm, sc=dict(type='SC', bound=1.0)), 8)[1]
     assert type(half.sc) is HalfSC and type(whole.sc) is dn_mmdet.SC
-    assert len(half.sc.b_in) == 8 and half.sc.bound == whole.sc.bound == 1. and half.eps == 1e-3
+    assert len(half.sc.b_in) == 8 and half.sc.bound == whole.sc.bound == 1.0 and half.eps == 1e-3
     half.load_state_dict(awake(whole).state_dict())
     x = torch.randn(4, 8, 5, 5)
     z = F.batch_norm(x, None, None, training=True, eps=1e-3)
     close(half.eval().train()(x) - z, 0.25 * (whole(x) - z))
 
 
-@pytest.mark.parametrize('sc', ['SC', dict(bound=1.), dn_mmdet.SC])
+@pytest.mark.parametrize('sc', ['SC', dict(bound=1.0), dn_mmdet.SC])
 def test_what_is_no_config_of_an_sc_is_refused(sc):
-    with pytest.raises(TypeError, match=r"sc: expected the config of a module, .* got "):
+    with pytest.raises(TypeError, match=r'sc: expected the config of a module, .* got '):
         dn_mmdet.DNB(8, sc=sc)
 
 
@@ -114,7 +129,7 @@ def test_importing_the_file_again_replaces_its_own_classes():
 
 
 def test_a_foreign_class_of_the_name_stays_and_is_an_error(monkeypatch):
-    foreign = type('DNB', (nn.Module, ), {'__module__': 'somewhere.else'})
+    foreign = type('DNB', (nn.Module,), {'__module__': 'somewhere.else'})
     monkeypatch.setitem(MODELS.module_dict, 'DNB', foreign)
     with pytest.raises(KeyError, match='DNB is already registered.*somewhere.else'):
         layers._register(dn_mmdet.DNB)
@@ -122,8 +137,9 @@ def test_a_foreign_class_of_the_name_stays_and_is_an_error(monkeypatch):
 
 
 def test_the_one_line_of_the_readme():
-    line = ("import dn_mmdet; from mmcv.cnn import build_norm_layer; "
-            "print(build_norm_layer(dict(type='DNB'), 32))")
-    done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True,
-                          check=True)
+    line = (
+        'import dn_mmdet; from mmcv.cnn import build_norm_layer; '
+        "print(build_norm_layer(dict(type='DNB'), 32))"
+    )
+    done = subprocess.run([sys.executable, '-c', line], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("('bn', DNB(")

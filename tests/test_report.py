@@ -1,4 +1,5 @@
 """The report's statistics, what it warns of, and that its page opens in a browser."""
+
 import json
 import math
 import re
@@ -12,8 +13,9 @@ from scipy import stats
 from dn_mmdet.checks.preflight import ConfigError
 from dn_mmdet.experiments import report, results
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
-                                                'google-chrome'))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
 
 
 def test_an_interval_is_that_of_students_t(close=math.isclose):
@@ -46,47 +48,107 @@ def test_a_paired_difference_is_that_of_scipys_paired_test():
 
 
 def test_a_seed_without_its_partner_is_no_pair_and_equal_differences_have_no_p():
-    found, p = results.paired({0: 2., 1: 3., 7: 100.}, {0: 1., 1: 2., 8: -100.})
-    assert found == (2, 1., 1., 1.) and p is None
-    found, p = results.paired({0: 2.}, {0: 1.})
-    assert found == (1, 1., None, None) and p is None
+    found, p = results.paired({0: 2.0, 1: 3.0, 7: 100.0}, {0: 1.0, 1: 2.0, 8: -100.0})
+    assert found == (2, 1.0, 1.0, 1.0) and p is None
+    found, p = results.paired({0: 2.0}, {0: 1.0})
+    assert found == (1, 1.0, None, None) and p is None
 
 
 # --- reports of small stored logs ---
 
-def store(root, config='bn', seed=0, value=0.3, status='finished', metric='coco/bbox_mAP',
-          lr=0.01, batch=8, data='voc07', fingerprint='abc', versions=None, order=0, **spec):
+
+def store(
+    root,
+    config='bn',
+    seed=0,
+    value=0.3,
+    status='finished',
+    metric='coco/bbox_mAP',
+    lr=0.01,
+    batch=8,
+    data='voc07',
+    fingerprint='abc',
+    versions=None,
+    order=0,
+    **spec,
+):
     """A run's folder as tools/compare.py leaves it."""
     folder = root / config / f'lr{lr:g}-batch{batch}-seed{seed}'
     folder.mkdir(parents=True)
-    run = dict(question='q', data=data, config=config, config_file=f'{config}.py', seed=seed,
-               lr_factor=1., lr=lr, batch=batch, epochs=2, commit='c0ffee', order=order,
-               different=[], config_hash='x') | spec
+    run = (
+        dict(
+            question='q',
+            data=data,
+            config=config,
+            config_file=f'{config}.py',
+            seed=seed,
+            lr_factor=1.0,
+            lr=lr,
+            batch=batch,
+            epochs=2,
+            commit='c0ffee',
+            order=order,
+            different=[],
+            config_hash='x',
+        )
+        | spec
+    )
     (folder / 'run.json').write_text(json.dumps(run))
-    lines = [dict(step=step, steps=4, epoch=step / 2, seconds=1., loss=4. / step + seed / 10,
-                  lr=lr, time=0.5) for step in (1, 2, 3, 4)]
-    metrics = {} if value is None else {
-        metric: value, 'coco/cat_precision': value + 0.1, 'coco/dog_precision': value - 0.1}
-    lines.append(dict(step=4, steps=4, epoch=2., seconds=1., metrics=metrics))
+    lines = [
+        dict(
+            step=step,
+            steps=4,
+            epoch=step / 2,
+            seconds=1.0,
+            loss=4.0 / step + seed / 10,
+            lr=lr,
+            time=0.5,
+        )
+        for step in (1, 2, 3, 4)
+    ]
+    metrics = (
+        {}
+        if value is None
+        else {metric: value, 'coco/cat_precision': value + 0.1, 'coco/dog_precision': value - 0.1}
+    )
+    lines.append(dict(step=4, steps=4, epoch=2.0, seconds=1.0, metrics=metrics))
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     if status not in ('finished', 'diverged'):
         if status == 'failed':
             (folder / 'failure.json').write_text('{}')
         return folder
     result = dict(
-        status=status, seconds=5., steps=4, iteration_seconds=0.5, starts=1, run=run,
+        status=status,
+        seconds=5.0,
+        steps=4,
+        iteration_seconds=0.5,
+        starts=1,
+        run=run,
         metrics=metrics if status == 'finished' else {},
-        environment=dict(hardware='CPU', versions=dict(torch='2.11.0') | (versions or {}),
-                         data=dict(train=dict(samples=4, times=1, fingerprint=fingerprint))))
+        environment=dict(
+            hardware='CPU',
+            versions=dict(torch='2.11.0') | (versions or {}),
+            data=dict(train=dict(samples=4, times=1, fingerprint=fingerprint)),
+        ),
+    )
     if status == 'finished':
-        band = [0.8, 0.9, 1., 1.1, 1.2]
-        result |= dict(norms=dict(BN=3), parameters=1000 if config == 'bn' else 1500,
-                       mult_adds={'convolutions': 10**6, 'SC': 5000,
-                                  'norms (element-wise)': 2000},
-                       peak_memory=dict(kind='process', megabytes=100.),
-                       scale_and_shift=[dict(layer=str(i), gamma=band, beta=band,
-                                             gamma_over_samples=0.1, beta_over_samples=0.1)
-                                        for i in range(3)])
+        band = [0.8, 0.9, 1.0, 1.1, 1.2]
+        result |= dict(
+            norms=dict(BN=3),
+            parameters=1000 if config == 'bn' else 1500,
+            mult_adds={'convolutions': 10**6, 'SC': 5000, 'norms (element-wise)': 2000},
+            peak_memory=dict(kind='process', megabytes=100.0),
+            scale_and_shift=[
+                dict(
+                    layer=str(i),
+                    gamma=band,
+                    beta=band,
+                    gamma_over_samples=0.1,
+                    beta_over_samples=0.1,
+                )
+                for i in range(3)
+            ],
+        )
     (folder / 'result.json').write_text(json.dumps(result))
     return folder
 
@@ -102,15 +164,16 @@ def grid(tmp_path):
 
 
 def test_an_unpaired_difference_is_that_of_welchs_test():
-    values, baseline = dict(enumerate([3., 5., 4., 9.])), dict(enumerate([1., 2., 2.]))
+    values, baseline = dict(enumerate([3.0, 5.0, 4.0, 9.0])), dict(enumerate([1.0, 2.0, 2.0]))
     found, p = results.unpaired(values, baseline)
     test = stats.ttest_ind([3, 5, 4, 9], [1, 2, 2], equal_var=False)
     assert (found.n, found.mean) == (3, pytest.approx(5.25 - 5 / 3))
     assert (p, found.low, found.high) == pytest.approx(
-        (test.pvalue, *test.confidence_interval(0.95)))
+        (test.pvalue, *test.confidence_interval(0.95))
+    )
     assert found.low < found.mean < found.high
-    assert results.unpaired({0: 3.}, baseline) == ((1, pytest.approx(4 / 3), None, None), None)
-    assert results.unpaired({0: 3., 1: 3.}, {0: 1., 1: 1.}) == ((2, 2., None, None), None)
+    assert results.unpaired({0: 3.0}, baseline) == ((1, pytest.approx(4 / 3), None, None), None)
+    assert results.unpaired({0: 3.0, 1: 3.0}, {0: 1.0, 1: 1.0}) == ((2, 2.0, None, None), None)
     assert results.unpaired({}, baseline) == ((0, None, None, None), None)
 
 
@@ -119,31 +182,35 @@ def test_the_power_is_that_of_simulated_experiments():
     first, second = rng.normal(0, 0.5, (4000, 5)), rng.normal(0.8, 0.5, (4000, 5))
     found = (stats.ttest_ind(second, first, axis=1).pvalue < 0.05).mean()
     assert results.power(5, 0.8, 0.5) == pytest.approx(found, abs=0.02)
-    assert results.power(5, 0., 0.5) == pytest.approx(0.05)
+    assert results.power(5, 0.0, 0.5) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize('difference,seeds', [(1., 17), (0.5, 64), (0.8, 26)])
+@pytest.mark.parametrize('difference,seeds', [(1.0, 17), (0.5, 64), (0.8, 26)])
 def test_seeds_needed_are_those_of_cohens_tables(difference, seeds):
-    assert results.seeds_needed(difference, 1.) == seeds
-    assert results.power(seeds, difference, 1.) >= 0.8 > results.power(
-        seeds - 1, difference, 1.)
+    assert results.seeds_needed(difference, 1.0) == seeds
+    assert results.power(seeds, difference, 1.0) >= 0.8 > results.power(seeds - 1, difference, 1.0)
 
 
 def test_seeds_needed_of_nothing_is_told():
     with pytest.raises(ValueError, match='expected a difference and a spread above 0'):
-        results.seeds_needed(0., 1.)
+        results.seeds_needed(0.0, 1.0)
 
 
 def test_columns_of_a_gpu_training_are_kept_beside_rows_without_them(tmp_path):
     path = tmp_path / 'runs.csv'
-    plain = dict(zip(results.COLUMNS, ('q', 'd', 'bn', 'BN', 0, 'm', 1., 2, .1, 8, 9, 3., 'CPU',
-                                       'c', 'finished'), strict=True))
+    plain = dict(
+        zip(
+            results.COLUMNS,
+            ('q', 'd', 'bn', 'BN', 0, 'm', 1.0, 2, 0.1, 8, 9, 3.0, 'CPU', 'c', 'finished'),
+            strict=True,
+        )
+    )
     results.merge_rows(path, [plain])
     assert path.read_text().splitlines()[0] == ','.join(results.COLUMNS)
-    more = dict(plain, seed=1, folded=.5, backend='auto')
+    more = dict(plain, seed=1, folded=0.5, backend='auto')
     results.merge_rows(path, [more])
     first, second = results.read_rows(path)
-    assert first['folded'] is None and second['folded'] == .5 and second['backend'] == 'auto'
+    assert first['folded'] is None and second['folded'] == 0.5 and second['backend'] == 'auto'
     assert {key: first[key] for key in plain} == plain
 
 
@@ -160,8 +227,9 @@ def test_the_table_says_what_is_left_after_folding_and_of_how_many_seeds(tmp_pat
         path = tmp_path / 'dnb' / f'lr0.01-batch8-seed{seed}' / 'folded.json'
         path.write_text(json.dumps(fold))
     written = report.write([tmp_path], tmp_path / 'report')
-    header, _, bn, dnb = [line.split(' | ') for line in written.text.splitlines()
-                          if line.startswith('|')][:4]
+    header, _, bn, dnb = [
+        line.split(' | ') for line in written.text.splitlines() if line.startswith('|')
+    ][:4]
     at = header.index('folded')
     assert (bn[at], dnb[at]) == ('-', '0.32') and header[at - 1] == '95 % interval'
     assert '2 finished runs were not evaluated with folded layers' in written.text
@@ -178,16 +246,25 @@ def test_the_table_says_what_is_left_after_folding_and_of_how_many_seeds(tmp_pat
 def test_the_table_holds_mean_interval_paired_difference_and_cost(grid):
     table = results.summarise(results.read([grid]), 'zbn')
     assert len(table) == 6
-    bn, dnb = (next(row for row in table if row['config'] == name and row['lr'] == 0.01)
-               for name in ('zbn', 'dnb'))
+    bn, dnb = (
+        next(row for row in table if row['config'] == name and row['lr'] == 0.01)
+        for name in ('zbn', 'dnb')
+    )
     assert (bn['seeds'], bn['mean']) == (3, pytest.approx(0.31))
     assert bn['difference'] is None and bn['p'] is None
     expected = results.interval([0.02, 0.03, 0.04])
     assert dnb['difference'] == pytest.approx(expected.mean)
     assert dnb['difference_low'] == pytest.approx(expected.low)
-    assert dnb['p'] == pytest.approx(stats.ttest_rel([.32, .34, .36], [.30, .31, .32]).pvalue)
-    assert (dnb['parameters'], dnb['mult_adds'], dnb['element_wise'], dnb['sc_mult_adds'],
-            dnb['iteration_seconds']) == (1500, 1005000, 2000, 5000, 0.5)
+    assert dnb['p'] == pytest.approx(
+        stats.ttest_rel([0.32, 0.34, 0.36], [0.30, 0.31, 0.32]).pvalue
+    )
+    assert (
+        dnb['parameters'],
+        dnb['mult_adds'],
+        dnb['element_wise'],
+        dnb['sc_mult_adds'],
+        dnb['iteration_seconds'],
+    ) == (1500, 1005000, 2000, 5000, 0.5)
 
 
 def test_the_baseline_is_the_config_that_was_planned_first_or_the_one_named(tmp_path):
@@ -202,28 +279,30 @@ def test_the_baseline_is_the_config_that_was_planned_first_or_the_one_named(tmp_
 def test_all_files_are_written_and_rows_read_back_give_the_same_table(grid, tmp_path):
     out = tmp_path / 'report'
     written = report.write([grid], out)
-    for name in ('learning_curves', 'metric_vs_lr', 'metric_vs_batch', 'per_class',
-                 'scale_shift'):
+    for name in ('learning_curves', 'metric_vs_lr', 'metric_vs_batch', 'per_class', 'scale_shift'):
         assert (out / f'{name}.png').stat().st_size > 5000
         assert f'{name}.png' in (out / 'report.md').read_text()
     assert results.read_rows(out / 'runs.csv') == written.rows
     assert len(written.rows) == 18
     kept = ('config', 'lr', 'seeds', 'mean', 'low', 'difference', 'difference_high', 'p')
-    tables = [results.summarise(results.read([source]), 'zbn')
-              for source in (grid, out / 'runs.csv')]
-    by_lr = [{(row['config'], row['lr']): [row[key] for key in kept] for row in table}
-             for table in tables]
+    tables = [
+        results.summarise(results.read([source]), 'zbn') for source in (grid, out / 'runs.csv')
+    ]
+    by_lr = [
+        {(row['config'], row['lr']): [row[key] for key in kept] for row in table}
+        for table in tables
+    ]
     assert by_lr[0] == by_lr[1]
 
 
 def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
     figures = report.figures(results.read([grid]), 'zbn')
-    panel, = figures['metric_vs_lr'][1]
+    (panel,) = figures['metric_vs_lr'][1]
     line = next(line for line in panel.lines if line.name == 'dnb')
     assert line.x == [0.01, 0.04] and line.y == pytest.approx([0.34, 0.34])
-    panel, = figures['metric_vs_batch'][1]  # rates in proportion: 0.01 at 8, 0.02 at 16
+    (panel,) = figures['metric_vs_batch'][1]  # rates in proportion: 0.01 at 8, 0.02 at 16
     assert panel.lines[0].x == [8, 16]
-    panel, = figures['per_class'][1]
+    (panel,) = figures['per_class'][1]
     assert panel.lines[0].x == ['cat', 'dog']
     assert panel.lines[0].y == pytest.approx([0.03, 0.03])
     losses = next(line for line in figures['learning_curves'][1][0].lines if line.name == 'dnb')
@@ -234,19 +313,23 @@ def test_figures_hold_means_over_seeds_against_rate_and_batch(grid):
 
 def test_long_curves_are_means_of_their_stretches(tmp_path):
     folder = store(tmp_path, 'bn')
-    lines = [dict(step=step, steps=150, epoch=step / 75, seconds=1., loss=float(step), lr=0.1,
-                  time=0.5) for step in range(1, 151)]
+    lines = [
+        dict(
+            step=step, steps=150, epoch=step / 75, seconds=1.0, loss=float(step), lr=0.1, time=0.5
+        )
+        for step in range(1, 151)
+    ]
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     loss = report.figures(results.read([tmp_path]), 'bn')['learning_curves'][1][0].lines[0]
     assert len(loss.x) == 50 and loss.x[-1] == 2
-    assert loss.y == [2. + 3 * i for i in range(50)]
+    assert loss.y == [2.0 + 3 * i for i in range(50)]
 
 
 def test_curves_show_training_accuracy_where_the_log_has_it(tmp_path):
     folder = store(tmp_path, 'bn')
     lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
     for line in lines[:4]:
-        line['accuracy_top-1'] = 10. * line['step']
+        line['accuracy_top-1'] = 10.0 * line['step']
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     panels = report.figures(results.read([tmp_path]), 'bn')['learning_curves'][1]
     assert [panel.y for panel in panels] == ['training loss', 'training top-1', 'coco/bbox_mAP']
@@ -257,8 +340,9 @@ def test_names_stand_on_an_axis_of_names():
     import matplotlib.pyplot as plt
 
     from dn_mmdet.experiments import figures
+
     cell, axes = plt.subplots()
-    line = figures.Line('a', ['cat', 'dog'], [1., 2.], [None] * 2, [None] * 2, True)
+    line = figures.Line('a', ['cat', 'dog'], [1.0, 2.0], [None] * 2, [None] * 2, True)
     figures._draw_panel(axes, figures.Panel('', 'class', 'AP', [line]), {})
     cell.canvas.draw()
     assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog']
@@ -275,13 +359,15 @@ def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
     store(tmp_path, 'dnb', 2, status='unfinished')
     store(tmp_path, 'wide', 0, different=['model.backbone.widen_factor: 1.0 and 1.3'])
     head = '\n'.join(report.notes(results.read([tmp_path])))
-    for text in ('1 of 8 runs unfinished: dnb (lr 0.01, batch 8, seed 2)',
-                 '1 of 8 runs failed: dnb (lr 0.01, batch 8, seed 1)',
-                 '1 of 8 runs diverged: bn (lr 0.01, batch 8, seed 3)',
-                 'the metric is missing from 1 finished runs: dnb',
-                 '**different data** under the name voc07, train',
-                 '**different versions** of torch: 2.11.0, 2.12.0',
-                 'wide differs in more than the norm: model.backbone.widen_factor'):
+    for text in (
+        '1 of 8 runs unfinished: dnb (lr 0.01, batch 8, seed 2)',
+        '1 of 8 runs failed: dnb (lr 0.01, batch 8, seed 1)',
+        '1 of 8 runs diverged: bn (lr 0.01, batch 8, seed 3)',
+        'the metric is missing from 1 finished runs: dnb',
+        '**different data** under the name voc07, train',
+        '**different versions** of torch: 2.11.0, 2.12.0',
+        'wide differs in more than the norm: model.backbone.widen_factor',
+    ):
         assert text in head
 
 
@@ -319,8 +405,10 @@ def test_a_run_that_is_found_twice_counts_once_and_that_is_said(tmp_path):
 
 def test_rows_are_merged_into_a_file_without_losing_those_of_other_runs(tmp_path):
     path = tmp_path / 'docs' / 'runs.csv'
-    rows = [run.row for run in results.read([store(tmp_path, seed=seed).parent.parent
-                                            for seed in (0, )])]
+    rows = [
+        run.row
+        for run in results.read([store(tmp_path, seed=seed).parent.parent for seed in (0,)])
+    ]
     results.merge_rows(path, rows)
     other = dict(rows[0], seed=5, question='another, with a comma')
     results.merge_rows(path, [other])
@@ -356,11 +444,25 @@ def test_the_page_opens_in_a_browser(grid, tmp_path):
         pytest.skip('no chromium here to open the page with')
     report.write([grid], tmp_path / 'report')
     dom = subprocess.run(
-        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
-         '--no-first-run', '--disable-background-networking', '--disable-component-update',
-         '--disable-sync', f'--user-data-dir={tmp_path / "profile"}',
-         '--virtual-time-budget=20000', '--dump-dom',
-         (tmp_path / 'report' / 'report.html').as_uri()],
-        check=True, text=True, capture_output=True, timeout=120).stdout
+        [
+            CHROMIUM,
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            '--disable-quic',
+            '--no-first-run',
+            '--disable-background-networking',
+            '--disable-component-update',
+            '--disable-sync',
+            f'--user-data-dir={tmp_path / "profile"}',
+            '--virtual-time-budget=20000',
+            '--dump-dom',
+            (tmp_path / 'report' / 'report.html').as_uri(),
+        ],
+        check=True,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    ).stdout
     assert dom.count('class="main-svg"') >= 5  # plotly ran and drew every figure
     assert 'paired difference to zbn' in dom

@@ -1,4 +1,5 @@
 """Which module may import which: from a tool down to the maths, never back."""
+
 import ast
 import inspect
 from pathlib import Path
@@ -29,13 +30,13 @@ def imported(path):
     here = path.relative_to(PACKAGE).with_suffix('').parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            module = (*here[:-node.level], *(node.module or '').split('.'))
+            module = (*here[: -node.level], *(node.module or '').split('.'))
         elif isinstance(node, ast.ImportFrom) and node.module.split('.')[0] == 'dn_mmdet':
-            module = (*node.module.split('.')[1:], )
+            module = (*node.module.split('.')[1:],)
         else:
             continue
         module = tuple(filter(None, module))
-        if (PACKAGE.joinpath(*module).is_dir()):  # `from ..checks import preflight`
+        if PACKAGE.joinpath(*module).is_dir():  # `from ..checks import preflight`
             yield from ((*module, alias.name) for alias in node.names)
         else:
             yield module
@@ -55,8 +56,9 @@ def test_every_backend_has_the_functions_of_the_protocol(name):
         assert [p.name for p in found] == [p.name for p in wanted][1:]  # but self
 
 
-@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')),
-                         ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    'path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_a_module_knows_only_the_rooms_below_it(path):
     room, *inner = path.relative_to(PACKAGE).with_suffix('').parts
     allowed = {room, *ROOMS[room]} if inner else CORE.get(room, set())

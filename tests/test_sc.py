@@ -1,4 +1,5 @@
 """SC: what it computes, where it starts, what no framework's initialiser finds."""
+
 import pytest
 import torch
 from conftest import awake
@@ -9,29 +10,42 @@ from dn_mmdet import SC
 
 def test_hand_computed():
     sc = SC(1, min_channels=1, bound=None).double()
-    for name, value in dict(w_in=[[2., -1.]], b_in=[0.5], w_out=[[3.], [-2.]],
-                            b_out=[0.25, 1.]).items():
+    for name, value in dict(
+        w_in=[[2.0, -1.0]], b_in=[0.5], w_out=[[3.0], [-2.0]], b_out=[0.25, 1.0]
+    ).items():
         getattr(sc, name).data = torch.tensor(value, dtype=torch.float64)
-    mean, std = torch.tensor([[1.], [-4.]]).double(), torch.tensor([[0.5], [1.]]).double()
+    mean, std = torch.tensor([[1.0], [-4.0]]).double(), torch.tensor([[0.5], [1.0]]).double()
     g, h = sc(mean, std)
     # hidden: relu(2 * 1 - 0.5 + 0.5) = 2 and relu(2 * -4 - 1 + 0.5) = 0
     assert g.tolist() == [[6.25], [0.25]]
-    assert h.tolist() == [[-3.], [1.]]
+    assert h.tolist() == [[-3.0], [1.0]]
 
     sc.bound = 0.5
     g, h = sc(mean, std)
     torch.testing.assert_close(g, 0.5 * torch.tanh(torch.tensor([[6.25], [0.25]]).double()))
-    torch.testing.assert_close(h, 0.5 * torch.tanh(torch.tensor([[-3.], [1.]]).double()))
+    torch.testing.assert_close(h, 0.5 * torch.tanh(torch.tensor([[-3.0], [1.0]]).double()))
 
 
-@pytest.mark.parametrize('channels, reduction, min_channels, hidden', [
-    (16, 32, 8, 8), (256, 32, 8, 8), (320, 32, 8, 10), (1280, 32, 8, 40), (64, 4, 8, 16),
-    (3, 1, 1, 3)])
+@pytest.mark.parametrize(
+    'channels, reduction, min_channels, hidden',
+    [
+        (16, 32, 8, 8),
+        (256, 32, 8, 8),
+        (320, 32, 8, 10),
+        (1280, 32, 8, 40),
+        (64, 4, 8, 16),
+        (3, 1, 1, 3),
+    ],
+)
 def test_hidden_width(channels, reduction, min_channels, hidden):
     sc = SC(channels, reduction, min_channels)
     shapes = {name: tuple(p.shape) for name, p in sc.named_parameters()}
-    assert shapes == dict(w_in=(hidden, 2 * channels), b_in=(hidden, ),
-                          w_out=(2 * channels, hidden), b_out=(2 * channels, ))
+    assert shapes == dict(
+        w_in=(hidden, 2 * channels),
+        b_in=(hidden,),
+        w_out=(2 * channels, hidden),
+        b_out=(2 * channels,),
+    )
 
 
 def test_fresh_gives_exactly_zero_whatever_the_input():
@@ -52,7 +66,7 @@ def test_unbounded_outputs_exceed_any_bound():
 
 def test_every_parameter_has_a_gradient_by_the_second_step():
     sc = SC(16)
-    optimizer = torch.optim.SGD(sc.parameters(), lr=1.)
+    optimizer = torch.optim.SGD(sc.parameters(), lr=1.0)
     mean, std, target = torch.randn(3, 8, 16).unbind()
     for _ in range(2):
         optimizer.zero_grad()
@@ -68,8 +82,9 @@ def test_gradcheck():
     names = list(dict(sc.named_parameters()))
 
     def forward(mean, std, *parameters):
-        return torch.func.functional_call(sc, dict(zip(names, parameters, strict=True)),
-                                          (mean, std))
+        return torch.func.functional_call(
+            sc, dict(zip(names, parameters, strict=True)), (mean, std)
+        )
 
     inputs = [mean, std, *(p.detach() for p in sc.parameters())]
     assert torch.autograd.gradcheck(forward, [t.requires_grad_() for t in inputs])
@@ -113,12 +128,21 @@ def test_identity_state_dict_is_identity_and_a_copy():
     assert sc.w_in.any() and sc.w_out.any()
 
 
-@pytest.mark.parametrize('bad, said', [
-    (dict(num_features=0), 'num_features'), (dict(num_features='16'), 'num_features'),
-    (dict(reduction=0), 'reduction'), (dict(reduction=1.5), 'reduction'),
-    (dict(min_channels=0), 'min_channels'), (dict(inputs='standardised'), 'standardized'),
-    (dict(bound=0), 'bound'), (dict(bound=-1), 'bound'), (dict(bound=float('nan')), 'bound'),
-    (dict(bound='0.5'), 'bound')])
+@pytest.mark.parametrize(
+    'bad, said',
+    [
+        (dict(num_features=0), 'num_features'),
+        (dict(num_features='16'), 'num_features'),
+        (dict(reduction=0), 'reduction'),
+        (dict(reduction=1.5), 'reduction'),
+        (dict(min_channels=0), 'min_channels'),
+        (dict(inputs='standardised'), 'standardized'),
+        (dict(bound=0), 'bound'),
+        (dict(bound=-1), 'bound'),
+        (dict(bound=float('nan')), 'bound'),
+        (dict(bound='0.5'), 'bound'),
+    ],
+)
 def test_bad_arguments_are_named(bad, said):
     with pytest.raises(ValueError, match=said):
         SC(**{'num_features': 16, **bad})

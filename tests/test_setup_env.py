@@ -1,4 +1,5 @@
 """tools/setup_env.sh says what is missing before it downloads or writes anything."""
+
 import os
 import re
 import shutil
@@ -30,16 +31,23 @@ def program(path, text):
 
 def refuse(path, *arguments):
     """The one line that the set-up says before it ends."""
-    done = subprocess.run([TOOLS / 'setup_env.sh', *arguments], capture_output=True, text=True,
-                          env=dict(os.environ, PATH=str(path)))
+    done = subprocess.run(
+        [TOOLS / 'setup_env.sh', *arguments],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PATH=str(path)),
+    )
     assert done.returncode == 2
     assert done.stdout == ''  # it had not begun
     assert len(done.stderr.splitlines()) == 1, done.stderr
     return done.stderr
 
 
-@pytest.mark.parametrize('script', sorted(TOOLS.glob('*.sh')) + [TOOLS.parent / '.ci' / 'run'],
-                         ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    'script',
+    sorted(TOOLS.glob('*.sh')) + [TOOLS.parent / '.ci' / 'run'],
+    ids=lambda script: script.name,
+)
 def test_every_script_is_valid_and_executable(script):
     subprocess.run(['bash', '-n', script], check=True)
     assert os.access(script, os.X_OK)
@@ -80,12 +88,22 @@ def test_an_unknown_stack_is_refused(path, tmp_path):
 def test_a_set_up_that_is_ready_does_nothing(path, tmp_path):
     stamp = tmp_path / 'venv' / '.ready'
     stamp.parent.mkdir()
-    text = b''.join((TOOLS.parent / file).read_bytes() for file in (
-        'requirements/onedl.txt', 'pyproject.toml', 'setup.py',
-        *sorted((TOOLS.parent / 'dn_mmdet/kernels/csrc').glob('*.cpp')), 'tools/setup_env.sh'))
+    text = b''.join(
+        (TOOLS.parent / file).read_bytes()
+        for file in (
+            'requirements/onedl.txt',
+            'pyproject.toml',
+            'setup.py',
+            *sorted((TOOLS.parent / 'dn_mmdet/kernels/csrc').glob('*.cpp')),
+            'tools/setup_env.sh',
+        )
+    )
     stamp.write_bytes(subprocess.run(['cksum'], input=text, capture_output=True).stdout)
-    done = subprocess.run([TOOLS / 'setup_env.sh', 'onedl', tmp_path / 'venv', 'python3'],
-                          capture_output=True, env=dict(os.environ, PATH=str(path)))
+    done = subprocess.run(
+        [TOOLS / 'setup_env.sh', 'onedl', tmp_path / 'venv', 'python3'],
+        capture_output=True,
+        env=dict(os.environ, PATH=str(path)),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
 
 
@@ -95,23 +113,37 @@ def test_operators_built_for_another_torch_are_built_again(path, tmp_path):
     (venv / 'bin').mkdir(parents=True)
     program(path / 'python3', 'exit 0')
     program(venv / 'bin/pip', 'exit 0')
-    program(venv / 'bin/python', f'''
+    program(
+        venv / 'bin/python',
+        f"""
         case "$*" in
             *import*mmcv.ops*) [ "$(grep -c "install -v" {tmp_path}/log)" -ge 2 ] ;;
             *) echo "$*" >> {tmp_path}/log ;;
-        esac''')
+        esac""",
+    )
     (tmp_path / 'log').touch()
     for name in ('date', 'awk', 'tee', 'grep'):
         (path / name).symlink_to(shutil.which(name))
-    done = subprocess.run([TOOLS / 'setup_env.sh', 'onedl', venv, 'python3'], text=True,
-                          capture_output=True, env=dict(os.environ, PATH=str(path)))
+    done = subprocess.run(
+        [TOOLS / 'setup_env.sh', 'onedl', venv, 'python3'],
+        text=True,
+        capture_output=True,
+        env=dict(os.environ, PATH=str(path)),
+    )
     assert done.returncode == 0, done.stderr
     assert 'compiling it again' in done.stdout
-    calls = [line.split('-version-check ')[1].split() for line in
-             (tmp_path / 'log').read_text().splitlines()]
+    calls = [
+        line.split('-version-check ')[1].split()
+        for line in (tmp_path / 'log').read_text().splitlines()
+    ]
     assert [call[:2] for call in calls] == [
-        ['install', '-q'], ['install', '-v'], ['cache', 'remove'], ['uninstall', '-q'],
-        ['install', '-v'], ['install', '-q']]
+        ['install', '-q'],
+        ['install', '-v'],
+        ['cache', 'remove'],
+        ['uninstall', '-q'],
+        ['install', '-v'],
+        ['install', '-q'],
+    ]
     assert calls[2][2] == 'onedl-mmcv' and '--no-build-isolation' in calls[4]
     assert '--no-build-isolation' in calls[5]  # else the CPU kernels are left out
     assert (venv / '.ready').is_file()

@@ -1,4 +1,5 @@
 """A simplified model computes the same, in the operators that its target allows."""
+
 import copy
 import importlib.util
 
@@ -19,10 +20,16 @@ from dn_mmdet.experiments.controls import StaticDN
 
 with_extra = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.PACKAGES),
-    reason="needs pip install -e '.[export]'")
+    reason="needs pip install -e '.[export]'",
+)
 # What some runtime rejects, computes wrongly or runs slowly.
-FORBIDDEN = {'BatchNormalization', 'ReduceSumSquare', 'ReduceMean', 'ReduceL2',
-             'InstanceNormalization'}
+FORBIDDEN = {
+    'BatchNormalization',
+    'ReduceSumSquare',
+    'ReduceMean',
+    'ReduceL2',
+    'InstanceNormalization',
+}
 
 
 class Net(nn.Module):
@@ -63,8 +70,11 @@ def check(model, x, target, close):
 
 
 @pytest.mark.parametrize('target', simplify.TARGETS)
-@pytest.mark.parametrize('args', [dict(), dict(inputs='standardized'), dict(bound=None),
-                                  dict(affine=False), dict(eps=0.1)], ids=str)
+@pytest.mark.parametrize(
+    'args',
+    [dict(), dict(inputs='standardized'), dict(bound=None), dict(affine=False), dict(eps=0.1)],
+    ids=str,
+)
 def test_every_kind_of_convolution(args, target, close):
     simple = check(net(**args), images(), target, close)
     assert simple.dynamic == ['norm1', 'norm2', 'norm3', 'norm4']
@@ -90,7 +100,7 @@ def test_channels_with_hardly_any_weight_are_guarded(target, close):
     for norm in (model.norm1, model.norm2, model.norm3, model.norm4):
         with torch.no_grad():
             norm.bn.weight[:4] = torch.tensor([0, 1e-12, -1e-6, 1e-3])
-            norm.bn.bias[:4] = torch.tensor([2., -3, 1, 0.5])
+            norm.bn.bias[:4] = torch.tensor([2.0, -3, 1, 0.5])
     simple = check(model, images(), target, close)
     assert not any(norm.is_whole for norm in simple.model.modules() if hasattr(norm, 'is_whole'))
 
@@ -99,15 +109,17 @@ def test_a_grey_image_has_no_variance(close):
     for target in simplify.TARGETS:
         simple = simplified(net(), images(), target)
         with torch.no_grad():
-            assert simple.model(torch.full((1, 3, 21, 21), 100.)).isfinite().all()
+            assert simple.model(torch.full((1, 3, 21, 21), 100.0)).isfinite().all()
 
 
 def test_batch_norms_and_constants_become_part_of_convolutions(close):
     for norm in (nn.BatchNorm2d, DNC, StaticDN):
         simple = check(net(norm), images(2), 'portable', close)
         assert len(simple.folded) == 4 and not simple.dynamic and not simple.left
-        assert not any('Norm' in type(m).__name__ or 'DN' in type(m).__name__
-                       for m in list(simple.model.modules())[1:])
+        assert not any(
+            'Norm' in type(m).__name__ or 'DN' in type(m).__name__
+            for m in list(simple.model.modules())[1:]
+        )
     untrained = used(Net()).eval()
     assert len(check(untrained, images(), 'onnxruntime', close).folded) == 4
 
@@ -149,7 +161,8 @@ class SharedConvolution(nn.Module):
     def __init__(self):
         super().__init__()
         self.levels = nn.ModuleList(
-            ConvModule(3, 16, 1, norm_cfg=dict(type='DNB')) for _ in range(3))
+            ConvModule(3, 16, 1, norm_cfg=dict(type='DNB')) for _ in range(3)
+        )
         for level in self.levels:
             level.conv = self.levels[0].conv
 
@@ -212,7 +225,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="one image for target='onnxruntime', got 2"):
         simplified(net(), images(2), 'onnxruntime')
     simple = simplified(net(), images(), 'onnxruntime')
-    with pytest.raises(ValueError, match="expected one image, got 2: simplify the model for"):
+    with pytest.raises(ValueError, match='expected one image, got 2: simplify the model for'):
         simple.model(images(2))
     with pytest.raises(RuntimeError, match='stands for a layer while torch.onnx.export runs'):
         norm = simplified(net(), images()).model.norm1
@@ -235,7 +248,7 @@ def test_the_portable_file_takes_any_batch_and_has_no_forbidden_operator(tmp_pat
     assert export.operators(path)['GlobalAveragePool'] == 8
     for number in (1, 2, 5):
         x = images(number)
-        y, = session.run(None, dict(images=x.numpy()))
+        (y,) = session.run(None, dict(images=x.numpy()))
         with torch.no_grad():
             close(torch.from_numpy(y), model(x))
 
@@ -250,8 +263,9 @@ def test_the_file_for_onnxruntime_has_its_fast_forms(tmp_path, close):
     # 4 convolutions, and in 3 layers the sum of squares and the affine as others
     assert count['Conv'] == 4 + 2 * 3 and count['Gemm'] == 8 and 'GlobalAveragePool' not in count
     x = images()
-    y, = session.run(None, dict(images=x.numpy()))
+    (y,) = session.run(None, dict(images=x.numpy()))
     with torch.no_grad():
         close(torch.from_numpy(y), model(x))
-    assert np.isfinite(session.run(None, dict(images=np.full((1, 3, 21, 21), 9, np.float32)))[0]
-                       ).all()
+    assert np.isfinite(
+        session.run(None, dict(images=np.full((1, 3, 21, 21), 9, np.float32)))[0]
+    ).all()

@@ -1,4 +1,5 @@
 """The SSD head predicts, and is mmdet's in everything else."""
+
 import pytest
 import torch
 from mmdet.models.dense_heads import SSDHead
@@ -10,12 +11,28 @@ from mmengine.registry import init_default_scope
 from dn_mmdet.models.ssdlite_head import SSDLiteHead
 
 HEAD = dict(
-    num_classes=3, in_channels=(8, 8), use_depthwise=True,
-    anchor_generator=dict(type='SSDAnchorGenerator', scale_major=False, strides=[16, 32],
-                          ratios=[[2], [2]], min_sizes=[16, 32], max_sizes=[32, 48]),
+    num_classes=3,
+    in_channels=(8, 8),
+    use_depthwise=True,
+    anchor_generator=dict(
+        type='SSDAnchorGenerator',
+        scale_major=False,
+        strides=[16, 32],
+        ratios=[[2], [2]],
+        min_sizes=[16, 32],
+        max_sizes=[32, 48],
+    ),
     bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
-    test_cfg=Config(dict(nms_pre=100, nms=dict(type='nms', iou_threshold=0.45),
-                         min_bbox_size=0, score_thr=0.02, max_per_img=20)))
+    test_cfg=Config(
+        dict(
+            nms_pre=100,
+            nms=dict(type='nms', iou_threshold=0.45),
+            min_bbox_size=0,
+            score_thr=0.02,
+            max_per_img=20,
+        )
+    ),
+)
 FEATURES = (8, 4, 4), (8, 2, 2)
 
 
@@ -25,8 +42,9 @@ def mmdets_scope():
 
 
 def predict(head):
-    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), scale_factor=(1, 1),
-                                         ori_shape=(64, 64)))
+    sample = DetDataSample(
+        metainfo=dict(img_shape=(64, 64), scale_factor=(1, 1), ori_shape=(64, 64))
+    )
     features = tuple(torch.randn(1, *shape) for shape in FEATURES)
     return head.eval().predict(features, [sample])[0]
 

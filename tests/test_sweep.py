@@ -1,4 +1,5 @@
 """A sweep over many configs is bounded, can be killed and resumed, and becomes a table."""
+
 import runpy
 import time
 from pathlib import Path
@@ -56,9 +57,12 @@ def test_one_that_never_ends_is_ended(tmp_path):
     doing = 'while comparing the outputs of DN-B and BatchNorm'
     assert run(busy, tmp_path, 1) in [  # the second on a busy machine
         Ended(f'ended after {time} {doing}', Stage.COMPARING)
-        for time in ('1 s of processor time', '20 s')]
+        for time in ('1 s of processor time', '20 s')
+    ]
     assert run(asleep, tmp_path, 0.1) == (
-        'ended after 2.0 s while building with BatchNorm', Stage.BUILDING_WITH_BN)
+        'ended after 2.0 s while building with BatchNorm',
+        Stage.BUILDING_WITH_BN,
+    )
 
 
 def test_one_that_wants_too_much_memory_is_ended_alone(tmp_path):
@@ -68,7 +72,9 @@ def test_one_that_wants_too_much_memory_is_ended_alone(tmp_path):
         return dict(size=np.empty(40 << 30, np.uint8).size)
 
     assert run(fn, tmp_path, gigabytes=32) == (
-        'the process ended with code 1 while training with DN-B', Stage.TRAINING_WITH_DN)
+        'the process ended with code 1 while training with DN-B',
+        Stage.TRAINING_WITH_DN,
+    )
     assert 'MemoryError' in (tmp_path / 'log.txt').read_text()
 
 
@@ -77,8 +83,20 @@ def row(name, result, configs=1):
 
 
 ROWS = [
-    row('yolox/a.py', dict(status=PASS, reason='', replaced=3, left=0, difference=2e-6,
-                           train_step='yes', prediction='yes', image_size=64), configs=3),
+    row(
+        'yolox/a.py',
+        dict(
+            status=PASS,
+            reason='',
+            replaced=3,
+            left=0,
+            difference=2e-6,
+            train_step='yes',
+            prediction='yes',
+            image_size=64,
+        ),
+        configs=3,
+    ),
     row('yolox/b.py', dict(status=FAIL, reason='ValueError: x | y', replaced=3, left=1)),
     row('swin/c.py', Ended('ended after 90 s', Stage.BUILDING_WITH_BN)),
 ]
@@ -131,14 +149,17 @@ def test_the_docs_are_of_the_rows_that_lie_beside_them():
     page = (ROOT / 'docs' / 'models.md').read_text()
     assert with_table(page, by_architecture(rows)) == page
     zoo = (ROOT / 'docs' / 'zoo.md').read_text()
-    assert all(f'| {status} | {sum(row["status"] == status for row in rows.values())} |' in zoo
-               for status in (PASS, FAIL, NOT_APPLICABLE))
+    assert all(
+        f'| {status} | {sum(row["status"] == status for row in rows.values())} |' in zoo
+        for status in (PASS, FAIL, NOT_APPLICABLE)
+    )
 
 
 def test_the_table_by_architecture():
     assert by_architecture({each['config']: each for each in ROWS}).splitlines()[2:] == [
         '| swin | 0 | 0 | 1 |  | ended after 90 s |',
-        '| yolox | 1 | 1 | 0 | 0 | ValueError: x \\| y |']
+        '| yolox | 1 | 1 | 0 | 0 | ValueError: x \\| y |',
+    ]
 
 
 @pytest.fixture

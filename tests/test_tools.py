@@ -1,4 +1,5 @@
 """The tools, run as a user runs them, on a detector that trains within seconds."""
+
 import json
 import os
 import pickle
@@ -54,8 +55,11 @@ def user(root, tmp_path):
 
 def snapshot(folder):
     """All files, apart from the lock that tells which process is running."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes())
-            for path in Path(folder).rglob('*') if path.is_file() and path.name != '.train.lock'}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in Path(folder).rglob('*')
+        if path.is_file() and path.name != '.train.lock'
+    }
 
 
 @pytest.fixture
@@ -88,7 +92,11 @@ def metrics(work_dir):
 
 def test_training_writes_what_mmdet_users_expect(root):
     assert {path.name for path in (root / 'dnb').iterdir() if path.is_file()} == {
-        'epoch_1.pth', 'last_checkpoint', 'tiny_dnb.py', '.train.lock'}
+        'epoch_1.pth',
+        'last_checkpoint',
+        'tiny_dnb.py',
+        '.train.lock',
+    }
     assert len(scalars(root / 'dnb')) == 2  # of 4 images in batches of 2
     assert len(scalars(root / 'dnb', 'coco/bbox_mAP')) == 1
     assert (root / 'dnb' / '.train.lock').read_text() == ''
@@ -104,15 +112,32 @@ def test_a_fresh_dn_detector_starts_with_batch_norms_loss(root, bn):
 def test_the_seed_decides_everything(user, root):
     """Also of the weights that a training starts from, and of the order of images."""
     for name, seed in (('same', 0), ('other', 1)):
-        succeed('train', 'tiny_dnb.py', '--work-dir', name, '--seed', seed, '--deterministic',
-                *EACH_STEP, cwd=user)
+        succeed(
+            'train',
+            'tiny_dnb.py',
+            '--work-dir',
+            name,
+            '--seed',
+            seed,
+            '--deterministic',
+            *EACH_STEP,
+            cwd=user,
+        )
     assert scalars(user / 'same') == scalars(root / 'dnb')
     assert scalars(user / 'other') != scalars(root / 'dnb')
 
 
 def test_the_learning_rate_is_scaled_to_the_batch(user):
-    succeed('train', 'tiny_dnb.py', '--work-dir', 'new', '--auto-scale-lr', *EACH_STEP,
-            'optim_wrapper.optimizer.lr=0.02', cwd=user)
+    succeed(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'new',
+        '--auto-scale-lr',
+        *EACH_STEP,
+        'optim_wrapper.optimizer.lr=0.02',
+        cwd=user,
+    )
     assert scalars(user / 'new', 'lr') == [0.01, 0.01]  # a batch of 2, 0.02 is for 4
 
 
@@ -125,7 +150,9 @@ def test_overwrite_replaces_the_checkpoints_and_nothing_else(user):
     new = torch.load(user / 'work' / 'epoch_1.pth', weights_only=False)['state_dict']
     assert any(not torch.equal(old[key], new[key]) for key in old)
     assert sorted(path.name for path in (user / 'work').glob('*.pth')) == [
-        'epoch_1.pth', 'mine.pth']
+        'epoch_1.pth',
+        'mine.pth',
+    ]
     assert (user / 'work' / 'notes.txt').read_text() == 'mine'
 
 
@@ -149,16 +176,27 @@ def test_a_killed_training_resumes_and_gives_what_an_uninterrupted_one_gives(tmp
     assert 'resumed epoch: 1' in output
     assert len(scalars(work)) == 30
     assert scalars(work) == scalars(tmp_path / 'whole')[15:]
-    states = [torch.load(folder / 'epoch_3.pth', weights_only=False)['state_dict']
-              for folder in (work, tmp_path / 'whole')]
+    states = [
+        torch.load(folder / 'epoch_3.pth', weights_only=False)['state_dict']
+        for folder in (work, tmp_path / 'whole')
+    ]
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
 
 
 @pytest.mark.slow
 def test_resume_in_a_fresh_folder_keeps_the_weights_that_the_config_names(user):
-    output = succeed('train', 'tiny_dnb.py', '--work-dir', 'new', '--resume', 'auto',
-                     '--cfg-options', 'load_from=work/epoch_1.pth', cwd=user)
+    output = succeed(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'new',
+        '--resume',
+        'auto',
+        '--cfg-options',
+        'load_from=work/epoch_1.pth',
+        cwd=user,
+    )
     assert 'Load checkpoint from work/epoch_1.pth' in output
     assert (user / 'new' / 'epoch_1.pth').is_file()
 
@@ -181,12 +219,18 @@ BAD_INPUT = [
     ('model.neck.norm_cfg.type=DNb2d', r"no norm layer 'DNb2d'; did you mean 'DNB'"),
     (STEPS[0], r'expected 5D input .*got 4D'),
     (STEPS[1], r'more than 1 value per channel.*drop_last=True'),
-    ('train_dataloader.dataset.data_root=/absent/',
-     r'/absent/: no such data folder \(set by train_dataloader\.dataset\.data_root'),
-    ('val_dataloader.dataset.ann_file=absent.json',
-     r'absent\.json: no such annotation file \(set by val_dataloader\.dataset\.ann_file'),
-    ('train_dataloader.dataset.ann_file={user}/damaged.json',
-     r'damaged\.json: cannot be read as json .*train_dataloader\.dataset\.ann_file'),
+    (
+        'train_dataloader.dataset.data_root=/absent/',
+        r'/absent/: no such data folder \(set by train_dataloader\.dataset\.data_root',
+    ),
+    (
+        'val_dataloader.dataset.ann_file=absent.json',
+        r'absent\.json: no such annotation file \(set by val_dataloader\.dataset\.ann_file',
+    ),
+    (
+        'train_dataloader.dataset.ann_file={user}/damaged.json',
+        r'damaged\.json: cannot be read as json .*train_dataloader\.dataset\.ann_file',
+    ),
     ('model.bbox_head.num_classes=5', r'num_classes is 5, but the data set has 2 classes'),
     ('load_from=truncated.pth', r'truncated\.pth: cannot be read .*truncated, damaged'),
     ('load_from=absent.pth', r'absent\.pth: no such checkpoint'),
@@ -197,26 +241,39 @@ BAD_INPUT = [
 @pytest.fixture
 def bad_files(user):
     checkpoint = (user / 'work' / 'epoch_1.pth').read_bytes()
-    (user / 'truncated.pth').write_bytes(checkpoint[:len(checkpoint) // 2])
+    (user / 'truncated.pth').write_bytes(checkpoint[: len(checkpoint) // 2])
     torch.save(dict(state_dict=torch.nn.Linear(2, 2).state_dict()), user / 'other.pth')
     (user / 'damaged.json').write_text('{"images": [{"id": 1')
     return user
 
 
-@pytest.mark.parametrize('option, expected', BAD_INPUT, ids=[
-    option.split('=')[0] + '=' + option.split('=')[1][-12:] for option, _ in BAD_INPUT])
+@pytest.mark.parametrize(
+    'option, expected',
+    BAD_INPUT,
+    ids=[option.split('=')[0] + '=' + option.split('=')[1][-12:] for option, _ in BAD_INPUT],
+)
 def test_bad_input_is_one_message_and_spares_the_earlier_training(
-        bad_files, unchanged, option, expected):
-    message = refuse('train', 'tiny_dnb.py', '--work-dir', 'work', '--overwrite',
-                     '--cfg-options', option.format(user=bad_files), cwd=bad_files)
+    bad_files, unchanged, option, expected
+):
+    message = refuse(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'work',
+        '--overwrite',
+        '--cfg-options',
+        option.format(user=bad_files),
+        cwd=bad_files,
+    )
     assert re.search(expected, message), message
     if option in STEPS:
         unchanged.add(bad_files / 'work' / 'tiny_dnb.py')
 
 
 def test_mixed_precision_on_a_cpu_is_refused(user, unchanged):
-    message = refuse('train', 'tiny_dnb.py', '--work-dir', 'work', '--overwrite', '--amp',
-                     cwd=user)
+    message = refuse(
+        'train', 'tiny_dnb.py', '--work-dir', 'work', '--overwrite', '--amp', cwd=user
+    )
     assert '--amp' in message and 'needs a GPU' in message
 
 
@@ -226,13 +283,27 @@ def test_a_folder_with_checkpoints_is_refused(user, unchanged):
 
 
 def test_a_folder_in_which_a_training_runs_is_refused(user):
-    first = Tool('train', 'tiny_dnb.py', '--work-dir', 'new', *EACH_STEP,
-                 'train_cfg.max_epochs=999', cwd=user)
+    first = Tool(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'new',
+        *EACH_STEP,
+        'train_cfg.max_epochs=999',
+        cwd=user,
+    )
     try:
         first.wait_for(r'Saving checkpoint at 1 epochs')
         for more in (['--overwrite'], ['--resume']):
-            message = refuse('train', 'tiny_dnb.py', '--work-dir', 'new', *more, cwd=user,
-                             exit_code=FolderInUse.exit_code)
+            message = refuse(
+                'train',
+                'tiny_dnb.py',
+                '--work-dir',
+                'new',
+                *more,
+                cwd=user,
+                exit_code=FolderInUse.exit_code,
+            )
             assert f'a training is running in it (process {first.process.pid} on ' in message
         assert (user / 'new' / 'epoch_1.pth').stat().st_size > 0
         assert first.process.is_alive()
@@ -240,18 +311,30 @@ def test_a_folder_in_which_a_training_runs_is_refused(user):
         first.kill()
 
 
-@pytest.mark.parametrize('argv, expected', [
-    (['absent.py'], 'absent.py: no such config file'),
-    (['tiny_dnb.py', '--cfg-options', 'model.backbone.out_indices.x=1'], '--cfg-options'),
-    (['tiny_dnb.py', '--launcher', 'pytorch'], 'tools/dist_train.sh'),
-    (['tiny_dnb.py', '--launcher', 'slurm'], '--launcher slurm: needs a GPU'),
-    (['tiny_dnb.py', '--resume', 'truncated.pth'], 'truncated.pth: cannot be read'),
-    (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, it lacks meta'),
-    (['tiny_bn.py', '--resume', 'work/epoch_1.pth'], 'trained with Dynamic Normalization'),
-    (['tiny_dnb.py', '--work-dir', 'work', '--overwrite', '--cfg-options',
-      'load_from=work/epoch_1.pth'], '--overwrite would remove'),
-    (['tiny_dnb.py', '--work-dir', 'tiny_bn.py/x'], 'cannot be written to'),
-])
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        (['absent.py'], 'absent.py: no such config file'),
+        (['tiny_dnb.py', '--cfg-options', 'model.backbone.out_indices.x=1'], '--cfg-options'),
+        (['tiny_dnb.py', '--launcher', 'pytorch'], 'tools/dist_train.sh'),
+        (['tiny_dnb.py', '--launcher', 'slurm'], '--launcher slurm: needs a GPU'),
+        (['tiny_dnb.py', '--resume', 'truncated.pth'], 'truncated.pth: cannot be read'),
+        (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, it lacks meta'),
+        (['tiny_bn.py', '--resume', 'work/epoch_1.pth'], 'trained with Dynamic Normalization'),
+        (
+            [
+                'tiny_dnb.py',
+                '--work-dir',
+                'work',
+                '--overwrite',
+                '--cfg-options',
+                'load_from=work/epoch_1.pth',
+            ],
+            '--overwrite would remove',
+        ),
+        (['tiny_dnb.py', '--work-dir', 'tiny_bn.py/x'], 'cannot be written to'),
+    ],
+)
 def test_other_arguments_that_cannot_work(bad_files, unchanged, argv, expected):
     checkpoint = torch.load(bad_files / 'work' / 'epoch_1.pth', weights_only=False)
     torch.save(dict(state_dict=checkpoint['state_dict']), bad_files / 'weights.pth')
@@ -261,24 +344,41 @@ def test_other_arguments_that_cannot_work(bad_files, unchanged, argv, expected):
     assert not list(bad_files.glob('new/*.pth'))
 
 
-@pytest.mark.parametrize('tool, part, argv', [
-    ('train', 'optim_wrapper', ['--amp']), ('test', 'test_evaluator', ['work/epoch_1.pth']),
-    ('predict', 'test_dataloader', ['work/epoch_1.pth', '.'])])
+@pytest.mark.parametrize(
+    'tool, part, argv',
+    [
+        ('train', 'optim_wrapper', ['--amp']),
+        ('test', 'test_evaluator', ['work/epoch_1.pth']),
+        ('predict', 'test_dataloader', ['work/epoch_1.pth', '.']),
+    ],
+)
 def test_a_config_without_what_the_tool_needs_is_told(user, unchanged, tool, part, argv):
     (user / 'image.png').touch()
     message = refuse(tool, 'tiny_dnb.py', *argv, '--cfg-options', f'{part}=None', cwd=user)
     assert message.startswith('tiny_dnb.py: expected ') and f'it lacks {part}' in message
 
 
-@pytest.mark.parametrize('tool, argv', [
-    ('train', ['--work-dir', 'new', '--resume', 'hostile.pth']),
-    ('train', ['--work-dir', 'work', '--resume']),
-    ('train', ['--work-dir', 'new', '--cfg-options', 'load_from=hostile.pth']),
-    ('train', ['--work-dir', 'new', '--cfg-options',
-               'model.init_cfg.type=Pretrained', 'model.init_cfg.checkpoint=hostile.pth']),
-    ('test', ['hostile.pth']),
-    ('predict', ['hostile.pth', 'image.png']),
-], ids=['resume', 'resume-auto', 'load_from', 'Pretrained', 'test', 'predict'])
+@pytest.mark.parametrize(
+    'tool, argv',
+    [
+        ('train', ['--work-dir', 'new', '--resume', 'hostile.pth']),
+        ('train', ['--work-dir', 'work', '--resume']),
+        ('train', ['--work-dir', 'new', '--cfg-options', 'load_from=hostile.pth']),
+        (
+            'train',
+            [
+                '--work-dir',
+                'new',
+                '--cfg-options',
+                'model.init_cfg.type=Pretrained',
+                'model.init_cfg.checkpoint=hostile.pth',
+            ],
+        ),
+        ('test', ['hostile.pth']),
+        ('predict', ['hostile.pth', 'image.png']),
+    ],
+    ids=['resume', 'resume-auto', 'load_from', 'Pretrained', 'test', 'predict'],
+)
 def test_a_hostile_checkpoint_is_refused_and_never_executed(user, root, tool, argv):
     executed = write_hostile(user / 'hostile.pth')
     (user / 'work' / 'last_checkpoint').write_text(str(user / 'hostile.pth'))
@@ -294,8 +394,16 @@ def test_a_hostile_checkpoint_is_refused_and_never_executed(user, root, tool, ar
 def test_the_hostile_checkpoint_is_one(user):
     """With --trust-checkpoint it does what it was made for."""
     executed = write_hostile(user / 'hostile.pth')
-    Tool('train', 'tiny_dnb.py', '--work-dir', 'new', '--resume', 'hostile.pth',
-         '--trust-checkpoint', cwd=user).wait()
+    Tool(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'new',
+        '--resume',
+        'hostile.pth',
+        '--trust-checkpoint',
+        cwd=user,
+    ).wait()
     assert executed.is_dir()
 
 
@@ -317,8 +425,16 @@ def test_a_full_disk_spares_the_earlier_checkpoint(user):
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='a device of Linux')
 def test_no_space_left_on_the_device_is_told(user):
     (user / 'work' / 'epoch_2.pth').symlink_to('/dev/full')
-    message = refuse('train', 'tiny_dnb.py', '--work-dir', 'work', '--resume', '--cfg-options',
-                     'train_cfg.max_epochs=2', cwd=user)
+    message = refuse(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'work',
+        '--resume',
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        cwd=user,
+    )
     assert 'No space left on device' in message
     assert (user / 'work' / 'last_checkpoint').read_text().endswith('epoch_1.pth')
 
@@ -331,19 +447,31 @@ BAD_DATA = [
 ]
 
 
-@pytest.mark.parametrize('tool, argv', [
-    ('train', ['--work-dir', 'work', '--overwrite']),
-    ('test', ['work/epoch_1.pth', '--work-dir', 'new'])])
+@pytest.mark.parametrize(
+    'tool, argv',
+    [
+        ('train', ['--work-dir', 'work', '--overwrite']),
+        ('test', ['work/epoch_1.pth', '--work-dir', 'new']),
+    ],
+)
 @pytest.mark.parametrize('change, expected', BAD_DATA, ids=[name for _, name in BAD_DATA])
-def test_data_that_would_be_misread_are_one_message(user, root, unchanged, tool, argv, change,
-                                                    expected):
+def test_data_that_would_be_misread_are_one_message(
+    user, root, unchanged, tool, argv, change, expected
+):
     coco = json.loads((root / 'instances.json').read_text())
     change(coco)
     path = user / 'misread.json'
     path.write_text(json.dumps(coco))
-    options = [f'{part}={path}' for part in (
-        'train_dataloader.dataset.ann_file', 'val_dataloader.dataset.ann_file',
-        'test_dataloader.dataset.ann_file', 'val_evaluator.ann_file', 'test_evaluator.ann_file')]
+    options = [
+        f'{part}={path}'
+        for part in (
+            'train_dataloader.dataset.ann_file',
+            'val_dataloader.dataset.ann_file',
+            'test_dataloader.dataset.ann_file',
+            'val_evaluator.ann_file',
+            'test_evaluator.ann_file',
+        )
+    ]
     message = refuse(tool, 'tiny_dnb.py', *argv, '--cfg-options', *options, cwd=user)
     assert message.startswith(f'{path}: ') and expected in message
     assert not (user / 'new').exists()
@@ -371,16 +499,18 @@ def test_test_time_augmentation_changes_the_detections_and_draws_them(user, root
     config.write_text(config.read_text().replace(str(user), str(root)))
     run = ('test', 'augmented.py', 'work/epoch_1.pth')
     succeed(*run, '--work-dir', 'plain', '--out', 'plain.pkl', cwd=user)
-    output = succeed(*run, '--work-dir', 'tta', '--out', 'tta.pkl', '--tta', '--show-dir', 'drawn',
-                     cwd=user)
+    output = succeed(
+        *run, '--work-dir', 'tta', '--out', 'tta.pkl', '--tta', '--show-dir', 'drawn', cwd=user
+    )
     assert 'no tta_pipeline: each image and its mirror image are used' in output
     assert 'coco/bbox_mAP' in metrics(user / 'tta')
     assert len(list((user / 'tta').glob('*/drawn/*.png'))) == 4
     plain, both = (pickle.loads((user / f'{name}.pkl').read_bytes()) for name in ('plain', 'tta'))
     for one, other in zip(plain, both, strict=True):
         assert one['img_id'] == other['img_id'] and len(other['pred_instances']['scores']) > 0
-        assert not torch.equal(one['pred_instances']['scores'][:9],
-                               other['pred_instances']['scores'][:9])
+        assert not torch.equal(
+            one['pred_instances']['scores'][:9], other['pred_instances']['scores'][:9]
+        )
 
 
 PYTHON_STYLE = """
@@ -437,16 +567,26 @@ def test_a_config_in_python_style_names_classes_and_works_with_every_tool(user, 
     text = PYTHON_STYLE.replace('MODEL', repr(model)).replace('ROOT', str(root))
     (user / 'style.py').write_text(text)
     succeed('train', 'style.py', '--work-dir', 'new', cwd=user)
-    succeed('test', 'style.py', 'new/epoch_1.pth', '--work-dir', 'tested', '--show-dir', 'drawn',
-            '--tta', cwd=user)
+    succeed(
+        'test',
+        'style.py',
+        'new/epoch_1.pth',
+        '--work-dir',
+        'tested',
+        '--show-dir',
+        'drawn',
+        '--tta',
+        cwd=user,
+    )
     assert len(list((user / 'tested').glob('*/drawn/*.png'))) == 4
     succeed('predict', 'style.py', 'new/epoch_1.pth', root / 'images', cwd=user)
     # its weights are not taken for those of another norm, which have the same names
     (user / 'dnc.py').write_text((user / 'tiny_dnb.py').read_text().replace("'DNB'", "'DNC'"))
     message = refuse('test', 'dnc.py', 'new/epoch_1.pth', cwd=user)
     assert 'trained with DN-B, the config builds DN-C' in message
-    (user / 'style.py').write_text(text.replace("classes=('cat', 'dog')",
-                                                "classes=('dog', 'cat')"))
+    (user / 'style.py').write_text(
+        text.replace("classes=('cat', 'dog')", "classes=('dog', 'cat')")
+    )
     assert 'order' in refuse('train', 'style.py', '--work-dir', 'other', cwd=user)
     assert not (user / 'other').exists()
 
@@ -454,16 +594,36 @@ def test_a_config_in_python_style_names_classes_and_works_with_every_tool(user, 
 @pytest.mark.slow
 @pytest.mark.parametrize('norm', ['bn', 'dnb'])
 def test_testing_gives_the_map_that_training_logged(user, norm):
-    succeed('train', f'tiny_{norm}.py', '--work-dir', 'new', '--seed', 1, *EACH_STEP,
-            'train_cfg.max_epochs=20', 'train_cfg.val_interval=20',
-            'default_hooks.checkpoint.interval=20', cwd=user)
+    succeed(
+        'train',
+        f'tiny_{norm}.py',
+        '--work-dir',
+        'new',
+        '--seed',
+        1,
+        *EACH_STEP,
+        'train_cfg.max_epochs=20',
+        'train_cfg.val_interval=20',
+        'default_hooks.checkpoint.interval=20',
+        cwd=user,
+    )
     before = snapshot(user)
-    succeed('test', f'tiny_{norm}.py', 'new/epoch_20.pth', '--work-dir', 'tested',
-            '--out', 'found/boxes.pkl', '--show-dir', 'drawn', cwd=user)
+    succeed(
+        'test',
+        f'tiny_{norm}.py',
+        'new/epoch_20.pth',
+        '--work-dir',
+        'tested',
+        '--out',
+        'found/boxes.pkl',
+        '--show-dir',
+        'drawn',
+        cwd=user,
+    )
     assert {path: after for path, after in snapshot(user).items() if path in before} == before
     tested = metrics(user / 'tested')
     for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50'):
-        logged, = scalars(user / 'new', key)
+        (logged,) = scalars(user / 'new', key)
         assert logged > 0
         assert abs(tested[key] - logged) < 1e-6
     found = pickle.loads((user / 'found' / 'boxes.pkl').read_bytes())
@@ -473,25 +633,45 @@ def test_testing_gives_the_map_that_training_logged(user, norm):
 
 
 def test_a_test_leaves_the_training_folder_as_it_is(user, unchanged):
-    succeed('test', 'tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options', 'work_dir=work',
-            cwd=user)
+    succeed('test', 'tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options', 'work_dir=work', cwd=user)
     assert 'coco/bbox_mAP' in metrics(user / 'work' / 'test')
 
 
-@pytest.mark.parametrize('argv, expected', [
-    (['tiny_dnb.py', 'truncated.pth'], 'truncated.pth: cannot be read as a checkpoint'),
-    (['tiny_dnb.py', 'absent.pth'], 'absent.pth: no such checkpoint file'),
-    (['tiny_dnb.py', 'other.pth'], 'other.pth: the weights are not of the model'),
-    (['tiny_bn.py', 'work/epoch_1.pth'], 'trained with Dynamic Normalization in 66 layers'),
-    (['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'boxes.txt'], 'expected a file name in .pkl'),
-    (['tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options',
-      'test_dataloader.dataset.ann_file={user}/damaged.json'],
-     'damaged.json: cannot be read as json'),
-    (['tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options', 'test_evaluator.ann_file=absent.json'],
-     'absent.json: no such annotation file (set by test_evaluator.ann_file'),
-    (['tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options', 'model.bbox_head.type=SSDHead'],
-     "type='SSDLiteHead'"),
-])
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        (['tiny_dnb.py', 'truncated.pth'], 'truncated.pth: cannot be read as a checkpoint'),
+        (['tiny_dnb.py', 'absent.pth'], 'absent.pth: no such checkpoint file'),
+        (['tiny_dnb.py', 'other.pth'], 'other.pth: the weights are not of the model'),
+        (['tiny_bn.py', 'work/epoch_1.pth'], 'trained with Dynamic Normalization in 66 layers'),
+        (
+            ['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'boxes.txt'],
+            'expected a file name in .pkl',
+        ),
+        (
+            [
+                'tiny_dnb.py',
+                'work/epoch_1.pth',
+                '--cfg-options',
+                'test_dataloader.dataset.ann_file={user}/damaged.json',
+            ],
+            'damaged.json: cannot be read as json',
+        ),
+        (
+            [
+                'tiny_dnb.py',
+                'work/epoch_1.pth',
+                '--cfg-options',
+                'test_evaluator.ann_file=absent.json',
+            ],
+            'absent.json: no such annotation file (set by test_evaluator.ann_file',
+        ),
+        (
+            ['tiny_dnb.py', 'work/epoch_1.pth', '--cfg-options', 'model.bbox_head.type=SSDHead'],
+            "type='SSDLiteHead'",
+        ),
+    ],
+)
 def test_what_cannot_be_tested_is_told(bad_files, unchanged, argv, expected):
     argv = [arg.format(user=bad_files) for arg in argv]
     assert expected in refuse('test', *argv, '--work-dir', 'new', cwd=bad_files)
@@ -499,13 +679,28 @@ def test_what_cannot_be_tested_is_told(bad_files, unchanged, argv, expected):
 
 @pytest.mark.slow
 def test_a_batch_norm_checkpoint_tests_a_dn_config_with_the_same_result(user, bn):
-    outputs = [succeed('test', f'tiny_{norm}.py', bn / 'epoch_1.pth', '--work-dir', norm,
-                       '--out', f'{norm}.pkl', cwd=user) for norm in ('bn', 'dnb')]
+    outputs = [
+        succeed(
+            'test',
+            f'tiny_{norm}.py',
+            bn / 'epoch_1.pth',
+            '--work-dir',
+            norm,
+            '--out',
+            f'{norm}.pkl',
+            cwd=user,
+        )
+        for norm in ('bn', 'dnb')
+    ]
     assert 'holds no SC weights' in outputs[1] and 'holds no SC' not in outputs[0]
     bn, dn = (pickle.loads((user / f'{norm}.pkl').read_bytes()) for norm in ('bn', 'dnb'))
     for one, other in zip(bn, dn, strict=True):
-        torch.testing.assert_close(one['pred_instances']['scores'],
-                                   other['pred_instances']['scores'], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            one['pred_instances']['scores'],
+            other['pred_instances']['scores'],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.slow
@@ -520,8 +715,15 @@ def test_a_config_written_by_somebody_else_trains_tests_and_predicts(user, root)
     succeed('train', user / 'theirs.py', '--work-dir', 'new', cwd=user)
     succeed('test', user / 'theirs.py', 'new/epoch_1.pth', cwd=user)
     # what was written into the work folder is a config for every tool
-    succeed('predict', 'new/theirs.py', 'new/epoch_1.pth', root / 'images', '--score-thr', 0.9,
-            cwd=user)
+    succeed(
+        'predict',
+        'new/theirs.py',
+        'new/epoch_1.pth',
+        root / 'images',
+        '--score-thr',
+        0.9,
+        cwd=user,
+    )
     written = Config.fromfile(user / 'new' / 'theirs.py')
     assert written.custom_imports.imports == ['dn_mmdet', 'dn_mmdet.models.ssdlite_head']
 
@@ -529,7 +731,7 @@ def test_a_config_written_by_somebody_else_trains_tests_and_predicts(user, root)
 @pytest.mark.slow
 def test_mmdets_own_ways_need_nothing_but_the_config(user, root):
     """A fresh process, in which only the config imports dn_mmdet."""
-    code = '''
+    code = """
     import sys
     import torch
     from mmdet.apis import DetInferencer, inference_detector, init_detector
@@ -550,9 +752,13 @@ def test_mmdets_own_ways_need_nothing_but_the_config(user, root):
         image, return_datasamples=True)['predictions'][0].pred_instances
     assert len(found) > 0 and torch.equal(found.bboxes, again.bboxes)
     assert model.dataset_meta['classes'] == ('cat', 'dog')
-    '''
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code),
-                    root / 'images' / '0.png'], check=True, cwd=user, env=without_gpu())
+    """
+    subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code), root / 'images' / '0.png'],
+        check=True,
+        cwd=user,
+        env=without_gpu(),
+    )
 
 
 def without_gpu(**more):
@@ -561,9 +767,13 @@ def without_gpu(**more):
 
 @pytest.mark.slow
 def test_a_tool_runs_by_its_path_from_anywhere(user):
-    done = subprocess.run([TOOLS / 'test.py', 'tiny_bn.py', 'work/epoch_1.pth'], cwd=user,
-                          capture_output=True, text=True,
-                          env=without_gpu(PATH=f'{Path(sys.executable).parent}:/usr/bin:/bin'))
+    done = subprocess.run(
+        [TOOLS / 'test.py', 'tiny_bn.py', 'work/epoch_1.pth'],
+        cwd=user,
+        capture_output=True,
+        text=True,
+        env=without_gpu(PATH=f'{Path(sys.executable).parent}:/usr/bin:/bin'),
+    )
     assert done.returncode == 2, done.stderr
     assert 'test.py: error: work/epoch_1.pth: trained with Dynamic' in done.stderr
     assert 'Traceback' not in done.stderr
@@ -581,22 +791,48 @@ def test_two_processes_train_and_test_over_gloo(user):
     env = without_gpu(PYTHON=sys.executable, PORT=free_port())
 
     def run(script, *argv):
-        done = subprocess.run([TOOLS / script, *argv], cwd=user, env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+        done = subprocess.run(
+            [TOOLS / script, *argv],
+            cwd=user,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
         return done.returncode, done.stdout
 
-    code, output = run('dist_train.sh', 'tiny_dnb.py', '2', '--work-dir', 'new', '--seed', '0',
-                       '--auto-scale-lr', *EACH_STEP, 'optim_wrapper.optimizer.lr=0.01',
-                       'auto_scale_lr.base_batch_size=2')
+    code, output = run(
+        'dist_train.sh',
+        'tiny_dnb.py',
+        '2',
+        '--work-dir',
+        'new',
+        '--seed',
+        '0',
+        '--auto-scale-lr',
+        *EACH_STEP,
+        'optim_wrapper.optimizer.lr=0.01',
+        'auto_scale_lr.base_batch_size=2',
+    )
     assert code == 0, output
     assert scalars(user / 'new', 'lr') == [0.02]  # one step: 2 x 2 of the 4 images
-    logged, = scalars(user / 'new', 'coco/bbox_mAP')
+    (logged,) = scalars(user / 'new', 'coco/bbox_mAP')
 
-    code, output = run('dist_test.sh', 'tiny_dnb.py', 'new/epoch_1.pth', '2', '--work-dir',
-                       'two', '--out', 'two.pkl')
+    code, output = run(
+        'dist_test.sh',
+        'tiny_dnb.py',
+        'new/epoch_1.pth',
+        '2',
+        '--work-dir',
+        'two',
+        '--out',
+        'two.pkl',
+    )
     assert code == 0, output
-    succeed('test', 'tiny_dnb.py', 'new/epoch_1.pth', '--work-dir', 'one', '--out', 'one.pkl',
-            cwd=user)
+    succeed(
+        'test', 'tiny_dnb.py', 'new/epoch_1.pth', '--work-dir', 'one', '--out', 'one.pkl', cwd=user
+    )
     assert abs(metrics(user / 'two')['coco/bbox_mAP'] - logged) < 1e-6
     one, two = (pickle.loads((user / f'{name}.pkl').read_bytes()) for name in ('one', 'two'))
     for a, b in zip(one, two, strict=True):
@@ -608,9 +844,14 @@ def test_two_processes_train_and_test_over_gloo(user):
     assert output.count('train.py: error: new: holds checkpoints of an earlier') == 1
 
 
-@pytest.mark.parametrize('script, argv', [
-    ('dist_train.sh', ['config.py']), ('dist_test.sh', ['config.py', 'x.pth']),
-    ('slurm_train.sh', ['partition', 'job', 'config.py'])])
+@pytest.mark.parametrize(
+    'script, argv',
+    [
+        ('dist_train.sh', ['config.py']),
+        ('dist_test.sh', ['config.py', 'x.pth']),
+        ('slurm_train.sh', ['partition', 'job', 'config.py']),
+    ],
+)
 def test_the_scripts_say_how_they_are_used(script, argv):
     done = subprocess.run([TOOLS / script, *argv], capture_output=True, text=True)
     assert done.returncode == 2
@@ -625,12 +866,34 @@ def test_slurm_gets_what_it_needs(tmp_path):
     srun.chmod(0o755)
     subprocess.run(
         [TOOLS / 'slurm_train.sh', 'gpus', 'my job', 'tiny_dnb.py', 'new', '--seed', '1'],
-        cwd=tmp_path, check=True,
-        env=without_gpu(PATH=f'{tmp_path}:{os.environ["PATH"]}', PYTHON='python3', GPUS='4',
-                        GPUS_PER_NODE='2', SRUN_ARGS='--time=1 --quiet'))
+        cwd=tmp_path,
+        check=True,
+        env=without_gpu(
+            PATH=f'{tmp_path}:{os.environ["PATH"]}',
+            PYTHON='python3',
+            GPUS='4',
+            GPUS_PER_NODE='2',
+            SRUN_ARGS='--time=1 --quiet',
+        ),
+    )
     assert (tmp_path / 'srun.txt').read_text().splitlines() == [
-        '-p', 'gpus', '--job-name=my job', '--gres=gpu:2', '--ntasks=4', '--ntasks-per-node=2',
-        '--cpus-per-task=5', '--kill-on-bad-exit=1', '--time=1', '--quiet', 'python3', '-u',
-        str(TOOLS / 'train.py'), 'tiny_dnb.py', '--work-dir=new', '--launcher=slurm', '--seed',
-        '1']
+        '-p',
+        'gpus',
+        '--job-name=my job',
+        '--gres=gpu:2',
+        '--ntasks=4',
+        '--ntasks-per-node=2',
+        '--cpus-per-task=5',
+        '--kill-on-bad-exit=1',
+        '--time=1',
+        '--quiet',
+        'python3',
+        '-u',
+        str(TOOLS / 'train.py'),
+        'tiny_dnb.py',
+        '--work-dir=new',
+        '--launcher=slurm',
+        '--seed',
+        '1',
+    ]
     assert (tmp_path / 'path').read_text().split(':')[0] == f'{TOOLS}/..'

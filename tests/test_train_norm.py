@@ -1,4 +1,5 @@
 """tools/train.py --norm: any config trains with Dynamic Normalization in BatchNorm's place."""
+
 import os
 import re
 import runpy
@@ -38,22 +39,42 @@ def test_a_config_that_mmdet_ships(tmp_path):
 
 
 def test_options_reach_the_norms_before_they_are_swapped():
-    cfg = configure('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', '--norm', 'DNC',
-                    '--cfg-options', 'model.neck.norm_cfg.eps=0.5')
+    cfg = configure(
+        'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
+        '--norm',
+        'DNC',
+        '--cfg-options',
+        'model.neck.norm_cfg.eps=0.5',
+    )
     assert cfg.model.neck.norm_cfg == dict(type='DNC', momentum=0.03, eps=0.5)
 
 
-@pytest.mark.parametrize('argv, message', [
-    (('mmdet::yolox/of_mine.py', ), 'cannot be read as a config'),
-    (('no_such_package::a.py', ), 'no such config file'),
-    (('::a.py', ), 'no such config file'),
-    (('mmdet::ssd/ssd300_coco.py', '--norm', 'DNB'), 'found no BatchNorm that this config could'),
-    (('mmdet::ssd/ssd300_coco.py', '--norm', 'GN'), "choose from '?DNB'?, '?DNC'?"),
-    (('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', '--norm', 'DNB', '--cfg-options',
-      'model.neck.norm_cfg.type=BNN'), "there is no norm layer 'BNN'; did you mean"),
-])
-def test_what_cannot_be_done_is_one_message_and_writes_nothing(argv, message, tmp_path, capsys,
-                                                               monkeypatch):
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (('mmdet::yolox/of_mine.py',), 'cannot be read as a config'),
+        (('no_such_package::a.py',), 'no such config file'),
+        (('::a.py',), 'no such config file'),
+        (
+            ('mmdet::ssd/ssd300_coco.py', '--norm', 'DNB'),
+            'found no BatchNorm that this config could',
+        ),
+        (('mmdet::ssd/ssd300_coco.py', '--norm', 'GN'), "choose from '?DNB'?, '?DNC'?"),
+        (
+            (
+                'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
+                '--norm',
+                'DNB',
+                '--cfg-options',
+                'model.neck.norm_cfg.type=BNN',
+            ),
+            "there is no norm layer 'BNN'; did you mean",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_writes_nothing(
+    argv, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         TOOL['main'](list(argv))
@@ -78,6 +99,10 @@ def test_trains_and_leaves_a_config_and_a_checkpoint_that_need_no_option(tmp_pat
 
 def run(cwd, tool, *argv):
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', ROOT / 'tools' / tool, *argv], cwd=cwd, text=True,
-        capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=''))
+        [sys.executable, '-W', 'ignore', ROOT / 'tools' / tool, *argv],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=''),
+    )
     assert done.returncode == 0, done.stdout + done.stderr

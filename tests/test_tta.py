@@ -1,4 +1,5 @@
 """What --tta makes of a config: mmdet's own test-time augmentation."""
+
 import copy
 
 import pytest
@@ -54,18 +55,20 @@ def test_by_default_an_image_and_its_mirror_image(cfg, told, pack):
 
 def test_the_fields_that_a_pipeline_packs_are_kept(cfg):
     cfg.test_dataloader.dataset.pipeline[-1].meta_keys = ('img_id', 'instances')
-    *_, (pack, ) = augmented(cfg).test_dataloader.dataset.pipeline[-1].transforms
+    *_, (pack,) = augmented(cfg).test_dataloader.dataset.pipeline[-1].transforms
     assert pack.meta_keys == ('img_id', 'instances', *tta.META_KEYS[1:])
 
 
 def test_the_configs_own_come_first(cfg, told):
-    flip = dict(type='RandomFlip', prob=1.)
-    cfg.tta_model = dict(type=DetTTAModel, tta_cfg=dict(
-        nms=dict(type='nms', iou_threshold=0.7), max_per_img=9))
-    before, pack = cfg.test_dataloader.dataset.pipeline[:-1], dict(
-        type='PackDetInputs', meta_keys=tta.META_KEYS)
-    cfg.tta_pipeline = [*before, dict(type='TestTimeAug', transforms=[[flip, flip, flip],
-                                                                      [pack]])]
+    flip = dict(type='RandomFlip', prob=1.0)
+    cfg.tta_model = dict(
+        type=DetTTAModel, tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.7), max_per_img=9)
+    )
+    before, pack = (
+        cfg.test_dataloader.dataset.pipeline[:-1],
+        dict(type='PackDetInputs', meta_keys=tta.META_KEYS),
+    )
+    cfg.tta_pipeline = [*before, dict(type='TestTimeAug', transforms=[[flip, flip, flip], [pack]])]
     made = augmented(cfg)
     assert views(made) == [True, True, True]
     assert made.model.tta_cfg.max_per_img == 9 and made.model.module == cfg.model
@@ -74,17 +77,22 @@ def test_the_configs_own_come_first(cfg, told):
 
 def test_wrapped_test_data_are_augmented_too(cfg):
     inner = cfg.test_dataloader.dataset
-    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[
-        inner, dict(type='RepeatDataset', times=1, dataset=inner)])
+    cfg.test_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[inner, dict(type='RepeatDataset', times=1, dataset=inner)]
+    )
     first, second = augmented(cfg).test_dataloader.dataset.datasets
     for dataset in (first, second.dataset):
         assert dataset.pipeline[-1].type == 'TestTimeAug'
 
 
-@pytest.mark.parametrize('pipeline, last', [
-    ([dict(type='mmdet.Resize', scale=(9, 9))], 'mmdet.Resize'), ([], 'None')])
+@pytest.mark.parametrize(
+    'pipeline, last', [([dict(type='mmdet.Resize', scale=(9, 9))], 'mmdet.Resize'), ([], 'None')]
+)
 def test_a_pipeline_of_another_kind_is_told(cfg, pipeline, last):
     cfg.test_dataloader.dataset.pipeline = pipeline
-    with pytest.raises(ConfigError, match=f'^--tta: .*test_dataloader.dataset.pipeline ends in '
-                                          f'{last}, where PackDetInputs .*Add a tta_pipeline'):
+    with pytest.raises(
+        ConfigError,
+        match=f'^--tta: .*test_dataloader.dataset.pipeline ends in '
+        f'{last}, where PackDetInputs .*Add a tta_pipeline',
+    ):
         augmented(cfg)

@@ -1,4 +1,5 @@
 """Detectors of mmdet's zoo do with DN-B what they do with BatchNorm."""
+
 import copy
 from pathlib import Path
 
@@ -53,8 +54,13 @@ def test_a_detector_passes_with_all_that_is_counted(tiny):
     assert (row.pop('status'), row.pop('reason')) == (PASS, '')
     assert row.pop('difference') < 1e-4
     assert row == dict(replaced=66, left=0, image_size=64, train_step='yes', prediction='yes')
-    assert stages == [Stage.BUILDING_WITH_BN, Stage.BUILDING_WITH_DN, Stage.COMPARING,
-                      Stage.TRAINING_WITH_DN, Stage.PREDICTING_WITH_DN]
+    assert stages == [
+        Stage.BUILDING_WITH_BN,
+        Stage.BUILDING_WITH_DN,
+        Stage.COMPARING,
+        Stage.TRAINING_WITH_DN,
+        Stage.PREDICTING_WITH_DN,
+    ]
     assert tiny.pretty_text == before
 
 
@@ -62,8 +68,9 @@ def test_another_output_fails(tiny, monkeypatch):
     real = zoo.outputs
 
     def outputs(model, data):
-        return [level + bool(zoo.dn_layers(model)) * level.max() / 100
-                for level in real(model, data)]
+        return [
+            level + bool(zoo.dn_layers(model)) * level.max() / 100 for level in real(model, data)
+        ]
 
     monkeypatch.setattr(zoo, 'outputs', outputs)
     row = check(tiny)
@@ -102,29 +109,54 @@ class Picky(ResNet):
 def picky(*takes):
     if 'Picky' not in MODELS.module_dict:
         MODELS.register_module(module=Picky)
-    return Config(dict(model=dict(
-        type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor'),
-        backbone=dict(type='Picky', depth=18, base_channels=8, takes=list(takes)),
-        neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
-        bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=8, feat_channels=8,
-                       stacked_convs=1),
-        train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4,
-                                     min_pos_iou=0), allowed_border=-1, pos_weight=-1),
-        test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5),
-                      max_per_img=5))))
+    return Config(
+        dict(
+            model=dict(
+                type='RetinaNet',
+                data_preprocessor=dict(type='DetDataPreprocessor'),
+                backbone=dict(type='Picky', depth=18, base_channels=8, takes=list(takes)),
+                neck=dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+                bbox_head=dict(
+                    type='RetinaHead',
+                    num_classes=3,
+                    in_channels=8,
+                    feat_channels=8,
+                    stacked_convs=1,
+                ),
+                train_cfg=dict(
+                    assigner=dict(
+                        type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0
+                    ),
+                    allowed_border=-1,
+                    pos_weight=-1,
+                ),
+                test_cfg=dict(
+                    nms_pre=10,
+                    score_thr=0.05,
+                    nms=dict(type='nms', iou_threshold=0.5),
+                    max_per_img=5,
+                ),
+            )
+        )
+    )
 
 
 def test_deformable_convolutions_are_compared_without_random_offsets(monkeypatch):
     built, build = [], zoo._build
     monkeypatch.setattr(zoo, '_build', lambda cfg: built.append(build(cfg)) or built[-1])
     cfg = picky('BatchNorm2d', 'DNB')
-    cfg.model.backbone.update(depth=50, dcn=dict(type='DCNv2', deform_groups=1),
-                              stage_with_dcn=(False, True, True, True), base_channels=8)
+    cfg.model.backbone.update(
+        depth=50,
+        dcn=dict(type='DCNv2', deform_groups=1),
+        stage_with_dcn=(False, True, True, True),
+        base_channels=8,
+    )
     cfg.model.neck.in_channels = [32, 64, 128, 256]
     row = check(cfg)
     assert row['status'] == PASS and row['difference'] < 1e-5
-    offsets = [module.conv_offset for module in built[0].modules()
-               if hasattr(module, 'conv_offset')]
+    offsets = [
+        module.conv_offset for module in built[0].modules() if hasattr(module, 'conv_offset')
+    ]
     assert offsets and not any(offset.weight.any() for offset in offsets)
 
 
@@ -141,7 +173,8 @@ def test_what_does_not_work_with_batch_norm_is_not_applicable(monkeypatch):
     cfg.model.neck.type = 'NoSuchNeck'
     row = check(cfg)
     assert row['status'] == NOT_APPLICABLE and row['reason'] == (
-        'with BatchNorm it fails as well: NoSuchNeck is not in mmdet but in another package')
+        'with BatchNorm it fails as well: NoSuchNeck is not in mmdet but in another package'
+    )
 
 
 def test_a_detector_without_batch_norm_is_not_applicable():
@@ -154,12 +187,24 @@ def test_a_detector_without_batch_norm_is_not_applicable():
 
 def test_norms_that_no_config_reaches_are_converted():
     cfg = picky('GroupNorm')
-    cfg.model.backbone.update(norm_cfg=dict(type='GN', num_groups=2), num_stages=2,
-                              strides=(1, 2), dilations=(1, 1), out_indices=(1, ))
-    cfg.model.neck = dict(type='DilatedEncoder', in_channels=16, out_channels=8,
-                          block_mid_channels=8, num_residual_blocks=1, block_dilations=[2])
-    cfg.model.bbox_head.anchor_generator = dict(type='AnchorGenerator', ratios=[1.0],
-                                                scales=[4], strides=[8])
+    cfg.model.backbone.update(
+        norm_cfg=dict(type='GN', num_groups=2),
+        num_stages=2,
+        strides=(1, 2),
+        dilations=(1, 1),
+        out_indices=(1,),
+    )
+    cfg.model.neck = dict(
+        type='DilatedEncoder',
+        in_channels=16,
+        out_channels=8,
+        block_mid_channels=8,
+        num_residual_blocks=1,
+        block_dilations=[2],
+    )
+    cfg.model.bbox_head.anchor_generator = dict(
+        type='AnchorGenerator', ratios=[1.0], scales=[4], strides=[8]
+    )
     row = check(cfg)
     assert (row['status'], row['reason']) == (PASS, '')
     assert (row['replaced'], row['left']) == (5, 0)
@@ -173,26 +218,42 @@ def write(folder, name, text):
 
 def test_models_are_told_apart_by_what_they_compute(tmp_path, capsys):
     weights = dict(type='Pretrained', checkpoint='1')
-    base = dict(type='A', backbone=dict(type='B', init_cfg=weights),
-                data_preprocessor=dict(mean=[1, 2, 3], pad_size_divisor=1))
+    base = dict(
+        type='A',
+        backbone=dict(type='B', init_cfg=weights),
+        data_preprocessor=dict(mean=[1, 2, 3], pad_size_divisor=1),
+    )
     configs = {}
-    for name, change in (('a', {}), ('b', dict(data_preprocessor=dict(mean=[0, 0, 0],
-                                                                      pad_size_divisor=1))),
-                         ('c', dict(backbone=dict(type='B', init_cfg=None))),
-                         ('d', dict(type='D')), ('e', dict(test_cfg=dict(nms_pre=1000)))):
+    for name, change in (
+        ('a', {}),
+        ('b', dict(data_preprocessor=dict(mean=[0, 0, 0], pad_size_divisor=1))),
+        ('c', dict(backbone=dict(type='B', init_cfg=None))),
+        ('d', dict(type='D')),
+        ('e', dict(test_cfg=dict(nms_pre=1000))),
+    ):
         configs[name] = write(tmp_path, f'{name}.py', f'model = {dict(base, **change)}')
     configs['f'] = write(tmp_path, 'f.py', 'schedule = 1')
     configs['g'] = write(tmp_path, 'g.py', '_base_ = "nowhere.py"')
     models = distinct(configs, print)
     assert {name: names for name, (_, names) in models.items()} == {
-        'a': ['a', 'b', 'c'], 'd': ['d'], 'e': ['e']}
+        'a': ['a', 'b', 'c'],
+        'd': ['d'],
+        'e': ['e'],
+    }
     assert 'g: left out, it cannot be read (FileNotFoundError)' in capsys.readouterr().out
 
 
 def test_nothing_is_downloaded():
-    cfg = Config(dict(model=dict(
-        backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='https://a'), depth=50),
-        teacher_ckpt='https://b', pretrained=True, head=[dict(init_cfg=dict(type='Normal'))])))
+    cfg = Config(
+        dict(
+            model=dict(
+                backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='https://a'), depth=50),
+                teacher_ckpt='https://b',
+                pretrained=True,
+                head=[dict(init_cfg=dict(type='Normal'))],
+            )
+        )
+    )
     zoo._forget_weights(cfg.model)
     assert 'https' not in str(cfg) and cfg.model.pretrained is False
     assert cfg.model.head[0].init_cfg == dict(type='Normal')

@@ -1,4 +1,5 @@
 """A detector and a COCO data set small enough to be trained within a test."""
+
 import json
 
 import mmcv
@@ -6,7 +7,7 @@ import numpy as np
 
 CLASSES = ('cat', 'dog')
 
-CONFIG = '''
+CONFIG = """
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 custom_imports = dict(imports=['dn_mmdet', 'dn_mmdet.models.ssdlite_head'])
 norm_cfg = dict(type='BN', eps=0.001, momentum=0.03)
@@ -40,7 +41,7 @@ optim_wrapper = dict(optimizer=dict(lr=0.01))
 param_scheduler = [dict(type='ConstantLR', factor=1.0, by_epoch=True)]
 env_cfg = dict(cudnn_benchmark=False)
 auto_scale_lr = dict(enable=False, base_batch_size=4)
-'''
+"""
 
 
 def make_coco(root, num_images=4):
@@ -50,19 +51,29 @@ def make_coco(root, num_images=4):
     for i in range(num_images):
         pixels = rng.integers(0, 99, (64, 64, 3), np.uint8)
         x, y = (int(place) for place in rng.integers(0, 31, 2))
-        pixels[y:y + 32, x:x + 32] += np.uint8(120)
+        pixels[y : y + 32, x : x + 32] += np.uint8(120)
         mmcv.imwrite(pixels, f'{root}/images/{i}.png')
         images.append(dict(id=i, file_name=f'{i}.png', width=64, height=64))
-        annotations.append(dict(id=i + 1, image_id=i, category_id=1 + i % 2, iscrowd=0,
-                                bbox=[x, y, 32, 32], area=32 * 32))
+        annotations.append(
+            dict(
+                id=i + 1,
+                image_id=i,
+                category_id=1 + i % 2,
+                iscrowd=0,
+                bbox=[x, y, 32, 32],
+                area=32 * 32,
+            )
+        )
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-    (root / 'instances.json').write_text(json.dumps(dict(
-        images=images, annotations=annotations, categories=categories)))
+    (root / 'instances.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
 
 
 def write_config(root, norm='BN', name=None, extra=''):
     """A config of this detector with norm layers of a type, on `make_coco`'s data."""
     path = root / (name or f'tiny_{norm.lower()}.py')
-    path.write_text(CONFIG.replace('{root}', str(root)).replace("type='BN'", f"type='{norm}'")
-                    + extra)
+    path.write_text(
+        CONFIG.replace('{root}', str(root)).replace("type='BN'", f"type='{norm}'") + extra
+    )
     return path

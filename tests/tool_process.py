@@ -3,6 +3,7 @@
 Importing mmdet takes longer than a tiny training. It happens once, in a server
 process that is forked for each run and that sees no GPU.
 """
+
 import multiprocessing
 import os
 import re
@@ -17,8 +18,14 @@ from unittest import mock
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['dn_mmdet.cli.command_line', 'dn_mmdet.cli.predict',
-                                'dn_mmdet.models.ssdlite_head', 'mmdet.evaluation'])
+CONTEXT.set_forkserver_preload(
+    [
+        'dn_mmdet.cli.command_line',
+        'dn_mmdet.cli.predict',
+        'dn_mmdet.models.ssdlite_head',
+        'mmdet.evaluation',
+    ]
+)
 
 
 class Tool:
@@ -36,9 +43,18 @@ class Tool:
         self.log = Path(f'{cwd}-{name}-{time.monotonic_ns()}.log')
         with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'):
             forkserver.ensure_running()
-        self.process = CONTEXT.Process(target=_run, args=(
-            str(TOOLS / f'{name}.py'), [str(arg) for arg in argv], str(cwd), str(self.log),
-            file_size, environ), daemon=True)  # ends with the tests, however they end
+        self.process = CONTEXT.Process(
+            target=_run,
+            args=(
+                str(TOOLS / f'{name}.py'),
+                [str(arg) for arg in argv],
+                str(cwd),
+                str(self.log),
+                file_size,
+                environ,
+            ),
+            daemon=True,
+        )  # ends with the tests, however they end
         self.process.start()
 
     @property

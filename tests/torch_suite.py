@@ -8,6 +8,7 @@ a DN layer has to give what BatchNorm gives of each of them. Prints how many agr
 and each that does not; exit 1 if there is one. In a process of its own, for torch's modules for
 tests change global settings when they are imported.
 """
+
 import copy
 import pickle
 import re
@@ -23,8 +24,11 @@ from torch import nn
 
 from dn_mmdet import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d
 
-LAYERS = {nn.BatchNorm1d: (DNB1d, DNC1d), nn.BatchNorm2d: (DNB, DNC),
-          nn.BatchNorm3d: (DNB3d, DNC3d)}
+LAYERS = {
+    nn.BatchNorm1d: (DNB1d, DNC1d),
+    nn.BatchNorm2d: (DNB, DNC),
+    nn.BatchNorm3d: (DNB3d, DNC3d),
+}
 BACKENDS = ('auto', 'torch', 'reference')
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,6 +39,7 @@ def torchs():
     sys.modules['expecttest'].TestCase = unittest.TestCase
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
+
     modules = [info for info in module_db if info.module_cls in LAYERS]
     return modules, next(op for op in op_db if op.name == 'nn.functional.batch_norm')
 
@@ -68,8 +73,9 @@ def as_accurate(of, layer, bn, x):
     """
     dy = torch.randn_like(x)
     exact = of(copy.deepcopy(bn).double(), x.double(), dy.double())
-    for value, by_bn, wanted in zip(of(layer, x, dy), of(copy.deepcopy(bn), x, dy), exact,
-                                    strict=True):
+    for value, by_bn, wanted in zip(
+        of(layer, x, dy), of(copy.deepcopy(bn), x, dy), exact, strict=True
+    ):
         allowed = FEW * torch.finfo(x.dtype).eps * max(1, wanted.norm(), x.double().norm())
         error, by_bn = (value - wanted).norm(), (by_bn - wanted).norm()
         assert error <= max(2 * by_bn, allowed), f'off by {error:.3g}, BatchNorm by {by_bn:.3g}'
@@ -92,7 +98,7 @@ def other_strides(cls, bn, x, backend):
 
 def gradients(cls, bn, x, backend):
     layer = twin(cls, bn, backend, x.dtype)
-    layer.bn.momentum = 0.  # each call is to be the same
+    layer.bn.momentum = 0.0  # each call is to be the same
     x = x.detach()[:, :, :2].requires_grad_() if x.dim() > 2 else x.detach().requires_grad_()
     torch.autograd.gradcheck(layer, x, fast_mode=True)
     torch.autograd.gradgradcheck(layer, x, fast_mode=True)
@@ -103,8 +109,14 @@ def copies_and_state(cls, bn, x, backend):
     y = copy.deepcopy(layer)(x).detach()
     for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         assert torch.equal(other(x), y)
-    other = twin(cls, bn.__class__(bn.num_features, bn.eps, bn.momentum, bn.affine,
-                                   bn.track_running_stats, dtype=x.dtype), backend, x.dtype)
+    other = twin(
+        cls,
+        bn.__class__(
+            bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, dtype=x.dtype
+        ),
+        backend,
+        x.dtype,
+    )
     assert not other.load_state_dict(copy.deepcopy(bn.state_dict())).missing_keys
     assert torch.equal(other.train(bn.training)(x), y)
 
@@ -124,7 +136,8 @@ def check(counts, wrong, what, run, *args):
 def same_error(cls, given, error, backend):
     try:
         cls(*given.constructor_input.args, **given.constructor_input.kwargs, backend=backend)(
-            *given.forward_input.args)
+            *given.forward_input.args
+        )
     except error.error_type as got:
         assert re.search(error.error_regex, str(got)), got
     else:
@@ -133,8 +146,9 @@ def same_error(cls, given, error, backend):
 
 def same_sample(cls, sample, backend):
     x, (mean, var, w, b) = sample.input.detach(), sample.args
-    bn = nn.BatchNorm1d(x.shape[1], eps=sample.kwargs.get('eps', 1e-5),
-                        momentum=sample.kwargs.get('momentum', 0.1)).double()
+    bn = nn.BatchNorm1d(
+        x.shape[1], eps=sample.kwargs.get('eps', 1e-5), momentum=sample.kwargs.get('momentum', 0.1)
+    ).double()
     bn.train(sample.kwargs.get('training', False))
     for name, t in (('weight', w), ('bias', b)):
         setattr(bn, name, None if t is None else nn.Parameter(t.detach().clone()))
@@ -173,11 +187,17 @@ def main():
 def check_module(info, cls, backend, counts, wrong):
     for dtype in DTYPES:
         for training in (True, False):
-            inputs = info.module_inputs_func(info, device='cpu', dtype=dtype,
-                                             requires_grad=False, training=training)
+            inputs = info.module_inputs_func(
+                info, device='cpu', dtype=dtype, requires_grad=False, training=training
+            )
             for given in inputs:
-                bn = info.module_cls(*given.constructor_input.args,
-                                     **given.constructor_input.kwargs).to(dtype).train(training)
+                bn = (
+                    info.module_cls(
+                        *given.constructor_input.args, **given.constructor_input.kwargs
+                    )
+                    .to(dtype)
+                    .train(training)
+                )
                 for parameter in bn.parameters():
                     nn.init.uniform_(parameter, 0.5, 2)
                 what = f'{cls.__name__} {backend} {dtype} training={training} {given.desc}'
@@ -186,11 +206,20 @@ def check_module(info, cls, backend, counts, wrong):
                     if run is gradients and (dtype != torch.float64 or x.numel() == 0):
                         continue  # differences need all digits, and values
                     check(counts, wrong, what, run, cls, bn, x, backend)
-    for given in info.module_error_inputs_func(info, device='cpu', dtype=torch.float32,
-                                               requires_grad=False, training=True):
+    for given in info.module_error_inputs_func(
+        info, device='cpu', dtype=torch.float32, requires_grad=False, training=True
+    ):
         inputs = given.module_error_input
-        check(counts, wrong, f'{cls.__name__} {backend} {inputs.constructor_input}', same_error,
-              cls, inputs, given, backend)
+        check(
+            counts,
+            wrong,
+            f'{cls.__name__} {backend} {inputs.constructor_input}',
+            same_error,
+            cls,
+            inputs,
+            given,
+            backend,
+        )
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@
 
 All parts but the detector need torch and mmengine alone; the detector needs MMDetection as well.
 """
+
 import argparse
 import sys
 from itertools import product
@@ -23,39 +24,74 @@ PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure: layers one '
-                        'by one; all layers in one training step; the host time of one call; '
-                        'SSDLite; nine layers under torch.compile; tile sizes of the GPU kernels '
-                        '(default: layers detector; on a GPU all but the last two)')
-    parser.add_argument('--norms', nargs='+', type=variant, metavar='NORM',
-                        help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
-                        '(default: BN, GN, and both DN layers with every backend)')
+    parser.add_argument(
+        '--parts',
+        nargs='+',
+        choices=PARTS,
+        help='what to measure: layers one '
+        'by one; all layers in one training step; the host time of one call; '
+        'SSDLite; nine layers under torch.compile; tile sizes of the GPU kernels '
+        '(default: layers detector; on a GPU all but the last two)',
+    )
+    parser.add_argument(
+        '--norms',
+        nargs='+',
+        type=variant,
+        metavar='NORM',
+        help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
+        '(default: BN, GN, and both DN layers with every backend)',
+    )
     parser.add_argument('--batch', type=int, default=8, help='batch size of layers and training')
-    parser.add_argument('--inference-batch', type=int, nargs='+', default=None,
-                        help='batch sizes of the detector at inference (default: --batch and 1)')
-    parser.add_argument('--amp', nargs='?', const='float16', choices=['float16', 'bfloat16'],
-                        help='dtype of the feature maps, under autocast')
+    parser.add_argument(
+        '--inference-batch',
+        type=int,
+        nargs='+',
+        default=None,
+        help='batch sizes of the detector at inference (default: --batch and 1)',
+    )
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='float16',
+        choices=['float16', 'bfloat16'],
+        help='dtype of the feature maps, under autocast',
+    )
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--pairs', type=int, default=15,
-                        help='measurements, each beside one of BatchNorm')
-    parser.add_argument('--size', type=int, default=320,
-                        help='height and width of the images in pixels')
-    parser.add_argument('--compiled', type=int, metavar='N',
-                        help='time the torch.compiled reference on the N largest shapes; each '
-                        'compiles for some seconds (default: 3, and 0 with --norms)')
-    parser.add_argument('--seconds', type=float, metavar='S',
-                        help='start no measurement after this time, and list what is left out '
-                        '(default: no limit)')
-    parser.add_argument('--compile-only', metavar='I/N',
-                        help='measure nothing, but compile and cache the kernels: run each layer '
-                        'once in float16 and float32, contiguous and channels_last; with '
-                        '--parts compiled those layers as they will be measured. The shapes are '
-                        'split into N shares; this run takes share I, counted from 1')
+    parser.add_argument(
+        '--pairs', type=int, default=15, help='measurements, each beside one of BatchNorm'
+    )
+    parser.add_argument(
+        '--size', type=int, default=320, help='height and width of the images in pixels'
+    )
+    parser.add_argument(
+        '--compiled',
+        type=int,
+        metavar='N',
+        help='time the torch.compiled reference on the N largest shapes; each '
+        'compiles for some seconds (default: 3, and 0 with --norms)',
+    )
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        metavar='S',
+        help='start no measurement after this time, and list what is left out (default: no limit)',
+    )
+    parser.add_argument(
+        '--compile-only',
+        metavar='I/N',
+        help='measure nothing, but compile and cache the kernels: run each layer '
+        'once in float16 and float32, contiguous and channels_last; with '
+        '--parts compiled those layers as they will be measured. The shapes are '
+        'split into N shares; this run takes share I, counted from 1',
+    )
     parser.add_argument('--commit', help='commit of this code, if this is not a git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
-    parser.add_argument('--bars', metavar='FILE', help='measure nothing, but compare the rows of '
-                        'this CSV file with the targets for a GPU')
+    parser.add_argument(
+        '--bars',
+        metavar='FILE',
+        help='measure nothing, but compare the rows of this CSV file with the targets for a GPU',
+    )
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')
@@ -65,8 +101,12 @@ def parse(argv):
         args.compiled = 0 if args.norms else 3
     if args.norms and BN not in args.norms:
         parser.error('--norms: BN is what the others are compared with; add it')
-    for name, value, least in (('--batch', args.batch, 1), ('--pairs', args.pairs, 1),
-                               ('--compiled', args.compiled, 0), ('--size', args.size, 32)):
+    for name, value, least in (
+        ('--batch', args.batch, 1),
+        ('--pairs', args.pairs, 1),
+        ('--compiled', args.compiled, 0),
+        ('--size', args.size, 32),
+    ):
         if value < least:
             parser.error(f'{name}: expected at least {least}, got {value}')
     if args.plot and not args.bars and 'layers' not in args.parts:
@@ -111,10 +151,18 @@ def main(argv=None):
     if args.bars:
         return show_bars(args.bars, args.plot)
     deadline = benchmark.Deadline(args.seconds)
-    setting = Setting(args.device, getattr(torch, args.amp or 'float32'), args.channels_last,
-                      args.pairs)
-    norms = args.norms or [BN, GN, *(Variant(norm, backend) for norm in ('DNB', 'DNC')
-                                     for backend in (*setting.fused, 'reference'))]
+    setting = Setting(
+        args.device, getattr(torch, args.amp or 'float32'), args.channels_last, args.pairs
+    )
+    norms = args.norms or [
+        BN,
+        GN,
+        *(
+            Variant(norm, backend)
+            for norm in ('DNB', 'DNC')
+            for backend in (*setting.fused, 'reference')
+        ),
+    ]
     dn = [v for v in norms if v.norm in ('DNB', 'DNC')]
     shapes = benchmark.ssdlite_shapes(args.size)
     if args.compile_only:
@@ -131,15 +179,18 @@ def main(argv=None):
     norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
     try:
         if set(args.parts) - {'detector', 'tuning', 'compiled'} or (
-                args.amp and 'detector' in args.parts):  # see Detectors.check
+            args.amp and 'detector' in args.parts
+        ):  # see Detectors.check
             benchmark.check_layers(setting, args.batch, shapes, dn)
             if args.compiled:
-                benchmark.check_layers(setting, args.batch,
-                                       benchmark.by_size(shapes)[:args.compiled], [COMPILED])
+                benchmark.check_layers(
+                    setting, args.batch, benchmark.by_size(shapes)[: args.compiled], [COMPILED]
+                )
         if 'detector' in args.parts:
             plain = [v for v in dn if v == benchmark.REFERENCE or v.backend != 'reference']
-            detectors = benchmark.Detectors(setting, [BN, FOLDED, *(
-                [GN] if GN in norms else []), *plain], size=args.size)
+            detectors = benchmark.Detectors(
+                setting, [BN, FOLDED, *([GN] if GN in norms else []), *plain], size=args.size
+            )
             detectors.check(min(args.batch, 8))
     except benchmark.ParityError as error:
         print(f'benchmark: {error}', file=sys.stderr)
@@ -149,20 +200,24 @@ def main(argv=None):
         'host': lambda: benchmark.measure_host(setting, norms),
         'step': lambda: benchmark.measure_step(setting, args.batch, shapes, norms),
         'layers': lambda: benchmark.measure_layers(
-            setting, args.batch, shapes, [*norms, *single], args.compiled, deadline,
-            run.failures),
+            setting, args.batch, shapes, [*norms, *single], args.compiled, deadline, run.failures
+        ),
         'compiled': lambda: benchmark.measure_compiled(
-            setting, args.batch, norms, args.size, deadline, run.failures),
+            setting, args.batch, norms, args.size, deadline, run.failures
+        ),
         'tuning': lambda: tunings(setting, args.batch),
-        'detector': lambda: detectors.measure('train', args.batch, run.failures)}
+        'detector': lambda: detectors.measure('train', args.batch, run.failures),
+    }
     for part, measure in parts.items():
         if part in args.parts:
             run.measure(f'{part}, batch {args.batch}, {setting}', measure, deadline)
     if detectors:
         for batch in args.inference_batch or sorted({args.batch, 1}, reverse=True):
-            run.measure(f'detector, inference, batch {batch}, {setting}',
-                        lambda batch=batch: detectors.measure('inference', batch, run.failures),
-                        deadline)
+            run.measure(
+                f'detector, inference, batch {batch}, {setting}',
+                lambda batch=batch: detectors.measure('inference', batch, run.failures),
+                deadline,
+            )
     return run.finish()
 
 

@@ -3,6 +3,7 @@
 
 Each runtime that is installed runs on one thread. The file gets a line for each model in it.
 """
+
 import argparse
 import csv
 import sys
@@ -22,13 +23,27 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of a detector with DN-B')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--size', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'),
-                        help='height and width of the image')
-    parser.add_argument('--runtimes', nargs='+', default=list(runtimes.RUNTIMES),
-                        choices=list(runtimes.RUNTIMES), help='default: all')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='height and width of the image',
+    )
+    parser.add_argument(
+        '--runtimes',
+        nargs='+',
+        default=list(runtimes.RUNTIMES),
+        choices=list(runtimes.RUNTIMES),
+        help='default: all',
+    )
     parser.add_argument('--rounds', type=int, default=40, help='runs of each model (40)')
-    parser.add_argument('--out', default='runtimes.csv', help='file to write (runtimes.csv); '
-                        'lines of other runtimes in it are kept')
+    parser.add_argument(
+        '--out',
+        default='runtimes.csv',
+        help='file to write (runtimes.csv); lines of other runtimes in it are kept',
+    )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
 
@@ -53,14 +68,22 @@ def run(args):
             if missing:
                 print(f'{name}: left out, not installed: {", ".join(missing)}')
                 continue
-            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder),
-                                      args.rounds)
+            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder), args.rounds)
             rows = [row for row in rows if row['runtime'] != name]
             for row in found:
-                print(f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of '
-                      f'BN, error {row.error:.1e}', flush=True)
-                rows.append(dict(row._asdict(), ms=f'{row.ms:.2f}', ratio=f'{row.ratio:.3f}',
-                                 error=f'{row.error:.1e}'))
+                print(
+                    f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of '
+                    f'BN, error {row.error:.1e}',
+                    flush=True,
+                )
+                rows.append(
+                    dict(
+                        row._asdict(),
+                        ms=f'{row.ms:.2f}',
+                        ratio=f'{row.ratio:.3f}',
+                        error=f'{row.error:.1e}',
+                    )
+                )
             write(out, rows)
 
 

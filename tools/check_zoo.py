@@ -5,6 +5,7 @@ One process a config; rows are written as they finish, and a next run goes on wh
 the last one ended. The order is a random one, the same each time, so that the rows of
 an unfinished sweep are a fair sample.
 """
+
 import argparse
 import fnmatch
 import random
@@ -31,19 +32,43 @@ from dn_mmdet.zoo.sweep import (
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--out-dir', default='work_dirs/zoo', help='folder for zoo.csv and the '
-                        'output of each check (default: %(default)s)')
-    parser.add_argument('--only', nargs='+', default=['*'], metavar='PATTERN',
-                        help='configs to check, as in "yolox/*"')
+    parser.add_argument(
+        '--out-dir',
+        default='work_dirs/zoo',
+        help='folder for zoo.csv and the output of each check (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=['*'],
+        metavar='PATTERN',
+        help='configs to check, as in "yolox/*"',
+    )
     parser.add_argument('--again', action='store_true', help='check configs again that have a row')
-    parser.add_argument('--time-limit', type=int, default=180, metavar='SECONDS',
-                        help='limit of processor time for each config (default: %(default)s)')
-    parser.add_argument('--memory', type=float, default=16, metavar='GIB',
-                        help='limit of memory for each config (default: %(default)s)')
-    parser.add_argument('--docs', metavar='FOLDER', help='write zoo.md, results/zoo.csv and the '
-                        'table in models.md there')
-    parser.add_argument('--no-checks', action='store_true',
-                        help='check nothing, only write --docs from the rows that exist')
+    parser.add_argument(
+        '--time-limit',
+        type=int,
+        default=180,
+        metavar='SECONDS',
+        help='limit of processor time for each config (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--memory',
+        type=float,
+        default=16,
+        metavar='GIB',
+        help='limit of memory for each config (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--docs',
+        metavar='FOLDER',
+        help='write zoo.md, results/zoo.csv and the table in models.md there',
+    )
+    parser.add_argument(
+        '--no-checks',
+        action='store_true',
+        help='check nothing, only write --docs from the rows that exist',
+    )
     return parser, parser.parse_args(argv)
 
 
@@ -54,23 +79,33 @@ def sweep(args):
     write_rows(csv, rows)  # without the half row that a killed run can leave
     left_out = []
     models = distinct(shipped_configs(), left_out.append)
-    chosen = [name for name in models if (args.again or name not in rows)
-              and any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)
-              and not args.no_checks]
+    chosen = [
+        name
+        for name in models
+        if (args.again or name not in rows)
+        and any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)
+        and not args.no_checks
+    ]
     random.Random(0).shuffle(chosen)
     print(f'{len(models)} distinct detectors, {len(chosen)} to check')
     torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
     for number, name in enumerate(chosen, 1):
         cfg, names = models[name]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = bounded(lambda enter, cfg=cfg: check(cfg, enter), args.time_limit, args.memory,
-                         logs / f'{name.replace("/", "_")}.txt')
+        result = bounded(
+            lambda enter, cfg=cfg: check(cfg, enter),
+            args.time_limit,
+            args.memory,
+            logs / f'{name.replace("/", "_")}.txt',
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         row = row_of(name, result, seconds, names)
         append_row(csv, row)
-        print(f'{number}/{len(chosen)} {name}: {row["status"]} {row["reason"]} '
-              f'({row["seconds"]} s)', flush=True)
+        print(
+            f'{number}/{len(chosen)} {name}: {row["status"]} {row["reason"]} ({row["seconds"]} s)',
+            flush=True,
+        )
     rows = read_rows(csv)
     write_rows(csv, rows)
     if args.docs:

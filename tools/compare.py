@@ -5,6 +5,7 @@ Trains every combination once, each in a folder of its own under --out, evaluate
 with its DN layers folded into BatchNorms, and writes tables and figures to --out/report.
 The same command continues a grid that was interrupted, and repeats nothing that has ended.
 """
+
 import argparse
 import signal
 import sys
@@ -20,43 +21,94 @@ from dn_mmdet.provenance import commit_of
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='*', metavar='CONFIG',
-                        help='config files; the others are compared with the first')
-    parser.add_argument('--preset', choices=sorted(presets.PRESETS),
-                        help='a ready set of variants and runs, made from one BatchNorm config')
-    parser.add_argument('--variants', nargs='+', metavar='NAME',
-                        help='run only these variants of the preset, and the config itself')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'configs',
+        nargs='*',
+        metavar='CONFIG',
+        help='config files; the others are compared with the first',
+    )
+    parser.add_argument(
+        '--preset',
+        choices=sorted(presets.PRESETS),
+        help='a ready set of variants and runs, made from one BatchNorm config',
+    )
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        metavar='NAME',
+        help='run only these variants of the preset, and the config itself',
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='SEED')
-    parser.add_argument('--lr', nargs='+', type=_factor, metavar='xFACTOR',
-                        help="multiply the config's learning rate by these, as in x1 x4")
-    parser.add_argument('--batch', nargs='+', type=_positive, metavar='SIZE',
-                        help='training batch sizes; the learning rate follows in proportion')
-    parser.add_argument('--epochs', type=_positive,
-                        help='passes over the training data (default: as in the configs)')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/compare'),
-                        help='folder for the runs and the report (default: %(default)s)')
-    parser.add_argument('--jobs', type=_positive,
-                        help='how many runs train at once (default: one per CPU core or GPU)')
-    parser.add_argument('--no-folded', dest='folded', action='store_false',
-                        help='do not evaluate runs of DN-B and DN-C with their layers folded into '
-                        'BatchNorms too')
-    parser.add_argument('--question', default='',
-                        help='name of the question that these runs answer, for the table')
-    parser.add_argument('--metric', help='metric to report, as the log names it (default: '
-                        f'{" or ".join(results.METRICS)})')
-    parser.add_argument('--csv', type=Path, help='also write the rows into this file; rows of '
-                        'other runs in it are kept')
-    parser.add_argument('--commit', help='commit of the code, for the table, if this is not a git '
-                        'checkout')
-    parser.add_argument('--allow-different', action='store_true',
-                        help='go on even if configs differ in more than the norm')
-    parser.add_argument('--report-only', nargs='+', type=Path, metavar='FOLDER',
-                        help='train nothing; write the report from runs in these folders, or from '
-                        'CSV files written by --csv. They may come from other machines')
-    parser.add_argument('--baseline', help='name of the config to compare with (default: the '
-                        'first)')
+    parser.add_argument(
+        '--lr',
+        nargs='+',
+        type=_factor,
+        metavar='xFACTOR',
+        help="multiply the config's learning rate by these, as in x1 x4",
+    )
+    parser.add_argument(
+        '--batch',
+        nargs='+',
+        type=_positive,
+        metavar='SIZE',
+        help='training batch sizes; the learning rate follows in proportion',
+    )
+    parser.add_argument(
+        '--epochs',
+        type=_positive,
+        help='passes over the training data (default: as in the configs)',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/compare'),
+        help='folder for the runs and the report (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--jobs',
+        type=_positive,
+        help='how many runs train at once (default: one per CPU core or GPU)',
+    )
+    parser.add_argument(
+        '--no-folded',
+        dest='folded',
+        action='store_false',
+        help='do not evaluate runs of DN-B and DN-C with their layers folded into BatchNorms too',
+    )
+    parser.add_argument(
+        '--question', default='', help='name of the question that these runs answer, for the table'
+    )
+    parser.add_argument(
+        '--metric',
+        help=f'metric to report, as the log names it (default: {" or ".join(results.METRICS)})',
+    )
+    parser.add_argument(
+        '--csv',
+        type=Path,
+        help='also write the rows into this file; rows of other runs in it are kept',
+    )
+    parser.add_argument(
+        '--commit', help='commit of the code, for the table, if this is not a git checkout'
+    )
+    parser.add_argument(
+        '--allow-different',
+        action='store_true',
+        help='go on even if configs differ in more than the norm',
+    )
+    parser.add_argument(
+        '--report-only',
+        nargs='+',
+        type=Path,
+        metavar='FOLDER',
+        help='train nothing; write the report from runs in these folders, or from '
+        'CSV files written by --csv. They may come from other machines',
+    )
+    parser.add_argument(
+        '--baseline', help='name of the config to compare with (default: the first)'
+    )
     command_line.add_common_arguments(parser)
     args = parser.parse_args(argv)
     if bool(args.configs) == bool(args.report_only):
@@ -86,21 +138,25 @@ def _positive(text):
 
 def grid(args):
     """The points that the options mean, checked before anything is written."""
-    variants = [compare.Variant(Path(path).stem, path,
-                                command_line.load_config(path, args.cfg_options))
-                for path in args.configs]
+    variants = [
+        compare.Variant(Path(path).stem, path, command_line.load_config(path, args.cfg_options))
+        for path in args.configs
+    ]
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise preflight.ConfigError(f'expected configs of different file names, got '
-                                    f'{", ".join(names)}')
+        raise preflight.ConfigError(
+            f'expected configs of different file names, got {", ".join(names)}'
+        )
     if args.preset:
-        points = presets.PRESETS[args.preset](variants[0], args.seeds, args.lr, args.batch,
-                                              args.epochs)
+        points = presets.PRESETS[args.preset](
+            variants[0], args.seeds, args.lr, args.batch, args.epochs
+        )
         if args.variants:
             points = compare.choose(points, args.variants)
     else:
-        points = compare.product(variants, args.seeds, args.lr or [1.], args.batch or [None],
-                                 args.epochs)
+        points = compare.product(
+            variants, args.seeds, args.lr or [1.0], args.batch or [None], args.epochs
+        )
     return compare.check(points, args.allow_different)
 
 
@@ -112,8 +168,7 @@ def main(argv=None):
     with command_line.one_message(parser):
         folders = args.report_only
         if not folders:
-            runs = compare.plan(grid(args), args.out, args.question,
-                                args.commit or commit_of())
+            runs = compare.plan(grid(args), args.out, args.question, args.commit or commit_of())
             preflight.make_folder(args.out, '--out')
             jobs = args.jobs or torch.cuda.device_count() or compare.cores()
             failures = compare.run_grid(runs, jobs, console, args.folded)
@@ -126,8 +181,11 @@ def main(argv=None):
     console.print(written.text, markup=False, soft_wrap=True)
     console.print(f'Report: {args.out / "report"}', soft_wrap=True)
     if failures:
-        parser.exit(1, f'{parser.prog}: error: {len(failures)} runs failed (see above); the '
-                       f'same command starts them again and repeats nothing else\n')
+        parser.exit(
+            1,
+            f'{parser.prog}: error: {len(failures)} runs failed (see above); the '
+            f'same command starts them again and repeats nothing else\n',
+        )
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Turns a BatchNorm checkpoint into one with Dynamic Normalization that computes the same."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -15,19 +16,32 @@ from dn_mmdet.files import replacing
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file of a detector, or of a backbone from '
-                        'torchvision or mmpretrain')
+    parser.add_argument(
+        'checkpoint',
+        help='checkpoint file of a detector, or of a backbone from torchvision or mmpretrain',
+    )
     parser.add_argument('out', help='file to write; it must not exist')
-    parser.add_argument('--config', help='a config with DN layers: only its layers are '
-                        'converted, the result is checked to fit it, and it is stored beside '
-                        'the weights')
-    parser.add_argument('--reduction', type=int, default=32,
-                        help='of SC, without --config (default: %(default)s)')
-    parser.add_argument('--min-channels', type=int, default=8,
-                        help='of SC, without --config (default: %(default)s)')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='open a checkpoint that holds more than weights and logs. Such a '
-                        'file can run any program as you')
+    parser.add_argument(
+        '--config',
+        help='a config with DN layers: only its layers are '
+        'converted, the result is checked to fit it, and it is stored beside '
+        'the weights',
+    )
+    parser.add_argument(
+        '--reduction', type=int, default=32, help='of SC, without --config (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--min-channels',
+        type=int,
+        default=8,
+        help='of SC, without --config (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='open a checkpoint that holds more than weights and logs. Such a '
+        'file can run any program as you',
+    )
     return parser, parser.parse_args(argv)
 
 
@@ -42,8 +56,9 @@ def convert(args):
         cfg = command_line.load_config(args.config)
         model = preflight.check_model(cfg)
         if not dn_layers(model):
-            raise preflight.ConfigError(f'{args.config}: builds no DN layers; set norm_cfg to '
-                                        f"dict(type='DNB')")
+            raise preflight.ConfigError(
+                f"{args.config}: builds no DN layers; set norm_cfg to dict(type='DNB')"
+            )
         converted = convert_checkpoint(checkpoint, model)
         check_fits(model, converted, args.checkpoint)
         if 'meta' in converted:

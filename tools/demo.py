@@ -4,6 +4,7 @@ A grid of tools/compare.py with two runs, one thread each. Afterwards the folder
 report/ (tables, learning curves, an interactive page), detections.png, folded.pth (DN-B as
 BatchNorms) and, under runs/, logs, checkpoints and single pictures.
 """
+
 import argparse
 import contextlib
 import json
@@ -28,12 +29,12 @@ PREDICT = ROOT / 'tools' / 'predict.py'
 NAMES = ('ssdlite_mbv2_bn_digits', 'ssdlite_mbv2_dnb_digits')
 PICTURES = 8
 SCORE_THR = 0.3
-NEXT = '''\
+NEXT = """\
   compare over three seeds:       .venv/bin/python tools/compare.py \\
                                       configs/ssdlite_mbv2_{bn,dnb}_digits.py --seeds 0 1 2
   DN-B in another detector:       .venv/bin/python tools/train.py \\
                                       mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --norm DNB
-'''
+"""
 
 
 class ChildFailed(Exception):
@@ -43,8 +44,9 @@ class ChildFailed(Exception):
 def train(configs, out, seed, console):
     """Runs both trainings at once, from the start; returns their runs."""
     shutil.rmtree(out / 'runs', ignore_errors=True)
-    variants = [compare.Variant(path.stem, str(path), command_line.load_config(path))
-                for path in configs]
+    variants = [
+        compare.Variant(path.stem, str(path), command_line.load_config(path)) for path in configs
+    ]
     points = compare.check(compare.product(variants, [seed]))
     runs = compare.plan(points, out / 'runs', 'demo', commit_of())
     failures = compare.run_grid(runs, len(runs), console)
@@ -56,27 +58,44 @@ def train(configs, out, seed, console):
 def detect(runs, images):
     """Runs tools/predict.py over a folder of images with every run's last checkpoint."""
     for run in runs:
-        checkpoint, = run.folder.glob('epoch_*.pth')
-        command = [sys.executable, PREDICT, run.folder / 'config.py', checkpoint, images,
-                   '--out-dir', run.folder / 'predictions', '--score-thr', str(SCORE_THR)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True)
+        (checkpoint,) = run.folder.glob('epoch_*.pth')
+        command = [
+            sys.executable,
+            PREDICT,
+            run.folder / 'config.py',
+            checkpoint,
+            images,
+            '--out-dir',
+            run.folder / 'predictions',
+            '--score-thr',
+            str(SCORE_THR),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            tail = '\n'.join(done.stdout.splitlines()[-compare.TAIL:])
-            raise ChildFailed(f'{run.name}: tools/predict.py ended with exit code '
-                              f'{done.returncode}. The end of its output:\n{tail}')
+            tail = '\n'.join(done.stdout.splitlines()[-compare.TAIL :])
+            raise ChildFailed(
+                f'{run.name}: tools/predict.py ended with exit code '
+                f'{done.returncode}. The end of its output:\n{tail}'
+            )
 
 
 def draw_detections(runs, images, path):
     """One row per run: its boxes with class and score, over the annotated ones, dashed."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
+
     annotated = _boxes_by_file(json.loads((images / 'annotations.json').read_text()))
     names = sorted(annotated)
-    figure, axes = plt.subplots(len(runs), len(names), squeeze=False, layout='constrained',
-                                figsize=(2.4 * len(names), 2.6 * len(runs)))
+    figure, axes = plt.subplots(
+        len(runs),
+        len(names),
+        squeeze=False,
+        layout='constrained',
+        figsize=(2.4 * len(names), 2.6 * len(runs)),
+    )
     for row, run in zip(axes, runs, strict=True):
         predictions = run.folder / 'predictions' / 'predictions.json'
         detected = _boxes_by_file(json.loads(predictions.read_text()))
@@ -88,8 +107,15 @@ def draw_detections(runs, images, path):
                 cell.add_patch(Rectangle((x, y), w, h, fill=False, color='white', ls=':'))
             for x, y, w, h, text in detected[name]:
                 cell.add_patch(Rectangle((x, y), w, h, fill=False, color='red', lw=1.5))
-                cell.text(x, y, text, fontsize=8, color='white', va='bottom',
-                          bbox=dict(facecolor='red', pad=1, lw=0))
+                cell.text(
+                    x,
+                    y,
+                    text,
+                    fontsize=8,
+                    color='white',
+                    va='bottom',
+                    bbox=dict(facecolor='red', pad=1, lw=0),
+                )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -125,7 +151,7 @@ def fold(runs, out):
     configs = [command_line.load_config(run.folder / 'config.py') for run in runs]
     models, checkpoints = [], []
     for run, cfg in zip(runs, configs, strict=True):
-        path, = run.folder.glob('epoch_*.pth')
+        (path,) = run.folder.glob('epoch_*.pth')
         models.append(folding.built(cfg).eval())
         checkpoints.append(open_checkpoint(path))
         check_fits(models[-1], checkpoints[-1], path)
@@ -137,9 +163,15 @@ def fold(runs, out):
     values = [evaluation(bn), result.rows[0].value, result.chosen.value]
     deployed = [folding.fused(model) for model in (bn, dnb, folded)]
     times = folding.milliseconds(deployed, evaluation.one_image(bn))
-    rows = [[name, f'{value:.3f}', f'{took:.2f}'] for name, value, took in zip(
-        ('BN', 'DN-B', f'DN-B, {folding.row_name(result.chosen, result)}'), values, times,
-        strict=True)]
+    rows = [
+        [name, f'{value:.3f}', f'{took:.2f}']
+        for name, value, took in zip(
+            ('BN', 'DN-B', f'DN-B, {folding.row_name(result.chosen, result)}'),
+            values,
+            times,
+            strict=True,
+        )
+    ]
     return report.markdown_table(['model', result.metric, 'ms per image'], rows)
 
 
@@ -147,6 +179,7 @@ def run(configs, out, seed, console):
     """The whole demo into a folder; see the head of this file."""
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
+
     init_default_scope('mmdet')
     cfg = Config.fromfile(configs[0])
     console.print(f'Preparing the data set in {cfg.train_dataloader.dataset.data_root}')
@@ -160,27 +193,40 @@ def run(configs, out, seed, console):
     draw_detections(runs, out / 'images', out / 'detections.png')
     console.print(written.text, markup=False, soft_wrap=True)
     console.print(fold(runs, out), markup=False, soft_wrap=True)
-    console.print(f'Learning curves: {out}/report/learning_curves.png\n'
-                  f'Detections:      {out}/detections.png\n'
-                  f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint; times are of the '
-                  f'network alone, BatchNorms folded into convolutions, {folding.timed_on()}\n'
-                  f'\nThis is one run of each norm (seed {seed}): its AP differs by up to 0.1 '
-                  f'between two machines.\n\n'
-                  f'What to try next:\n{NEXT}', markup=False, soft_wrap=True)
+    console.print(
+        f'Learning curves: {out}/report/learning_curves.png\n'
+        f'Detections:      {out}/detections.png\n'
+        f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint; times are of the '
+        f'network alone, BatchNorms folded into convolutions, {folding.timed_on()}\n'
+        f'\nThis is one run of each norm (seed {seed}): its AP differs by up to 0.1 '
+        f'between two machines.\n\n'
+        f'What to try next:\n{NEXT}',
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/demo'),
-                        help='folder for the results (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0,
-                        help='random seed of both trainings (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/demo'),
+        help='folder for the results (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='random seed of both trainings (default: %(default)s)'
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the children as Ctrl-C does
     try:
         with command_line.one_message(parser):
-            run([ROOT / 'configs' / f'{name}.py' for name in NAMES], args.out, args.seed,
-                Console(highlight=False))
+            run(
+                [ROOT / 'configs' / f'{name}.py' for name in NAMES],
+                args.out,
+                args.seed,
+                Console(highlight=False),
+            )
     except ChildFailed as error:
         parser.exit(1, f'{parser.prog}: error: {error}\n')
 

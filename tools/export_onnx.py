@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Writes a detector as one ONNX file: images in; boxes, scores and labels out."""
+
 import argparse
 import statistics
 import sys
@@ -28,20 +29,40 @@ def parse(argv):
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='file to write (default: the checkpoint, as .onnx)')
-    parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
-                        help='height and width of the images (default: the scale of Resize in '
-                        'test_dataloader)')
-    parser.add_argument('--target', choices=TARGETS, default=TARGETS[0], help='portable: for any '
-                        'runtime and number of images (the default); onnxruntime: faster there, '
-                        'for one image at a time')
-    parser.add_argument('--raw', action='store_true', help="write the head's own outputs, for "
-                        'runtimes without suppression')
-    parser.add_argument('--images', default=None, help='an image or a folder: compare '
-                        'onnxruntime with mmdet on its first 8 images before the file is '
-                        'written (default: on random pixels)')
-    parser.add_argument('--latency', action='store_true', help='measure the latency in '
-                        'onnxruntime on one thread, and that of the same detector with folded '
-                        'BatchNorm')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='height and width of the images (default: the scale of Resize in test_dataloader)',
+    )
+    parser.add_argument(
+        '--target',
+        choices=TARGETS,
+        default=TARGETS[0],
+        help='portable: for any '
+        'runtime and number of images (the default); onnxruntime: faster there, '
+        'for one image at a time',
+    )
+    parser.add_argument(
+        '--raw',
+        action='store_true',
+        help="write the head's own outputs, for runtimes without suppression",
+    )
+    parser.add_argument(
+        '--images',
+        default=None,
+        help='an image or a folder: compare '
+        'onnxruntime with mmdet on its first 8 images before the file is '
+        'written (default: on random pixels)',
+    )
+    parser.add_argument(
+        '--latency',
+        action='store_true',
+        help='measure the latency in '
+        'onnxruntime on one thread, and that of the same detector with folded '
+        'BatchNorm',
+    )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
 
@@ -56,8 +77,10 @@ def image_size(cfg, option):
         if is_of(TRANSFORMS, transform, Resize) and 'scale' in transform:
             width, height = transform['scale']
             return height, width
-    raise preflight.ConfigError('--size: the config has no Resize with a scale in '
-                                'test_dataloader.dataset.pipeline: name the size')
+    raise preflight.ConfigError(
+        '--size: the config has no Resize with a scale in '
+        'test_dataloader.dataset.pipeline: name the size'
+    )
 
 
 def run(args):
@@ -79,13 +102,20 @@ def run(args):
         whole = Path(folder, 'whole.onnx')
         simple = export.export(detector, whole, args.target)
         agreement = export.compare(export.open_session(whole), detector, images)
-        print(f'onnxruntime against mmdet on {len(images)} images: outputs of the head differ '
-              f'by {agreement.raw:.1e} of their range at most' + (
-                  f', {agreement.matched} of {agreement.detections} detections match'
-                  if detector.outputs else ''))
+        print(
+            f'onnxruntime against mmdet on {len(images)} images: outputs of the head differ '
+            f'by {agreement.raw:.1e} of their range at most'
+            + (
+                f', {agreement.matched} of {agreement.detections} detections match'
+                if detector.outputs
+                else ''
+            )
+        )
         if not agreement.raw <= export.TOLERANCE:
-            raise preflight.ConfigError(f'{out}: not written, the outputs of the head differ by '
-                                        f'more than {export.TOLERANCE} of their range')
+            raise preflight.ConfigError(
+                f'{out}: not written, the outputs of the head differ by '
+                f'more than {export.TOLERANCE} of their range'
+            )
         names = detector.raw_names if args.raw or not detector.outputs else detector.outputs
         export.keep_outputs(whole, out, names)
         print(in_words(simple))
@@ -98,11 +128,15 @@ def run(args):
 
 
 def in_words(simple):
-    text = (f'{len(simple.folded)} norms folded into convolutions, {len(simple.dynamic)} '
-            f'dynamic layers')
+    text = (
+        f'{len(simple.folded)} norms folded into convolutions, {len(simple.dynamic)} '
+        f'dynamic layers'
+    )
     if simple.left:
-        text += (f', {len(simple.left)} norms as they were, which other runtimes may not take '
-                 f'({some(simple.left)})')
+        text += (
+            f', {len(simple.left)} norms as they were, which other runtimes may not take '
+            f'({some(simple.left)})'
+        )
     return text
 
 

@@ -4,6 +4,7 @@
 Each layer's scale and shift are frozen at their mean over training images, which makes it
 a BatchNorm. Writes the checkpoint, its config, tables and a figure of accuracy over latency.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -19,30 +20,62 @@ from dn_mmdet.provenance import commit_of
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config file the model was trained with')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--images', type=int, default=512, help='training images to take the mean '
-                        'over; they have to be like those that the model will see (default: '
-                        '%(default)s)')
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=512,
+        help='training images to take the mean '
+        'over; they have to be like those that the model will see (default: '
+        '%(default)s)',
+    )
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument('--keep', nargs='+', metavar='K', help='what stays dynamic: the number of '
-                        'layers, which are then those that vary most, or patterns of their names '
-                        '(default: nothing)')
-    chosen.add_argument('--max-drop', type=float, metavar='DROP', help='search the fewest layers '
-                        'to keep for a metric at most this far below, as in 0.002')
-    parser.add_argument('--metric', help='by which to judge, as the log names it; larger is '
-                        'better (default: coco/bbox_mAP or accuracy/top1)')
-    parser.add_argument('--changed', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='evaluate each model also with these options of the config, as for '
-                        'another contrast; only val_dataloader and model.data_preprocessor have '
-                        'an effect, and the mean over training images does not see them')
-    parser.add_argument('--csv', type=Path, help='also write the table into this file; rows of '
-                        'other models in it are kept, and FILE.png shows all of them')
-    parser.add_argument('--out', type=Path, metavar='FILE.pth', help='checkpoint to write; '
-                        'config, tables and figure come beside it (default: '
-                        '<checkpoint>_folded.pth)')
+    chosen.add_argument(
+        '--keep',
+        nargs='+',
+        metavar='K',
+        help='what stays dynamic: the number of '
+        'layers, which are then those that vary most, or patterns of their names '
+        '(default: nothing)',
+    )
+    chosen.add_argument(
+        '--max-drop',
+        type=float,
+        metavar='DROP',
+        help='search the fewest layers to keep for a metric at most this far below, as in 0.002',
+    )
+    parser.add_argument(
+        '--metric',
+        help='by which to judge, as the log names it; larger is '
+        'better (default: coco/bbox_mAP or accuracy/top1)',
+    )
+    parser.add_argument(
+        '--changed',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='evaluate each model also with these options of the config, as for '
+        'another contrast; only val_dataloader and model.data_preprocessor have '
+        'an effect, and the mean over training images does not see them',
+    )
+    parser.add_argument(
+        '--csv',
+        type=Path,
+        help='also write the table into this file; rows of '
+        'other models in it are kept, and FILE.png shows all of them',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE.pth',
+        help='checkpoint to write; '
+        'config, tables and figure come beside it (default: '
+        '<checkpoint>_folded.pth)',
+    )
     command_line.add_common_arguments(parser)
     args = parser.parse_args(argv)
     if args.images < 2:
@@ -57,7 +90,8 @@ def parse(argv):
 def run(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
     changed = args.changed and command_line.load_config(
-        args.config, {**(args.cfg_options or {}), **args.changed})
+        args.config, {**(args.cfg_options or {}), **args.changed}
+    )
     preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
     out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
     model = folding.built(cfg)
@@ -75,12 +109,14 @@ def run(args):
         preflight.make_folder(args.csv.parent, '--csv')
         trade_off.read(args.csv)
     commit = commit_of()
-    result = folding.fold(cfg, model, args.images, args.keep, args.max_drop, args.metric,
-                          changed=changed)
+    result = folding.fold(
+        cfg, model, args.images, args.keep, args.max_drop, args.metric, changed=changed
+    )
     print(folding.write(result, cfg, checkpoint, out))
     if args.csv:
-        rows = trade_off.rows_of(result, cfg, Path(args.config).stem, checkpoint, commit,
-                                 args.changed)
+        rows = trade_off.rows_of(
+            result, cfg, Path(args.config).stem, checkpoint, commit, args.changed
+        )
         trade_off.merge(args.csv, rows)
         trade_off.draw(args.csv, args.csv.with_suffix('.png'))
     print(f'{out}, and its config {out.with_suffix(".py")}')

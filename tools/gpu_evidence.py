@@ -14,6 +14,7 @@ Before a variant is trained, its layers are held against the float64 reference o
 and a replay of its graph against a step without; it is refused where one of them is off. A run
 whose row is in the file is not trained again; one that was killed starts again.
 """
+
 import argparse
 import logging
 import math
@@ -26,32 +27,60 @@ from dn_mmdet.experiments import gpu_training
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--folder', type=Path, default=Path('work_dirs/gpu'),
-                        help='with the plan and the images (default: %(default)s)')
-    parser.add_argument('--prepare', metavar='CONFIG',
-                        help='write the plan, from a classification config with BatchNorm')
-    parser.add_argument('--runs', nargs='+', metavar='NAMES:SEEDS',
-                        help='variants of the preset "causes" and bn, with seeds, in the order '
-                        'of training: bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3')
-    parser.add_argument('--append', action='store_true',
-                        help='--prepare: put the runs behind those that the plan has')
-    parser.add_argument('--images', type=Path, metavar='TAR',
-                        help='archive with train/<class>/* and val/<class>/*')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--folder',
+        type=Path,
+        default=Path('work_dirs/gpu'),
+        help='with the plan and the images (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--prepare',
+        metavar='CONFIG',
+        help='write the plan, from a classification config with BatchNorm',
+    )
+    parser.add_argument(
+        '--runs',
+        nargs='+',
+        metavar='NAMES:SEEDS',
+        help='variants of the preset "causes" and bn, with seeds, in the order '
+        'of training: bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3',
+    )
+    parser.add_argument(
+        '--append',
+        action='store_true',
+        help='--prepare: put the runs behind those that the plan has',
+    )
+    parser.add_argument(
+        '--images', type=Path, metavar='TAR', help='archive with train/<class>/* and val/<class>/*'
+    )
     parser.add_argument('--epochs', type=int, help='(default: as in the config)')
-    parser.add_argument('--question', default='GPU',
-                        help='name of the question that these runs answer, for the table')
-    parser.add_argument('--commit', help='commit of the code, for the table, if this is not a git '
-                        'checkout')
+    parser.add_argument(
+        '--question',
+        default='GPU',
+        help='name of the question that these runs answer, for the table',
+    )
+    parser.add_argument(
+        '--commit', help='commit of the code, for the table, if this is not a git checkout'
+    )
     parser.add_argument('--csv', type=Path, help='file for the rows')
-    parser.add_argument('--seconds', type=float, default=math.inf,
-                        help='start and continue nothing after this time')
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        default=math.inf,
+        help='start and continue nothing after this time',
+    )
     parser.add_argument('--parallel', type=int, default=8, metavar='N', help='trainings at once')
-    parser.add_argument('--backends', nargs='+', default=gpu_training.BACKENDS,
-                        help='backends of DN layers; the first that computes right here is taken '
-                        '(default: '
-                        f'{" ".join(gpu_training.BACKENDS)})')
+    parser.add_argument(
+        '--backends',
+        nargs='+',
+        default=gpu_training.BACKENDS,
+        help='backends of DN layers; the first that computes right here is taken '
+        '(default: '
+        f'{" ".join(gpu_training.BACKENDS)})',
+    )
     args = parser.parse_args(argv)
     if bool(args.prepare) == bool(args.csv):
         parser.error('expected --prepare CONFIG or --csv FILE')
@@ -66,15 +95,25 @@ def main(argv=None):
         # Here: they need MMDetection.
         from dn_mmdet.cli import command_line
         from dn_mmdet.experiments import gpu_plan
+
         with command_line.one_message(parser):
-            runs = gpu_plan.prepare(args.prepare, args.runs, args.folder, args.images,
-                                    args.epochs, args.question, args.commit, args.append)
+            runs = gpu_plan.prepare(
+                args.prepare,
+                args.runs,
+                args.folder,
+                args.images,
+                args.epochs,
+                args.question,
+                args.commit,
+                args.append,
+            )
         print(f'{len(runs)} runs of commit {runs[0]["row"]["commit"]}: {args.folder}')
         return 0
     MMLogger.get_instance('gpu_evidence', log_level=logging.WARNING)
     try:
-        whole = gpu_training.train(args.folder, args.csv, args.seconds, args.parallel,
-                                   args.backends)
+        whole = gpu_training.train(
+            args.folder, args.csv, args.seconds, args.parallel, args.backends
+        )
     except ValueError as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     return 0 if whole else 1

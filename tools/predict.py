@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Detects objects in an image or in all images of a folder."""
+
 import argparse
 import sys
 
@@ -12,15 +13,23 @@ from dn_mmdet.cli.predict import find_images, predict
 def parse(argv):
     parser = argparse.ArgumentParser(
         description='Detect objects in an image or in all images of a folder. Writes the '
-        'pictures to OUT_DIR/vis and all detections to OUT_DIR/predictions.json, in COCO format.')
+        'pictures to OUT_DIR/vis and all detections to OUT_DIR/predictions.json, in COCO format.'
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('images', metavar='image_or_folder',
-                        help='an image, or a folder of images')
-    parser.add_argument('--out-dir', default='predictions',
-                        help='folder to write to (default: %(default)s)')
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='SCORE',
-                        help='leave out detections with a lower score (default: %(default)s)')
+    parser.add_argument(
+        'images', metavar='image_or_folder', help='an image, or a folder of images'
+    )
+    parser.add_argument(
+        '--out-dir', default='predictions', help='folder to write to (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        metavar='SCORE',
+        help='leave out detections with a lower score (default: %(default)s)',
+    )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
 
@@ -39,9 +48,11 @@ def main(argv=None):
         preflight.make_folder(args.out_dir, '--out-dir')
         unreadable = predict(cfg, args.checkpoint, images, args.out_dir, args.score_thr)
         if unreadable:
-            raise preflight.ConfigError(f'{len(unreadable)} of {len(images)} files cannot be '
-                                        f'read as images and were left out: '
-                                        f'{", ".join(map(str, unreadable))}')
+            raise preflight.ConfigError(
+                f'{len(unreadable)} of {len(images)} files cannot be '
+                f'read as images and were left out: '
+                f'{", ".join(map(str, unreadable))}'
+            )
 
 
 if __name__ == '__main__':

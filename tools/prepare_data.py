@@ -15,6 +15,7 @@ and instances_val.json (COCO json). instances_train32.json is written too, with 
 first 32 training images that have a box, for configs/ssdlite_mbv2_dnb_coco_overfit32.py.
 voc07 takes such a folder as well, if every annotation has a field "difficult".
 """
+
 import argparse
 import json
 import os
@@ -28,9 +29,28 @@ from xml.etree import ElementTree
 SPLITS = ('train', 'val')
 NUM_OVERFIT = 32
 VOC_SETS = dict(train='trainval', val='test')
-VOC_CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair',
-               'cow', 'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant',
-               'sheep', 'sofa', 'train', 'tvmonitor')
+VOC_CLASSES = (
+    'aeroplane',
+    'bicycle',
+    'bird',
+    'boat',
+    'bottle',
+    'bus',
+    'car',
+    'cat',
+    'chair',
+    'cow',
+    'diningtable',
+    'dog',
+    'horse',
+    'motorbike',
+    'person',
+    'pottedplant',
+    'sheep',
+    'sofa',
+    'train',
+    'tvmonitor',
+)
 
 
 class DataError(Exception):
@@ -53,8 +73,10 @@ def prepare(name, source, out):
     """
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f'{out}: exists already; remove it to prepare it again, or choose '
-                        f'another folder with --out')
+        raise DataError(
+            f'{out}: exists already; remove it to prepare it again, or choose '
+            f'another folder with --out'
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
     try:
@@ -81,8 +103,10 @@ def lay_out_tinyin100(source, folder):
     """Folders train/<class>/ and val/<class>/ of half of Tiny-ImageNet's classes."""
     listed = source / 'wnids.txt'
     if not listed.is_file():
-        raise DataError(f'{source}: expected the folder tiny-imagenet-200 with a file wnids.txt, '
-                        f'found none; name it with --source')
+        raise DataError(
+            f'{source}: expected the folder tiny-imagenet-200 with a file wnids.txt, '
+            f'found none; name it with --source'
+        )
     classes = sorted(listed.read_text().split())[::2]
     lines = (source / 'val' / 'val_annotations.txt').read_text().splitlines()
     wanted = [line.split('\t')[:2] for line in lines]
@@ -93,36 +117,54 @@ def lay_out_tinyin100(source, folder):
         if (folder / 'val' / wnid).is_dir():
             shutil.copy(source / 'val' / 'images' / name, folder / 'val' / wnid)
     for split in SPLITS:
-        print(f'{split}: {len(list((folder / split).glob("*/*")))} images of '
-              f'{len(classes)} classes')
+        print(
+            f'{split}: {len(list((folder / split).glob("*/*")))} images of {len(classes)} classes'
+        )
 
 
 def _read_voc(source, part, folder):
     """COCO json of one of VOC's lists of images, which are copied into ``folder/images``."""
     listed = source / 'ImageSets' / 'Main' / f'{part}.txt'
     if not listed.is_file():
-        raise DataError(f'{source}: expected the list {listed.relative_to(source)}, found none; '
-                        f'unpack both trainval and test of VOC 2007 into it')
+        raise DataError(
+            f'{source}: expected the list {listed.relative_to(source)}, found none; '
+            f'unpack both trainval and test of VOC 2007 into it'
+        )
     (folder / 'images').mkdir(exist_ok=True)
     images, annotations = [], []
     for name in listed.read_text().split():
         root = ElementTree.parse(source / 'Annotations' / f'{name}.xml').getroot()
         shutil.copy(source / 'JPEGImages' / f'{name}.jpg', folder / 'images')
-        images.append(dict(id=int(name), file_name=f'{name}.jpg',
-                           width=int(root.findtext('size/width')),
-                           height=int(root.findtext('size/height'))))
+        images.append(
+            dict(
+                id=int(name),
+                file_name=f'{name}.jpg',
+                width=int(root.findtext('size/width')),
+                height=int(root.findtext('size/height')),
+            )
+        )
         for thing in root.iter('object'):
-            left, top, right, bottom = (float(thing.findtext(f'bndbox/{side}')) for side in (
-                'xmin', 'ymin', 'xmax', 'ymax'))
+            left, top, right, bottom = (
+                float(thing.findtext(f'bndbox/{side}'))
+                for side in ('xmin', 'ymin', 'xmax', 'ymax')
+            )
             if thing.findtext('name') not in VOC_CLASSES:
-                raise DataError(f'{source}: {name}.xml: expected one of VOC\'s 20 classes, got '
-                                f'{thing.findtext("name")!r}; is this VOC 2007?')
+                raise DataError(
+                    f"{source}: {name}.xml: expected one of VOC's 20 classes, got "
+                    f'{thing.findtext("name")!r}; is this VOC 2007?'
+                )
             width, height = right - left + 1, bottom - top + 1  # VOC counts pixels from 1
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=int(name), iscrowd=0,
-                category_id=VOC_CLASSES.index(thing.findtext('name')) + 1,
-                bbox=[left - 1, top - 1, width, height], area=width * height,
-                difficult=int(thing.findtext('difficult', '0'))))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=int(name),
+                    iscrowd=0,
+                    category_id=VOC_CLASSES.index(thing.findtext('name')) + 1,
+                    bbox=[left - 1, top - 1, width, height],
+                    area=width * height,
+                    difficult=int(thing.findtext('difficult', '0')),
+                )
+            )
     categories = [dict(id=number, name=name) for number, name in enumerate(VOC_CLASSES, 1)]
     return dict(images=images, annotations=annotations, categories=categories)
 
@@ -131,8 +173,10 @@ def _unpack_all(name, source, folder):
     """{split: COCO json} of a folder of tar files, their images unpacked into ``folder``."""
     tars = sorted(source.glob('*.tar'))
     if not tars:
-        raise DataError(f'{source}: expected a folder with the tar files of {name}, found none; '
-                        f'name it with --source')
+        raise DataError(
+            f'{source}: expected a folder with the tar files of {name}, found none; '
+            f'name it with --source'
+        )
     for tar in tars:
         print(f'unpacking {tar}', flush=True)
         _unpack(tar, folder)
@@ -141,8 +185,10 @@ def _unpack_all(name, source, folder):
 
 def _write(content, folder):
     for split, coco in content.items():
-        print(f'{split}: {len(coco["images"])} images, {len(coco["annotations"])} boxes, '
-              f'{sum(a["iscrowd"] for a in coco["annotations"])} of them ignored')
+        print(
+            f'{split}: {len(coco["images"])} images, {len(coco["annotations"])} boxes, '
+            f'{sum(a["iscrowd"] for a in coco["annotations"])} of them ignored'
+        )
         (folder / f'instances_{split}.json').write_text(json.dumps(coco))
 
 
@@ -163,12 +209,16 @@ def _read(folder, split, source):
         names = [image['file_name'] for image in coco['images']]
         [(a['image_id'], a['iscrowd']) for a in coco['annotations']]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{source}: {path.name} is damaged or not COCO json '
-                        f'({type(error).__name__}: {error}); copy it again') from error
+        raise DataError(
+            f'{source}: {path.name} is damaged or not COCO json '
+            f'({type(error).__name__}: {error}); copy it again'
+        ) from error
     absent = [name for name in names if not (folder / 'images' / name).is_file()]
     if absent:
-        raise DataError(f'{source}: {len(absent)} of the {len(names)} images in {path.name} '
-                        f'are not in the tar files, such as {absent[0]}. Is a tar file missing?')
+        raise DataError(
+            f'{source}: {len(absent)} of the {len(names)} images in {path.name} '
+            f'are not in the tar files, such as {absent[0]}. Is a tar file missing?'
+        )
     return coco
 
 
@@ -177,28 +227,44 @@ def apply_difficult_rule(content, source):
     for split, coco in content.items():
         unmarked = sum('difficult' not in a for a in coco['annotations'])
         if unmarked:
-            raise DataError(f'{source}: instances_{split}.json: expected a field "difficult" in '
-                            f'every annotation, {unmarked} have none')
+            raise DataError(
+                f'{source}: instances_{split}.json: expected a field "difficult" in '
+                f'every annotation, {unmarked} have none'
+            )
     train, val = (content[split]['annotations'] for split in SPLITS)
     return dict(
         train={**content['train'], 'annotations': [a for a in train if not a['difficult']]},
-        val={**content['val'], 'annotations': [
-            # COCO's evaluation ignores what is marked as a crowd
-            {**a, 'iscrowd': int(bool(a['difficult']))} for a in val]})
+        val={
+            **content['val'],
+            'annotations': [
+                # COCO's evaluation ignores what is marked as a crowd
+                {**a, 'iscrowd': int(bool(a['difficult']))}
+                for a in val
+            ],
+        },
+    )
 
 
 def add_overfit_subset(content, source):
     """{split: COCO json} and, under 'train32', the first training images that have a box."""
     train = content['train']
     with_box = {a['image_id'] for a in train['annotations'] if not a['iscrowd']}
-    images = [image for image in sorted(train['images'], key=lambda image: image['id'])
-              if image['id'] in with_box][:NUM_OVERFIT]
+    images = [
+        image
+        for image in sorted(train['images'], key=lambda image: image['id'])
+        if image['id'] in with_box
+    ][:NUM_OVERFIT]
     if len(images) < NUM_OVERFIT:
-        raise DataError(f'{source}: instances_train.json: expected at least {NUM_OVERFIT} images '
-                        f'with a box, found {len(images)}')
+        raise DataError(
+            f'{source}: instances_train.json: expected at least {NUM_OVERFIT} images '
+            f'with a box, found {len(images)}'
+        )
     chosen = {image['id'] for image in images}
-    subset = {**train, 'images': images, 'annotations': [
-        a for a in train['annotations'] if a['image_id'] in chosen]}
+    subset = {
+        **train,
+        'images': images,
+        'annotations': [a for a in train['annotations'] if a['image_id'] in chosen],
+    }
     return {**content, f'train{NUM_OVERFIT}': subset}
 
 
@@ -206,8 +272,9 @@ LAYOUTS = dict(voc07=lay_out_voc, tinyin100=lay_out_tinyin100, coco_mini=lay_out
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('name', choices=LAYOUTS)
     parser.add_argument('--source', required=True, help='folder with the data, see above')
     parser.add_argument('--out', help='folder to make (default: data/NAME)')

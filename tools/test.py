@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Evaluates a checkpoint: mmdet's tools/test.py, with checks before anything is written."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,13 +24,21 @@ def parse(argv):
     parser = argparse.ArgumentParser(description='Evaluate a checkpoint.')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='folder for the log with the metrics (default: '
-                        '<work folder of the training>/test)')
+    parser.add_argument(
+        '--work-dir',
+        help='folder for the log with the metrics (default: <work folder of the training>/test)',
+    )
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to a pickle file')
-    parser.add_argument('--show-dir', help='folder, inside <work folder>/<time>, for pictures '
-                        'with the detections drawn')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation: tta_model and '
-                        'tta_pipeline of the config, by default each image and its mirror image')
+    parser.add_argument(
+        '--show-dir',
+        help='folder, inside <work folder>/<time>, for pictures with the detections drawn',
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: tta_model and '
+        'tta_pipeline of the config, by default each image and its mirror image',
+    )
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
     parser.set_defaults(show=False)  # mmdet's trigger_visualization_hook asks for it
@@ -53,8 +62,10 @@ def configure(args):
     if args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if not is_of(HOOKS, hook, (DetVisualizationHook, TrackVisualizationHook)):
-            raise preflight.ConfigError("--show-dir: expected in the config default_hooks."
-                                        "visualization=dict(type='DetVisualizationHook')")
+            raise preflight.ConfigError(
+                '--show-dir: expected in the config default_hooks.'
+                "visualization=dict(type='DetVisualizationHook')"
+            )
         cfg = trigger_visualization_hook(cfg, args)
     return cfg
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Trains a detector: mmdet's tools/train.py, with checks before anything is written."""
+
 import argparse
 import contextlib
 import os
@@ -20,28 +21,51 @@ from dn_mmdet.convert import FAMILIES, swap_norm
 
 def parse(argv):
     parser = argparse.ArgumentParser(description='Train a detector.')
-    parser.add_argument('config', help='config file, or one that mmdet ships: '
-                        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
-    parser.add_argument('--norm', choices=list(FAMILIES),
-                        help='replace every BatchNorm that the config can change by Dynamic '
-                        'Normalization')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: that of '
-                        'the config, or work_dirs/<name of the config>[_<norm>])')
+    parser.add_argument(
+        'config',
+        help='config file, or one that mmdet ships: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    )
+    parser.add_argument(
+        '--norm',
+        choices=list(FAMILIES),
+        help='replace every BatchNorm that the config can change by Dynamic Normalization',
+    )
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints (default: that of '
+        'the config, or work_dirs/<name of the config>[_<norm>])',
+    )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate from auto_scale_lr.base_batch_size to the '
-                        'real batch size')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate from auto_scale_lr.base_batch_size to the real batch size',
+    )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                       help='continue a training: from the last checkpoint in the work folder, '
-                       'or from the one named. An empty folder starts from the beginning')
-    again.add_argument('--overwrite', action='store_true',
-                       help='train from the start in a folder that holds checkpoints. They are '
-                       'removed after the first step; other files stay')
-    parser.add_argument('--seed', type=int, help='random seed (default: that of the config, or a '
-                        'random one, which the log shows)')
-    parser.add_argument('--deterministic', action='store_true',
-                        help='same seed, same result, as far as torch can do that')
+    again.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue a training: from the last checkpoint in the work folder, '
+        'or from the one named. An empty folder starts from the beginning',
+    )
+    again.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='train from the start in a folder that holds checkpoints. They are '
+        'removed after the first step; other files stay',
+    )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        help='random seed (default: that of the config, or a random one, which the log shows)',
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='same seed, same result, as far as torch can do that',
+    )
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
     return parser, parser.parse_args(argv)
@@ -67,7 +91,8 @@ def configure(args):
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise preflight.ConfigError(
                 f'--auto-scale-lr: {args.config} does not say which batch size its '
-                f'learning rate is for. Set auto_scale_lr.base_batch_size')
+                f'learning rate is for. Set auto_scale_lr.base_batch_size'
+            )
         cfg.auto_scale_lr.enable = True
     randomness = dict(cfg.get('randomness', {}))
     if args.seed is not None:
@@ -105,8 +130,10 @@ def check(cfg, args):
             preflight.check_trained_classes(cfg, 'train', checkpoint, path)
         check_fits(model, checkpoint, path, whole=bool(resume))
         if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
-            raise preflight.ConfigError(f'--overwrite would remove {path}, from which training '
-                                        f'starts: move it, or choose another --work-dir')
+            raise preflight.ConfigError(
+                f'--overwrite would remove {path}, from which training '
+                f'starts: move it, or choose another --work-dir'
+            )
     return resume
 
 

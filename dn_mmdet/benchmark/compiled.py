@@ -2,6 +2,7 @@
 
 In inverted residual blocks, since Inductor fuses a norm with what stands around it.
 """
+
 import gc
 import statistics
 import time
@@ -58,8 +59,15 @@ class TrainingStep:
         dtype: of all of it, without autocast; None for that of the setting.
     """
 
-    def __init__(self, setting: Setting, batch: int, blocks, variant: Variant, mode: str,
-                 dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        setting: Setting,
+        batch: int,
+        blocks,
+        variant: Variant,
+        mode: str,
+        dtype: torch.dtype | None = None,
+    ):
         self.setting = setting if dtype is None else Setting(setting.device)
         model = Blocks(variant, blocks)
         generator = torch.Generator().manual_seed(0)
@@ -67,20 +75,28 @@ class TrainingStep:
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
                     shape = module.weight.shape
-                    module.weight.copy_(torch.randn(shape, generator=generator)
-                                        / shape[1:].numel()**0.5)
+                    module.weight.copy_(
+                        torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
+                    )
         self.model = wake(model).to(  # type: ignore[call-overload]  # it takes memory_format
-            setting.device, dtype, memory_format=setting.format)
+            setting.device, dtype, memory_format=setting.format
+        )
         self.parameters = dict(self.model.named_parameters())
-        self.maps, self.dys = ([
-            torch.randn(batch, channels, height, height, generator=generator).to(
-                setting.device, dtype or setting.dtype, memory_format=setting.format)
-            for channels, _, height in blocks] for _ in range(2))
+        self.maps, self.dys = (
+            [
+                torch.randn(batch, channels, height, height, generator=generator).to(
+                    setting.device, dtype or setting.dtype, memory_format=setting.format
+                )
+                for channels, _, height in blocks
+            ]
+            for _ in range(2)
+        )
         self.run = self.model
         options = MODES[mode]
         if options is not None:
             self.run = torch.compile(  # type: ignore[call-overload]  # the options differ in type
-                self.model, fullgraph=True, dynamic=False, **options)
+                self.model, fullgraph=True, dynamic=False, **options
+            )
 
     def __call__(self):
         """The outputs, and the gradients in the parameters' order."""
@@ -95,19 +111,27 @@ class TrainingStep:
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
         ys, gradients = self()
-        found = dict(outputs=dict(enumerate(ys)),
-                     gradients=dict(zip(self.parameters, gradients, strict=True)),
-                     averages={name: t for name, t in self.model.named_buffers()
-                               if t.is_floating_point()})
-        return {kind: {name: t.detach().double().clone() for name, t in tensors.items()}
-                for kind, tensors in found.items()}
+        found = dict(
+            outputs=dict(enumerate(ys)),
+            gradients=dict(zip(self.parameters, gradients, strict=True)),
+            averages={name: t for name, t in self.model.named_buffers() if t.is_floating_point()},
+        )
+        return {
+            kind: {name: t.detach().double().clone() for name, t in tensors.items()}
+            for kind, tensors in found.items()
+        }
 
 
 def errors(found: dict, exact: dict) -> dict:
     """By kind: the root mean square of the relative errors of all tensors."""
-    return {kind: statistics.fmean(parity.relative_error(found[kind][name], wanted)**2
-                                   for name, wanted in tensors.items())**0.5
-            for kind, tensors in exact.items()}
+    return {
+        kind: statistics.fmean(
+            parity.relative_error(found[kind][name], wanted) ** 2
+            for name, wanted in tensors.items()
+        )
+        ** 0.5
+        for kind, tensors in exact.items()
+    }
 
 
 def check_step(step: TrainingStep, exact: dict, own: dict, where: str) -> None:
@@ -126,13 +150,17 @@ def check_step(step: TrainingStep, exact: dict, own: dict, where: str) -> None:
             if not error <= allowed:
                 raise parity.ParityError(
                     f'{where}: {kind} differ from the reference by {error:.2g} of their norms '
-                    f'(allowed {allowed:.2g}); nothing is timed')
+                    f'(allowed {allowed:.2g}); nothing is timed'
+                )
 
 
 def sizes(image: int = 320) -> list[tuple[int, int, int]]:
     """`BLOCKS` for images of this height and width in pixels, without maps below 8 x 8."""
-    return [(channels, inside, height * image // 320) for channels, inside, height in BLOCKS
-            if height * image // 320 >= 8]
+    return [
+        (channels, inside, height * image // 320)
+        for channels, inside, height in BLOCKS
+        if height * image // 320 >= 8
+    ]
 
 
 def run_blocks(setting: Setting, batch: int, blocks, variants) -> None:
@@ -147,9 +175,14 @@ def run_blocks(setting: Setting, batch: int, blocks, variants) -> None:
     synchronize(setting.device)
 
 
-def measure_compiled(setting: Setting, batch: int, norms, image: int = 320,
-                     deadline: Deadline | None = None,
-                     failures: list | None = None) -> list[dict]:
+def measure_compiled(
+    setting: Setting,
+    batch: int,
+    norms,
+    image: int = 320,
+    deadline: Deadline | None = None,
+    failures: list | None = None,
+) -> list[dict]:
     """Rows of a training step of `Blocks`: eager, compiled, and replayed from CUDA graphs.
 
     ``task`` of a row names the mode, and its ``of BN`` compares with BN in that mode.
@@ -167,23 +200,28 @@ def measure_compiled(setting: Setting, batch: int, norms, image: int = 320,
     exact, own = {}, {}
     for norm in {v.norm for v in norms}:
         plain = BN if norm == BN.norm else Variant(norm, 'reference')
-        exact[norm] = TrainingStep(setting, batch, blocks, plain, 'eager',
-                                   torch.float64).results()
-        own[norm] = errors(TrainingStep(setting, batch, blocks, plain, 'eager').results(),
-                           exact[norm])
+        exact[norm] = TrainingStep(setting, batch, blocks, plain, 'eager', torch.float64).results()
+        own[norm] = errors(
+            TrainingStep(setting, batch, blocks, plain, 'eager').results(), exact[norm]
+        )
     rows = []
     for mode in MODES:
         torch.compiler.reset()  # else the eighth model counts as a recompilation too many
         steps, held, compiling = {}, {}, {}
         for variant in norms:
             if deadline.passed():
-                failures.append(f'compiled, batch {batch}, {setting}: no time left for '
-                                f'{variant.label}, {mode}')
+                failures.append(
+                    f'compiled, batch {batch}, {setting}: no time left for {variant.label}, {mode}'
+                )
                 continue
             before, start = _reserved(setting), time.perf_counter()
             steps[variant] = TrainingStep(setting, batch, blocks, variant, mode)
-            check_step(steps[variant], exact[variant.norm], own[variant.norm],
-                       f'{variant.label}, {mode}, {setting}')
+            check_step(
+                steps[variant],
+                exact[variant.norm],
+                own[variant.norm],
+                f'{variant.label}, {mode}, {setting}',
+            )
             compiling[variant] = time.perf_counter() - start
             held[variant] = _held_in(steps[variant], before)
         if BN in steps:
@@ -198,10 +236,12 @@ def _rows(mode, steps, held, compiling, setting, batch, layers):
     seconds = alternate(steps, setting)
     for variant in steps:
         at = dict(part='compiled', task=mode, batch=batch, variant=variant, layers=layers)
-        rows += [make_row(at, 'time', 's', seconds[variant]),
-                 make_row(at, 'time', 'of BN', divide(seconds[variant], seconds[BN])),
-                 make_row(at, 'peak memory', 'bytes', [held[variant]]),
-                 make_row(at, 'peak memory', 'of BN', [held[variant] / held[BN]])]
+        rows += [
+            make_row(at, 'time', 's', seconds[variant]),
+            make_row(at, 'time', 'of BN', divide(seconds[variant], seconds[BN])),
+            make_row(at, 'peak memory', 'bytes', [held[variant]]),
+            make_row(at, 'peak memory', 'of BN', [held[variant] / held[BN]]),
+        ]
         if mode != 'eager':
             rows.append(make_row(at, 'first steps', 's', [compiling[variant]]))
     return rows
@@ -232,14 +272,20 @@ def compiled_table(rows) -> str:
     """The rows of `measure_compiled` as a table of milliseconds and megabytes, in Markdown."""
     variants = list(dict.fromkeys((row['norm'], row['backend']) for row in rows))
     names = [' '.join(filter(None, v)) for v in variants]
-    lines = [f"| ms (MB) | {' | '.join(names)} |", f"|---|{'--:|' * len(names)}"]
+    lines = [f'| ms (MB) | {" | ".join(names)} |', f'|---|{"--:|" * len(names)}']
     for mode in MODES:
         cells = []
         for norm, backend in variants:
-            found = {row['measure']: row['median'] for row in rows
-                     if (row['task'], row['norm'], row['backend']) == (mode, norm, backend)
-                     and row['unit'] in ('s', 'bytes')}
-            cells.append(f"{1e3 * found['time']:.2f} ({found['peak memory'] / 2**20:.0f})"
-                         if found else 'not measured')
-        lines.append(f"| {mode} | {' | '.join(cells)} |")
+            found = {
+                row['measure']: row['median']
+                for row in rows
+                if (row['task'], row['norm'], row['backend']) == (mode, norm, backend)
+                and row['unit'] in ('s', 'bytes')
+            }
+            cells.append(
+                f'{1e3 * found["time"]:.2f} ({found["peak memory"] / 2**20:.0f})'
+                if found
+                else 'not measured'
+            )
+        lines.append(f'| {mode} | {" | ".join(cells)} |')
     return '\n'.join(lines)

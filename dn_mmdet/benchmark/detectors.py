@@ -1,4 +1,5 @@
 """SSDLite-MobileNetV2 as a whole: training step and inference with each norm."""
+
 import contextlib
 import copy
 
@@ -25,10 +26,12 @@ class Detectors:
 
     def __init__(self, setting: Setting, variants, config=CONFIG, size: int = 320):
         from ..environment import check_mmdet
+
         check_mmdet()
         from mmdet.registry import MODELS
         from mmengine.config import Config
         from mmengine.registry import init_default_scope
+
         cfg = Config.fromfile(config)
         init_default_scope('mmdet')
         self.setting, self.size = setting, size
@@ -50,6 +53,7 @@ class Detectors:
 
     def _variant(self, model, variant):
         from ..convert import convert_norm, dn_layers
+
         model = copy.deepcopy(model)
         if variant.norm in DN:
             model = wake(convert_norm(model, variant.norm))
@@ -59,22 +63,29 @@ class Detectors:
             _replace_by_group_norm(model)
         elif variant == FOLDED:
             from mmcv.cnn import fuse_conv_bn
+
             model = fuse_conv_bn(model.eval())
         return model.to(self.setting.device, memory_format=self.setting.format)
 
     def images(self, batch):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, 3, self.size, self.size, generator=generator).to(
-            self.setting.device, memory_format=self.setting.format)
+            self.setting.device, memory_format=self.setting.format
+        )
 
     def _samples(self, batch):
         from mmdet.structures import DetDataSample
         from mmengine.structures import InstanceData
+
         shape = (self.size, self.size)
         boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.2, 0.9, 0.9]]) * self.size
         truth = InstanceData(bboxes=boxes, labels=torch.tensor([0, 1])).to(self.setting.device)
-        sample = DetDataSample(gt_instances=truth, metainfo=dict(
-            img_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1, 1)))
+        sample = DetDataSample(
+            gt_instances=truth,
+            metainfo=dict(
+                img_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1, 1)
+            ),
+        )
         return [sample] * batch
 
     def check(self, batch: int) -> None:
@@ -91,8 +102,9 @@ class Detectors:
             settings.append((self.setting, False))
         for norm in sorted({v.norm for v in self.models} & set(DN)):
             reference = self._variant(self.models[BN], Variant(norm, 'reference'))
-            exact = _results(copy.deepcopy(reference).double(), images.double(), samples, None,
-                             gradient=True)
+            exact = _results(
+                copy.deepcopy(reference).double(), images.double(), samples, None, gradient=True
+            )
             for setting, gradient in settings:
                 plain = _results(copy.deepcopy(reference), images, samples, setting, gradient)
                 for variant, model in self.models.items():
@@ -100,12 +112,21 @@ class Detectors:
                         continue
                     actual = _results(copy.deepcopy(model), images, samples, setting, gradient)
                     for name, value in actual.items():
-                        tolerance = (parity.DETECTOR_GRADIENT_TOLERANCE if name == 'gradient'
-                                     else parity.DETECTOR_TOLERANCE[setting.dtype])
+                        tolerance = (
+                            parity.DETECTOR_GRADIENT_TOLERANCE
+                            if name == 'gradient'
+                            else parity.DETECTOR_TOLERANCE[setting.dtype]
+                        )
                         allowed = max(
-                            tolerance, 2 * parity.relative_error(plain[name], exact[name]))
-                        parity.check(name, value, exact[name], allowed,
-                                     f'SSDLite, {variant.label}, {setting}')
+                            tolerance, 2 * parity.relative_error(plain[name], exact[name])
+                        )
+                        parity.check(
+                            name,
+                            value,
+                            exact[name],
+                            allowed,
+                            f'SSDLite, {variant.label}, {setting}',
+                        )
 
     def measure(self, task: str, batch: int, failures: list | None = None) -> list[dict]:
         """Rows of the time of a training step or of inference, and of a step's peak memory.
@@ -118,20 +139,22 @@ class Detectors:
         variants = [v for v in self.models if task == 'inference' or v != FOLDED]
         models = {v: copy.deepcopy(self.models[v]).train(task == 'train') for v in variants}
         calls = {v: self._call(model, images, samples, task) for v, model in models.items()}
-        peaks = {v: self._peak_memory(models[v], calls[v])
-                 for v in variants if task == 'train'}
+        peaks = {v: self._peak_memory(models[v], calls[v]) for v in variants if task == 'train'}
         seconds = alternate(calls, self.setting)
         rows = []
         for variant, values in seconds.items():
             at = dict(part='detector', task=task, batch=batch, variant=variant, map=self.size)
-            rows += [make_row(at, 'time', 's', values),
-                     make_row(at, 'time', 'of BN', divide(values, seconds[BN]))]
+            rows += [
+                make_row(at, 'time', 's', values),
+                make_row(at, 'time', 'of BN', divide(values, seconds[BN])),
+            ]
             if FOLDED in seconds and variant != FOLDED:
-                rows.append(make_row(at, 'time', 'of BN folded',
-                                     divide(values, seconds[FOLDED])))
+                rows.append(make_row(at, 'time', 'of BN folded', divide(values, seconds[FOLDED])))
             if variant in peaks:
-                rows += [make_row(at, 'peak memory', 'bytes', [peaks[variant]]),
-                         make_row(at, 'peak memory', 'of BN', [peaks[variant] / peaks[BN]])]
+                rows += [
+                    make_row(at, 'peak memory', 'bytes', [peaks[variant]]),
+                    make_row(at, 'peak memory', 'of BN', [peaks[variant] / peaks[BN]]),
+                ]
         if self.setting.device == 'cuda':
             if task == 'train':  # the losses wait for the GPU, which no graph can
                 measure = 'GPU time without losses'
@@ -142,13 +165,16 @@ class Detectors:
                 alone = gpu_alone(calls, self.setting, repeats=1)
             except GraphError as error:
                 alone = {}
-                failures.append(f'SSDLite, {task}, batch {batch}, {self.setting}, {measure} of '
-                                f'{error.key.label}: not captured in a CUDA graph: {error}')
+                failures.append(
+                    f'SSDLite, {task}, batch {batch}, {self.setting}, {measure} of '
+                    f'{error.key.label}: not captured in a CUDA graph: {error}'
+                )
             for variant, values in alone.items():
-                at = dict(part='detector', task=task, batch=batch, variant=variant,
-                          map=self.size)
-                rows += [make_row(at, measure, 's', values),
-                         make_row(at, measure, 'of BN', divide(values, alone[BN]))]
+                at = dict(part='detector', task=task, batch=batch, variant=variant, map=self.size)
+                rows += [
+                    make_row(at, measure, 's', values),
+                    make_row(at, measure, 'of BN', divide(values, alone[BN])),
+                ]
         return rows
 
     def _peak_memory(self, model, train):
@@ -166,13 +192,16 @@ class Detectors:
             with self.setting.autocast():
                 outputs = [t for level in model(images, mode='tensor') for t in level]
             torch.autograd.grad(outputs, parameters, [torch.ones_like(t) for t in outputs])
+
         return train
 
     def _call(self, model, images, samples, task):
         if task == 'inference':
+
             def infer():
                 with torch.no_grad(), self.setting.autocast():
                     model(images, mode='tensor')
+
             return infer
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
@@ -182,6 +211,7 @@ class Detectors:
                 losses = model(images, samples, mode='loss')
             _total(losses).backward()
             optimizer.step()
+
         return train
 
 
@@ -196,11 +226,14 @@ def _results(model, images, samples, setting, gradient):
             with torch.no_grad():
                 outputs = model.eval()(images, mode='tensor')
             losses = model.train()(images, samples, mode='loss')
-        found = dict(inference=torch.cat([t.flatten() for level in outputs for t in level]),
-                     loss=_total(losses).detach())
+        found = dict(
+            inference=torch.cat([t.flatten() for level in outputs for t in level]),
+            loss=_total(losses).detach(),
+        )
         if gradient:
-            gradients = torch.autograd.grad(_total(losses), list(dict(
-                model.named_parameters()).values()))
+            gradients = torch.autograd.grad(
+                _total(losses), list(dict(model.named_parameters()).values())
+            )
             found['gradient'] = torch.cat([g.flatten() for g in gradients])
         return found
     finally:

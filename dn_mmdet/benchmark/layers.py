@@ -3,6 +3,7 @@
 "Layers" are sums and geometric means over the 76 norm layers of the detector, within a round.
 This part needs only torch and mmengine (and triton for its backend).
 """
+
 import contextlib
 import copy
 import statistics
@@ -44,9 +45,17 @@ def ssdlite_shapes(size: int = 320) -> Counter:
     height, width = -(-size // 2), 32
     found[32, height] += 1
     features = []
-    for stage, (expand, channels, blocks, stride) in enumerate((
-            (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-            (6, 160, 3, 2), (6, 320, 1, 1))):
+    for stage, (expand, channels, blocks, stride) in enumerate(
+        (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        )
+    ):
         for block in range(blocks):
             if expand != 1:
                 found[width * expand, height] += 1
@@ -71,7 +80,7 @@ def ssdlite_shapes(size: int = 320) -> Counter:
 
 def by_size(shapes) -> list[tuple[int, int]]:
     """The shapes, the largest map first."""
-    return sorted(shapes, key=lambda shape: shape[0] * shape[1]**2, reverse=True)
+    return sorted(shapes, key=lambda shape: shape[0] * shape[1] ** 2, reverse=True)
 
 
 def check_layers(setting: Setting, batch: int, shapes, variants) -> None:
@@ -86,16 +95,23 @@ def check_layers(setting: Setting, batch: int, shapes, variants) -> None:
         for norm in {v.norm for v in variants} & set(DN):
             plain = make_layer(Variant(norm, 'reference'), channels).to(setting.device)
             exact = _step(copy.deepcopy(plain).to(dtype), x.to(dtype), dy.to(dtype))
-            own = {name: 2 * parity.relative_error(actual, exact[name])
-                   for name, actual in _step(plain, x, dy, setting).items()}
+            own = {
+                name: 2 * parity.relative_error(actual, exact[name])
+                for name, actual in _step(plain, x, dy, setting).items()
+            }
             for variant in variants:
                 if variant.norm != norm or variant.backend == 'reference':
                     continue
                 actual = _step(make_layer(variant, channels).to(setting.device), x, dy, setting)
                 for name, wanted in exact.items():
                     allowed = max(parity.LAYER_TOLERANCE[setting.dtype], own[name])
-                    parity.check(name, actual[name], wanted, allowed,
-                                 f'{variant.label} on {tuple(x.shape)}, {setting}')
+                    parity.check(
+                        name,
+                        actual[name],
+                        wanted,
+                        allowed,
+                        f'{variant.label} on {tuple(x.shape)}, {setting}',
+                    )
             del exact, own
         del x, dy
     _free(setting)
@@ -113,15 +129,19 @@ def _step(layer, x, dy, setting=None):
     gradients = torch.autograd.grad(y, (x, *parameters), dy)
     with torch.no_grad(), autocast():
         inferred = layer.eval()(x)
-    return dict(zip(('output', 'gradient of x', *names), (y, *gradients), strict=True),
-                inference=inferred)
+    return dict(
+        zip(('output', 'gradient of x', *names), (y, *gradients), strict=True), inference=inferred
+    )
 
 
 def layer_data(setting, batch, channels, height):
     generator = torch.Generator(setting.device).manual_seed(0)
-    return (torch.randn(batch, channels, height, height, device=setting.device,
-                        generator=generator).to(setting.dtype, memory_format=setting.format)
-            for _ in range(2))
+    return (
+        torch.randn(
+            batch, channels, height, height, device=setting.device, generator=generator
+        ).to(setting.dtype, memory_format=setting.format)
+        for _ in range(2)
+    )
 
 
 def _free(setting):
@@ -139,9 +159,15 @@ def run_layers(setting: Setting, batch: int, shapes, variants) -> None:
     synchronize(setting.device)
 
 
-def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
-                   num_compiled: int = 0, deadline: Deadline | None = None,
-                   failures: list | None = None) -> list[dict]:
+def measure_layers(
+    setting: Setting,
+    batch: int,
+    shapes: Counter,
+    variants,
+    num_compiled: int = 0,
+    deadline: Deadline | None = None,
+    failures: list | None = None,
+) -> list[dict]:
     """Rows for each shape and over all layers, forward + backward and inference.
 
     Args:
@@ -160,26 +186,35 @@ def measure_layers(setting: Setting, batch: int, shapes: Counter, variants,
         channels, height = shape
         if deadline.passed():
             cut = sum(shapes[shape] for shape in ordered[done:])
-            failures.append(f'layers, batch {batch}, {setting}: no time left for {cut} of '
-                            f'{sum(shapes.values())} layers, those from {channels} x {height} x '
-                            f'{height} on')
+            failures.append(
+                f'layers, batch {batch}, {setting}: no time left for {cut} of '
+                f'{sum(shapes.values())} layers, those from {channels} x {height} x '
+                f'{height} on'
+            )
             break
         taking_part = [v for v in variants if v != COMPILED or done < num_compiled]
-        common = dict(part='layer', batch=batch, channels=channels, map=height,
-                      layers=shapes[shape])
-        found, memory[shape] = _measure_shape(setting, batch, shape, taking_part, graphed,
-                                              failures)
+        common = dict(
+            part='layer', batch=batch, channels=channels, map=height, layers=shapes[shape]
+        )
+        found, memory[shape] = _measure_shape(
+            setting, batch, shape, taking_part, graphed, failures
+        )
         for (measure, task), seconds in found.items():
             for variant, values in seconds.items():
                 times.setdefault((measure, task, variant), {})[shape] = values
                 at = dict(common, task=task, variant=variant)
-                rows += [make_row(at, measure, 's', values),
-                         make_row(at, measure, 'of BN', divide(values, seconds[BN]))]
+                rows += [
+                    make_row(at, measure, 's', values),
+                    make_row(at, measure, 'of BN', divide(values, seconds[BN])),
+                ]
         _free(setting)
     common = dict(part='layers', batch=batch)
-    return (rows + _time_rows(common, times, shapes, setting)
-            + _memory_rows(common, memory, shapes)
-            + _bandwidth_rows(common, times, shapes, setting, bandwidth))
+    return (
+        rows
+        + _time_rows(common, times, shapes, setting)
+        + _memory_rows(common, memory, shapes)
+        + _bandwidth_rows(common, times, shapes, setting, bandwidth)
+    )
 
 
 def _measure_shape(setting, batch, shape, variants, graphed, failures):
@@ -188,11 +223,15 @@ def _measure_shape(setting, batch, shape, variants, graphed, failures):
     found, memory = {}, {}
     x, dy = layer_data(setting, batch, channels, height)
     for task in ('train', 'inference'):
-        layers = {v: make_layer(v, channels).to(setting.device).train(task == 'train')
-                  for v in variants}
+        layers = {
+            v: make_layer(v, channels).to(setting.device).train(task == 'train') for v in variants
+        }
         if task == 'train':
-            memory = {v: _layer_memory(setting, layer, x, dy)
-                      for v, layer in layers.items() if v != COMPILED}
+            memory = {
+                v: _layer_memory(setting, layer, x, dy)
+                for v, layer in layers.items()
+                if v != COMPILED
+            }
         calls = {v: layer_call(setting, layer, x, dy, task) for v, layer in layers.items()}
         with _entered_once(setting, task):
             found['time', task] = alternate(calls, setting)
@@ -206,8 +245,9 @@ def _gpu_alone(calls, graphed, setting, failures, size):
         try:
             return gpu_alone({v: calls[v] for v in graphed}, setting, 3 if size > 2e7 else 10)
         except GraphError as error:
-            failures.append(f'GPU time of {error.key.label}, {setting}: not captured in a CUDA '
-                            f'graph: {error}')
+            failures.append(
+                f'GPU time of {error.key.label}, {setting}: not captured in a CUDA graph: {error}'
+            )
             if error.key == BN:
                 graphed.clear()  # there is nothing to compare with
             else:
@@ -218,21 +258,30 @@ def _gpu_alone(calls, graphed, setting, failures, size):
 def _time_rows(common, times, shapes, setting):
     """Over all layers that were timed: sums, and geometric means of the ratios."""
     rows = []
-    ratios = {key: {shape: divide(values, times[(*key[:2], BN)][shape])
-                    for shape, values in by_shape.items()} for key, by_shape in times.items()}
+    ratios = {
+        key: {
+            shape: divide(values, times[(*key[:2], BN)][shape])
+            for shape, values in by_shape.items()
+        }
+        for key, by_shape in times.items()
+    }
     for (measure, task, variant), by_shape in ratios.items():
-        at = dict(common, task=task, variant=variant,
-                  layers=sum(shapes[shape] for shape in by_shape))
+        at = dict(
+            common, task=task, variant=variant, layers=sum(shapes[shape] for shape in by_shape)
+        )
         rows.append(make_row(at, measure, 'of BN', geometric_means(by_shape, shapes)))
         own = sums(times[measure, task, variant], shapes)
         of_bn = sums({shape: times[measure, task, BN][shape] for shape in by_shape}, shapes)
-        rows += [make_row(at, f'sum of {measure}s', 's', own),
-                 make_row(at, f'sum of {measure}s', 'of BN', divide(own, of_bn))]
+        rows += [
+            make_row(at, f'sum of {measure}s', 's', own),
+            make_row(at, f'sum of {measure}s', 'of BN', divide(own, of_bn)),
+        ]
         against = ratios.get((measure, task, REFERENCE))
         if (measure, task, variant.norm) == ('time', 'train', 'DNB') and variant.fused and against:
             faster = {shape: divide(against[shape], by_shape[shape]) for shape in by_shape}
-            rows.append(make_row(at, 'reference / fused', 'times',
-                                 geometric_means(faster, shapes)))
+            rows.append(
+                make_row(at, 'reference / fused', 'times', geometric_means(faster, shapes))
+            )
     return rows
 
 
@@ -240,14 +289,24 @@ def _memory_rows(common, memory, shapes):
     rows = []
     variants = next(iter(memory.values()), {})
     for variant in variants:
-        at = dict(common, task='train', variant=variant,
-                  layers=sum(shapes[shape] for shape in memory))
-        saved, peak = ({v: total(sizes[v][i] * (shapes[shape] if total is sum else 1)
-                                 for shape, sizes in memory.items()) for v in (variant, BN)}
-                       for i, total in enumerate((sum, max)))
+        at = dict(
+            common, task='train', variant=variant, layers=sum(shapes[shape] for shape in memory)
+        )
+        saved, peak = (
+            {
+                v: total(
+                    sizes[v][i] * (shapes[shape] if total is sum else 1)
+                    for shape, sizes in memory.items()
+                )
+                for v in (variant, BN)
+            }
+            for i, total in enumerate((sum, max))
+        )
         for measure, found in (('bytes saved', saved), ('peak memory', peak)):
-            rows += [make_row(at, measure, 'bytes', [found[variant]]),
-                     make_row(at, measure, 'of BN', [found[variant] / found[BN]])]
+            rows += [
+                make_row(at, measure, 'bytes', [found[variant]]),
+                make_row(at, measure, 'of BN', [found[variant] / found[BN]]),
+            ]
     return rows
 
 
@@ -262,10 +321,17 @@ def _bandwidth_rows(common, times, shapes, setting, bandwidth):
         for channels, height in largest:
             size = common['batch'] * channels * height**2 * setting.dtype.itemsize
             speeds.append([TRAFFIC * size / s / bandwidth for s in by_shape[channels, height]])
-        at = dict(common, task='train', variant=variant,
-                  layers=sum(shapes[shape] for shape in largest))
-        rows.append(make_row(at, 'copy bandwidth', 'share', [
-            statistics.geometric_mean(values) for values in zip(*speeds, strict=True)]))
+        at = dict(
+            common, task='train', variant=variant, layers=sum(shapes[shape] for shape in largest)
+        )
+        rows.append(
+            make_row(
+                at,
+                'copy bandwidth',
+                'share',
+                [statistics.geometric_mean(values) for values in zip(*speeds, strict=True)],
+            )
+        )
     return rows
 
 
@@ -289,6 +355,7 @@ def layer_call(setting, layer, x, dy, task):
         with setting.autocast():
             y = layer(leaf)
         torch.autograd.grad(y, wanted, dy)
+
     return train
 
 
@@ -316,16 +383,35 @@ def measure_host(setting: Setting, variants, blocks: int = 10) -> list[dict]:
     rows = []
     for variant, by_call in found.items():
         for name, values in by_call.items():
-            at = dict(part='host', task='train', variant=variant, batch=HOST_MAP['batch'],
-                      channels=HOST_MAP['channels'], map=HOST_MAP['height'], layers=1)
-            rows += [make_row(at, name, 's', values),
-                     make_row(at, name, 'of BN', [statistics.median(values) / statistics.median(
-                         found[BN][name])])]
+            at = dict(
+                part='host',
+                task='train',
+                variant=variant,
+                batch=HOST_MAP['batch'],
+                channels=HOST_MAP['channels'],
+                map=HOST_MAP['height'],
+                layers=1,
+            )
+            rows += [
+                make_row(at, name, 's', values),
+                make_row(
+                    at,
+                    name,
+                    'of BN',
+                    [statistics.median(values) / statistics.median(found[BN][name])],
+                ),
+            ]
     return rows
 
 
-def measure_step(setting: Setting, batch: int, shapes: Counter, variants, rounds: int = 7,
-                 clock=time.perf_counter) -> list[dict]:
+def measure_step(
+    setting: Setting,
+    batch: int,
+    shapes: Counter,
+    variants,
+    rounds: int = 7,
+    clock=time.perf_counter,
+) -> list[dict]:
     """Rows of one training step of all layers: every forward, then one backward.
 
     Eager, as in a detector's training: the host runs ahead, and the GPU is waited for once.
@@ -333,23 +419,29 @@ def measure_step(setting: Setting, batch: int, shapes: Counter, variants, rounds
     steps = {v: _Step(setting, batch, shapes, v) for v in variants}
     found = {v: {} for v in variants}
     for i in range(-2, rounds):  # two rounds warm up
-        for variant in (list(steps) if i % 2 == 0 else reversed(steps)):
+        for variant in list(steps) if i % 2 == 0 else reversed(steps):
             times = steps[variant].run(clock)
             for name, seconds in times.items() if i >= 0 else ():
                 found[variant].setdefault(name, []).append(seconds)
     rows = []
     for variant, by_name in found.items():
-        at = dict(part='step', task='train', batch=batch, variant=variant,
-                  layers=sum(shapes.values()))
+        at = dict(
+            part='step', task='train', batch=batch, variant=variant, layers=sum(shapes.values())
+        )
         for name, values in by_name.items():
-            rows += [make_row(at, name, 's', values),
-                     make_row(at, name, 'of BN', divide(values, found[BN][name]))]
+            rows += [
+                make_row(at, name, 's', values),
+                make_row(at, name, 'of BN', divide(values, found[BN][name])),
+            ]
     peaks = {v: step.peak() for v, step in steps.items()}
     for variant, peak in peaks.items():
-        at = dict(part='step', task='train', batch=batch, variant=variant,
-                  layers=sum(shapes.values()))
-        rows += [make_row(at, 'peak memory', 'bytes', [peak]),
-                 make_row(at, 'peak memory', 'of BN', [peak / peaks[BN]])]
+        at = dict(
+            part='step', task='train', batch=batch, variant=variant, layers=sum(shapes.values())
+        )
+        rows += [
+            make_row(at, 'peak memory', 'bytes', [peak]),
+            make_row(at, 'peak memory', 'of BN', [peak / peaks[BN]]),
+        ]
     del steps
     _free(setting)
     return rows
@@ -379,13 +471,22 @@ class _Step:
         torch.autograd.backward(ys, self.dys)
         backward = clock()
         synchronize(self.setting.device)
-        return {'time': clock() - start, 'host time of forward': forward - start,
-                'host time of backward': backward - forward}
+        return {
+            'time': clock() - start,
+            'host time of forward': forward - start,
+            'host time of backward': backward - forward,
+        }
 
     def peak(self) -> int:
         """The most bytes that are allocated at once, maps and parameters included."""
-        held = sum(t.nbytes for t in (*self.xs, *self.dys, *(
-            t for layer in self.layers for t in (*layer.parameters(), *layer.buffers()))))
+        held = sum(
+            t.nbytes
+            for t in (
+                *self.xs,
+                *self.dys,
+                *(t for layer in self.layers for t in (*layer.parameters(), *layer.buffers())),
+            )
+        )
         for leaf in (*self.xs, *(p for layer in self.layers for p in layer.parameters())):
             leaf.grad = None
         return allocations(lambda: self.run(time.perf_counter), self.setting.device)[2] + held

@@ -1,4 +1,5 @@
 """The gate before every timing: what is timed computes what the reference does."""
+
 import torch
 
 # Relative errors against float64, in norms, above which nothing is timed. Of the detector,
@@ -24,5 +25,7 @@ def check(name, actual, wanted, tolerance, where) -> None:
     """Raises ParityError where a result is further off than the tolerance, or not finite."""
     error = relative_error(actual, wanted)
     if not error <= tolerance:
-        raise ParityError(f'{where}: {name} differs from the reference by {error:.2g} of its '
-                          f'norm (allowed {tolerance:.2g}); nothing is timed')
+        raise ParityError(
+            f'{where}: {name} differs from the reference by {error:.2g} of its '
+            f'norm (allowed {tolerance:.2g}); nothing is timed'
+        )

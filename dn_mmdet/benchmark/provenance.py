@@ -1,4 +1,5 @@
 """Where figures come from: date, commit, device and versions, for every row."""
+
 import datetime
 import os
 
@@ -14,10 +15,17 @@ def provenance(setting: Setting, commit: str | None = None) -> dict:
     Args:
         commit: of this code, for a copy of it that is no git checkout.
     """
-    device = (torch.cuda.get_device_name() if setting.device == 'cuda' else
-              f'{cpu_name()}, {os.cpu_count()} cores')
-    return dict(date=datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M'),
-                commit=commit or commit_of(), device=device, threads=torch.get_num_threads(),
-                **{name: version_of(name) for name in DISTRIBUTIONS},
-                dtype=str(setting.dtype).removeprefix('torch.'),
-                memory_format='channels_last' if setting.channels_last else 'contiguous')
+    device = (
+        torch.cuda.get_device_name()
+        if setting.device == 'cuda'
+        else f'{cpu_name()}, {os.cpu_count()} cores'
+    )
+    return dict(
+        date=datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M'),
+        commit=commit or commit_of(),
+        device=device,
+        threads=torch.get_num_threads(),
+        **{name: version_of(name) for name in DISTRIBUTIONS},
+        dtype=str(setting.dtype).removeprefix('torch.'),
+        memory_format='channels_last' if setting.channels_last else 'contiguous',
+    )

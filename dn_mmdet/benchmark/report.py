@@ -1,4 +1,5 @@
 """Rows as a table and as pictures."""
+
 from .bars import CPU_BARS, LAYOUTS
 from .variants import Variant
 
@@ -11,27 +12,39 @@ def table(rows, device: str = 'cpu') -> str:
     shown = [row for row in rows if row['part'] != 'layer' and row['unit'] not in ('s', 'bytes')]
     first = rows[0]
     bars = CPU_BARS if device == 'cpu' else {}
-    lines = [f"{first['device']}, {first['threads']} threads; torch {first['torch']}, triton "
-             f"{first['triton']}; commit {first['commit']}; {first['dtype']}, "
-             f"{first['memory_format']}",
-             f'{"":63} median   10 % - 90 %    must   aim']
+    lines = [
+        f'{first["device"]}, {first["threads"]} threads; torch {first["torch"]}, triton '
+        f'{first["triton"]}; commit {first["commit"]}; {first["dtype"]}, '
+        f'{first["memory_format"]}',
+        f'{"":63} median   10 % - 90 %    must   aim',
+    ]
     for row in shown:
-        task = 'forward + backward' if row['task'] == 'train' and row['part'] == 'layers' \
+        task = (
+            'forward + backward'
+            if row['task'] == 'train' and row['part'] == 'layers'
             else dict(train='train step').get(row['task'], row['task'])
+        )
         name = ' '.join(filter(None, (row['norm'], row['backend'])))
-        label = (f"{row['part']}, {task}, batch {row['batch']}, {row['measure']}"
-                 f"{'' if row['unit'] in ('of BN', 'share', 'times') else ', ' + row['unit']}")
+        label = (
+            f'{row["part"]}, {task}, batch {row["batch"]}, {row["measure"]}'
+            f'{"" if row["unit"] in ("of BN", "share", "times") else ", " + row["unit"]}'
+        )
         must, aim = _cpu_bar(row, bars)
-        lines.append(f"{label:48} {name:14} {row['median']:6.3f}  {row['q10']:6.3f} - "
-                     f"{row['q90']:6.3f}  {must:>5}  {aim:>4}")
+        lines.append(
+            f'{label:48} {name:14} {row["median"]:6.3f}  {row["q10"]:6.3f} - '
+            f'{row["q90"]:6.3f}  {must:>5}  {aim:>4}'
+        )
     return '\n'.join(lines)
 
 
 def _cpu_bar(row, bars):
     """What DN-B's fused backends have to reach, and should."""
     key = row['part'], row['task'], row['measure']
-    if row['norm'] != 'DNB' or not Variant(row['norm'], row['backend']).fused \
-            or row['unit'] == 'of BN folded':
+    if (
+        row['norm'] != 'DNB'
+        or not Variant(row['norm'], row['backend']).fused
+        or row['unit'] == 'of BN folded'
+    ):
         return '', ''
     return bars.get(key, ('', ''))
 
@@ -39,10 +52,14 @@ def _cpu_bar(row, bars):
 def plot(rows, path) -> None:
     """Draws each layer's ratio over the size of its map, in training and inference."""
     first = rows[0]
-    panels = [('forward + backward' if task == 'train' else 'inference',
-               [row for row in rows if (row['task'], row['measure']) == (task, 'time')])
-              for task in ('train', 'inference')]
-    _draw(panels, path, f"{first['device']}, {first['dtype']}, {first['memory_format']}")
+    panels = [
+        (
+            'forward + backward' if task == 'train' else 'inference',
+            [row for row in rows if (row['task'], row['measure']) == (task, 'time')],
+        )
+        for task in ('train', 'inference')
+    ]
+    _draw(panels, path, f'{first["device"]}, {first["dtype"]}, {first["memory_format"]}')
 
 
 def plot_gpu(rows, path, batch: int, dtype: str) -> None:
@@ -50,26 +67,42 @@ def plot_gpu(rows, path, batch: int, dtype: str) -> None:
     panels = []
     for layout in LAYOUTS:
         for measure, name in (('time', 'eager'), ('GPU time', 'GPU time alone')):
-            panels.append((f'{layout}, {name}', [
-                row for row in rows
-                if (row['task'], row['measure'], row['memory_format'], row['batch'],
-                    row['dtype']) == ('train', measure, layout, batch, dtype)]))
+            panels.append(
+                (
+                    f'{layout}, {name}',
+                    [
+                        row
+                        for row in rows
+                        if (
+                            row['task'],
+                            row['measure'],
+                            row['memory_format'],
+                            row['batch'],
+                            row['dtype'],
+                        )
+                        == ('train', measure, layout, batch, dtype)
+                    ],
+                )
+            )
     device = rows[0]['device'] if rows else 'no rows'
     _draw(panels, path, f'forward + backward on {device}, batch {batch}, {dtype}')
 
 
 def _draw(panels, path, title):
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 4.5 * len(panels), 4.5),
-                                   sharey=True, layout='constrained')
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4.5 * len(panels), 4.5), sharey=True, layout='constrained'
+    )
     for axis, (name, rows) in zip(axes, panels, strict=True):
         found = {}
         for row in rows:
             if (row['part'], row['unit']) == ('layer', 'of BN'):
                 label = Variant(row['norm'], row['backend']).label
-                size = row['batch'] * row['channels'] * row['map']**2
+                size = row['batch'] * row['channels'] * row['map'] ** 2
                 found.setdefault(label, []).append((size, row['median']))
         for label, points in found.items():
             axis.plot(*zip(*sorted(points), strict=True), '.-', label=label, linewidth=0.8)

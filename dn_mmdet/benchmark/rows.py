@@ -1,13 +1,39 @@
 """A figure is a row: its quantiles, what was measured, and where. Rows are kept as CSV."""
+
 import csv
 import math
 from pathlib import Path
 
 import torch
 
-FIELDS = ('date', 'commit', 'device', 'threads', 'torch', 'triton', 'mmengine', 'mmdet', 'part',
-          'task', 'batch', 'dtype', 'memory_format', 'channels', 'map', 'layers', 'norm',
-          'backend', 'measure', 'unit', 'median', 'q10', 'q25', 'q75', 'q90', 'pairs')
+FIELDS = (
+    'date',
+    'commit',
+    'device',
+    'threads',
+    'torch',
+    'triton',
+    'mmengine',
+    'mmdet',
+    'part',
+    'task',
+    'batch',
+    'dtype',
+    'memory_format',
+    'channels',
+    'map',
+    'layers',
+    'norm',
+    'backend',
+    'measure',
+    'unit',
+    'median',
+    'q10',
+    'q25',
+    'q75',
+    'q90',
+    'pairs',
+)
 
 
 def make_row(at: dict, measure: str, unit: str, values) -> dict:
@@ -18,11 +44,20 @@ def make_row(at: dict, measure: str, unit: str, values) -> dict:
     """
     at = dict(at)
     variant = at.pop('variant')
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.5, 0.1, 0.25, 0.75, 0.9], dtype=torch.float64)).tolist()
-    return dict(at, norm=variant.norm, backend=variant.backend, measure=measure, unit=unit,
-                pairs=len(values),
-                **dict(zip(('median', 'q10', 'q25', 'q75', 'q90'), quantiles, strict=True)))
+    quantiles = (
+        torch.tensor(values, dtype=torch.float64)
+        .quantile(torch.tensor([0.5, 0.1, 0.25, 0.75, 0.9], dtype=torch.float64))
+        .tolist()
+    )
+    return dict(
+        at,
+        norm=variant.norm,
+        backend=variant.backend,
+        measure=measure,
+        unit=unit,
+        pairs=len(values),
+        **dict(zip(('median', 'q10', 'q25', 'q75', 'q90'), quantiles, strict=True)),
+    )
 
 
 def divide(values, others) -> list[float]:
@@ -33,15 +68,19 @@ def divide(values, others) -> list[float]:
 def geometric_means(by_shape: dict, shapes) -> list[float]:
     """Of each round: over all layers, a shape counting as often as layers have it."""
     weights = [shapes[shape] for shape in by_shape]
-    return [math.exp(sum(w * math.log(v) for w, v in zip(weights, values, strict=True))
-                     / sum(weights)) for values in zip(*by_shape.values(), strict=True)]
+    return [
+        math.exp(sum(w * math.log(v) for w, v in zip(weights, values, strict=True)) / sum(weights))
+        for values in zip(*by_shape.values(), strict=True)
+    ]
 
 
 def sums(by_shape: dict, shapes) -> list[float]:
     """Of each round: over all layers, a shape counting as often as layers have it."""
     weights = [shapes[shape] for shape in by_shape]
-    return [sum(w * v for w, v in zip(weights, values, strict=True))
-            for values in zip(*by_shape.values(), strict=True)]
+    return [
+        sum(w * v for w, v in zip(weights, values, strict=True))
+        for values in zip(*by_shape.values(), strict=True)
+    ]
 
 
 def write_rows(path, rows) -> None:
@@ -53,14 +92,17 @@ def write_rows(path, rows) -> None:
     path = Path(path)
     new = not path.exists()
     if not new and read_header(path) != FIELDS:
-        raise ValueError(f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
-                         f'choose another file')
+        raise ValueError(
+            f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
+            f'choose another file'
+        )
     with open(path, 'a', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, restval='')
         if new:
             writer.writeheader()
-        writer.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
-                         for row in rows)
+        writer.writerows(
+            {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 def read_header(path) -> tuple:

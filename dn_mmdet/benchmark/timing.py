@@ -1,4 +1,5 @@
 """Seconds and bytes of a call: eager, on the GPU alone, on the host alone."""
+
 import contextlib
 import math
 import statistics
@@ -57,11 +58,12 @@ def alternate(calls: dict, setting: Setting) -> dict:
             call()
         repeats[key] = 1
         while (once := _seconds(call, repeats[key], setting.device)) < LONG_ENOUGH[setting.device]:
-            repeats[key] = math.ceil(repeats[key] * min(
-                10, 1.2 * LONG_ENOUGH[setting.device] / max(once, 1e-9)))
+            repeats[key] = math.ceil(
+                repeats[key] * min(10, 1.2 * LONG_ENOUGH[setting.device] / max(once, 1e-9))
+            )
     found = {key: [] for key in calls}
     for i in range(setting.pairs):
-        for key in (list(calls) if i % 2 == 0 else reversed(calls)):
+        for key in list(calls) if i % 2 == 0 else reversed(calls):
             seconds = _seconds(calls[key], repeats[key], setting.device)
             found[key].append(seconds / repeats[key])
     return found
@@ -129,8 +131,9 @@ def _capture(call, repeats):
     return graph
 
 
-def host_alone(layers: dict, setting: Setting, x, dy, blocks: int = 10,
-               clock=time.perf_counter) -> dict:
+def host_alone(
+    layers: dict, setting: Setting, x, dy, blocks: int = 10, clock=time.perf_counter
+) -> dict:
     """Seconds that the host is busy with each call of a layer; the GPU is not waited for.
 
     ``{variant: {'forward': [...], 'backward': [...], ...}}``: a forward, ``y.backward(dy)``,
@@ -143,7 +146,7 @@ def host_alone(layers: dict, setting: Setting, x, dy, blocks: int = 10,
     leaf = x.detach().requires_grad_()
     found = {variant: {} for variant in layers}
     for block in range(-1, blocks):  # the first one warms up
-        for variant in (list(layers) if block % 2 == 0 else reversed(layers)):
+        for variant in list(layers) if block % 2 == 0 else reversed(layers):
             synchronize(setting.device)
             for _ in range(BLOCK):
                 times = _host_once(layers[variant], setting, leaf, dy, clock)
@@ -187,14 +190,20 @@ def allocations(call, device: str):
         result = call()
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
-        return (result, stats['requested_bytes.all.current'] - before,
-                stats['requested_bytes.all.peak'] - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
+        return (
+            result,
+            stats['requested_bytes.all.current'] - before,
+            stats['requested_bytes.all.peak'] - before,
+        )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = call()
-    events = sorted((event.start_ns(), i, event.nbytes()) for i, event in
-                    enumerate(profile.profiler.kineto_results.events())
-                    if event.name() == '[memory]')
+    events = sorted(
+        (event.start_ns(), i, event.nbytes())
+        for i, event in enumerate(profile.profiler.kineto_results.events())
+        if event.name() == '[memory]'
+    )
     now = peak = 0
     for _, _, size in events:
         now += size

@@ -1,4 +1,5 @@
 """What is compared: norms in their implementations, and the setting that they share."""
+
 import contextlib
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ..sc import SC
 
 class Variant(NamedTuple):
     """A norm in one implementation."""
+
     norm: str
     backend: str = ''
 
@@ -39,13 +41,15 @@ def parse_variant(text: str) -> Variant:
     """
     variant = Variant(*text.split(':', 1))
     if variant not in (BN, GN) and not (variant.norm in DN and variant.backend):
-        raise ValueError(f"expected 'BN', 'GN', 'DNB:BACKEND' or 'DNC:BACKEND' (as in "
-                         f"'DNB:auto'), got {text!r}")
+        raise ValueError(
+            f"expected 'BN', 'GN', 'DNB:BACKEND' or 'DNC:BACKEND' (as in 'DNB:auto'), got {text!r}"
+        )
     return variant
 
 
 class Setting(NamedTuple):
     """What all timings of one run have in common."""
+
     device: str
     dtype: torch.dtype = torch.float32  # of feature maps; another than float32 under autocast
     channels_last: bool = False
@@ -65,8 +69,10 @@ class Setting(NamedTuple):
         return torch.autocast(self.device, self.dtype)
 
     def __str__(self):
-        return (f"{str(self.dtype).removeprefix('torch.')}, "
-                f"{'channels_last' if self.channels_last else 'contiguous'}")
+        return (
+            f'{str(self.dtype).removeprefix("torch.")}, '
+            f'{"channels_last" if self.channels_last else "contiguous"}'
+        )
 
 
 def make_layer(variant: Variant, channels: int) -> nn.Module:
@@ -91,5 +97,5 @@ def wake(model: nn.Module) -> nn.Module:
         for parameter in module.parameters() if isinstance(module, SC) else ():
             with torch.no_grad():
                 values = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(values / parameter.shape[-1]**0.5)
+                parameter.copy_(values / parameter.shape[-1] ** 0.5)
     return model

@@ -4,6 +4,7 @@ Neither checks what it reads. Some files end a training hours later, others trai
 labels or give a wrong AP, and say nothing. Each rule here is a function that raises
 `CocoError` with one sentence: which entry, what was expected, what to do.
 """
+
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -18,9 +19,12 @@ OUTSIDE, SMALL, NO_AREA = 'outside of their image', 'smaller than a pixel', 'of 
 ABSENT = 'of images that are not in the file'
 MISTAKES = (OUTSIDE, SMALL, NO_AREA, ABSENT)
 # What mmdet and pycocotools read from each entry.
-KEYS = dict(images={'id', 'file_name', 'height', 'width'}, categories={'id', 'name'},
-            annotations={'id', 'image_id', 'category_id', 'bbox', 'area'})
-LARGEST = 2 ** 63  # pycocotools sorts ids as numpy integers
+KEYS = dict(
+    images={'id', 'file_name', 'height', 'width'},
+    categories={'id', 'name'},
+    annotations={'id', 'image_id', 'category_id', 'bbox', 'area'},
+)
+LARGEST = 2**63  # pycocotools sorts ids as numpy integers
 TOLERANCE = 1  # pixels by which a box may reach out of its image, as of rounding
 
 
@@ -56,8 +60,10 @@ def check_entries(content, annotations=True) -> None:
             raise CocoError(f'expected COCO annotations, with a list of {part}')
         for index, entry in enumerate(entries):
             if not isinstance(entry, dict) or not keys <= entry.keys():
-                raise CocoError(f'expected COCO annotations, with {", ".join(sorted(keys))} in '
-                                f'each of {part}; number {index} is {str(entry)[:200]}')
+                raise CocoError(
+                    f'expected COCO annotations, with {", ".join(sorted(keys))} in '
+                    f'each of {part}; number {index} is {str(entry)[:200]}'
+                )
     if not content['images']:
         raise CocoError('lists no images')
 
@@ -68,64 +74,85 @@ def check_ids(part, entries) -> None:
     for index, entry in enumerate(entries):
         number = entry['id']
         if not _is_id(number):
-            raise CocoError(f'{part}: number {index} has the id {number!r}: expected a whole '
-                            f'number. Number the {part} from 1')
+            raise CocoError(
+                f'{part}: number {index} has the id {number!r}: expected a whole '
+                f'number. Number the {part} from 1'
+            )
         if number in seen:
-            raise CocoError(f'{part}: numbers {seen[number]} and {index} both have the id '
-                            f'{number!r}, and one would replace the other. Give every entry '
-                            f'an id of its own')
+            raise CocoError(
+                f'{part}: numbers {seen[number]} and {index} both have the id '
+                f'{number!r}, and one would replace the other. Give every entry '
+                f'an id of its own'
+            )
         seen[number] = index
     if len({isinstance(number, str) for number in seen}) > 1:
-        raise CocoError(f'{part}: some ids are numbers and some are texts. Number the {part} '
-                        f'from 1')
+        raise CocoError(
+            f'{part}: some ids are numbers and some are texts. Number the {part} from 1'
+        )
 
 
 def _is_id(number):
     if isinstance(number, str):
         return True
-    return (isinstance(number, (int, float)) and not isinstance(number, bool)
-            and number % 1 == 0 and abs(number) < LARGEST)
+    return (
+        isinstance(number, (int, float))
+        and not isinstance(number, bool)
+        and number % 1 == 0
+        and abs(number) < LARGEST
+    )
 
 
 def check_images(images) -> None:
     for index, image in enumerate(images):
         name, height, width = image['file_name'], image['height'], image['width']
         if not isinstance(name, str) or not name:
-            raise CocoError(f'images: {_entry(index, image)} has the file_name {name!r}: '
-                            f'expected the name of a file')
+            raise CocoError(
+                f'images: {_entry(index, image)} has the file_name {name!r}: '
+                f'expected the name of a file'
+            )
         if not (_is_number(height) and _is_number(width) and height > 0 and width > 0):
-            raise CocoError(f'images: {_entry(index, image)} has the height {height!r} and the '
-                            f'width {width!r}: expected those of {name} in pixels')
+            raise CocoError(
+                f'images: {_entry(index, image)} has the height {height!r} and the '
+                f'width {width!r}: expected those of {name} in pixels'
+            )
 
 
 def check_boxes(annotations) -> None:
     for index, annotation in enumerate(annotations):
         box = annotation['bbox']
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            raise CocoError(f'annotations: {_entry(index, annotation)} has the bbox {box!r}: '
-                            f'expected x, y, width and height in pixels. Write them, or remove '
-                            f'the annotation')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has the bbox {box!r}: '
+                f'expected x, y, width and height in pixels. Write them, or remove '
+                f'the annotation'
+            )
         if box[2] < 0 or box[3] < 0:
-            raise CocoError(f'annotations: {_entry(index, annotation)} has the bbox {box!r}: '
-                            f'expected a width and a height that are not negative. Write x, y '
-                            f'of the upper left corner, or remove the annotation')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has the bbox {box!r}: '
+                f'expected a width and a height that are not negative. Write x, y '
+                f'of the upper left corner, or remove the annotation'
+            )
 
 
 def check_areas(annotations) -> None:
     for index, annotation in enumerate(annotations):
         area = annotation['area']
         if not _is_number(area) or area < 0:
-            raise CocoError(f'annotations: {_entry(index, annotation)} has the area {area!r}: '
-                            f'expected that of the object in pixels. Where it is unknown, write '
-                            f'width * height of its bbox')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has the area {area!r}: '
+                f'expected that of the object in pixels. Where it is unknown, write '
+                f'width * height of its bbox'
+            )
 
 
 def check_crowds(annotations) -> None:
     for index, annotation in enumerate(annotations):
         crowd = annotation.get('iscrowd')
         if not (crowd is None or isinstance(crowd, (int, float)) and crowd in (0, 1)):
-            raise CocoError(f'annotations: {_entry(index, annotation)} has iscrowd {crowd!r}: '
-                            f'expected 0, or 1 for a crowd')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has iscrowd {crowd!r}: '
+                f'expected 0, or 1 for a crowd'
+            )
 
 
 def check_references(content) -> None:
@@ -137,21 +164,27 @@ def check_references(content) -> None:
     for index, annotation in enumerate(annotations):
         image, category = annotation['image_id'], annotation['category_id']
         if not (_is_id(image) and _is_id(category)):
-            raise CocoError(f'annotations: {_entry(index, annotation)} has the image_id '
-                            f'{image!r} and the category_id {category!r}: expected the id of '
-                            f'one of images and of one of categories')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has the image_id '
+                f'{image!r} and the category_id {category!r}: expected the id of '
+                f'one of images and of one of categories'
+            )
         if image not in images:
             continue
         found = True
         if category not in categories:
-            raise CocoError(f'annotations: {_entry(index, annotation)} has the category_id '
-                            f'{category!r}, which none of categories has ({some(categories)}): '
-                            f'its box would be left out without any message. Write the '
-                            f'right category_id, or add the category')
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has the category_id '
+                f'{category!r}, which none of categories has ({some(categories)}): '
+                f'its box would be left out without any message. Write the '
+                f'right category_id, or add the category'
+            )
     if annotations and not found:
-        raise CocoError(f'annotations: none of {len(annotations)} has the image_id of one of '
-                        f'images; the first has {annotations[0]["image_id"]!r}, the images have '
-                        f'{some(map(repr, images))}. Write the ids of the images')
+        raise CocoError(
+            f'annotations: none of {len(annotations)} has the image_id of one of '
+            f'images; the first has {annotations[0]["image_id"]!r}, the images have '
+            f'{some(map(repr, images))}. Write the ids of the images'
+        )
 
 
 def check_units(content) -> None:
@@ -160,24 +193,34 @@ def check_units(content) -> None:
     if not len(boxes):
         return
     if (boxes <= 1).all():
-        raise CocoError(f'annotations: all {len(boxes)} boxes lie within one pixel: expected x, '
-                        f'y, width and height in pixels, these look like shares of the image. '
-                        f'Multiply them by its width and height')
+        raise CocoError(
+            f'annotations: all {len(boxes)} boxes lie within one pixel: expected x, '
+            f'y, width and height in pixels, these look like shares of the image. '
+            f'Multiply them by its width and height'
+        )
     corner, far = boxes[:, :2], boxes[:, 2:]
     outside = (corner + far > sizes + TOLERANCE).any(1).sum()
     if outside > len(boxes) / 10 and ((corner <= far) & (far <= sizes + TOLERANCE)).all():
-        raise CocoError(f'annotations: {outside} of {len(boxes)} boxes reach out of their image '
-                        f'as x, y, width, height, and all lie in it as x1, y1, x2, y2. Write '
-                        f'width and height in place of x2 and y2')
+        raise CocoError(
+            f'annotations: {outside} of {len(boxes)} boxes reach out of their image '
+            f'as x, y, width, height, and all lie in it as x1, y1, x2, y2. Write '
+            f'width and height in place of x2 and y2'
+        )
 
 
 def _of_listed_images(content):
     """Annotations whose images are listed, their boxes (x, y, w, h) and image sizes (w, h)."""
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    annotations = [annotation for annotation in content.get('annotations') or []
-                   if annotation['image_id'] in sizes]
-    return (annotations, _table((annotation['bbox'] for annotation in annotations), 4),
-            _table((sizes[annotation['image_id']] for annotation in annotations), 2))
+    annotations = [
+        annotation
+        for annotation in content.get('annotations') or []
+        if annotation['image_id'] in sizes
+    ]
+    return (
+        annotations,
+        _table((annotation['bbox'] for annotation in annotations), 4),
+        _table((sizes[annotation['image_id']] for annotation in annotations), 2),
+    )
 
 
 def _table(rows, columns):
@@ -199,28 +242,34 @@ def check_labels(content, classes, expected='the classes', sort=False) -> None:
     names = [category['name'] for category in categories]
     absent = [name for name in classes if name not in names]
     if absent:
-        raise CocoError(f'has {len(names)} classes ({some(names)}), and not {some(absent)} of '
-                        f'the {len(classes)} that are expected. Set {expected} (also of the '
-                        f'other data sets) to the names in the file and num_classes of the '
-                        f'heads to their number')
+        raise CocoError(
+            f'has {len(names)} classes ({some(names)}), and not {some(absent)} of '
+            f'the {len(classes)} that are expected. Set {expected} (also of the '
+            f'other data sets) to the names in the file and num_classes of the '
+            f'heads to their number'
+        )
     for name in classes:
         if names.count(name) > 1:
-            raise CocoError(f'categories: {_same_name(content, name)}; each would be a class of '
-                            f'its own, and all labels after it wrong. Keep one of them, and '
-                            f'write its id into the annotations of the others')
+            raise CocoError(
+                f'categories: {_same_name(content, name)}; each would be a class of '
+                f'its own, and all labels after it wrong. Keep one of them, and '
+                f'write its id into the annotations of the others'
+            )
     found = [name for name in names if name in classes]
     if found != list(classes):
-        ours, theirs = next(pair for pair in zip(classes, found, strict=True)
-                            if pair[0] != pair[1])
-        raise CocoError(f'categories: are in the order {some(found)}, {expected} in the order '
-                        f'{some(classes)}: labels are numbered in the order of the file, and '
-                        f'{theirs} would be taken for {ours}. Sort the categories of the file '
-                        f'in the order of the classes, or the classes in that of the file')
+        ours, theirs = next(
+            pair for pair in zip(classes, found, strict=True) if pair[0] != pair[1]
+        )
+        raise CocoError(
+            f'categories: are in the order {some(found)}, {expected} in the order '
+            f'{some(classes)}: labels are numbered in the order of the file, and '
+            f'{theirs} would be taken for {ours}. Sort the categories of the file '
+            f'in the order of the classes, or the classes in that of the file'
+        )
 
 
 def _same_name(content, name):
-    counts = Counter(annotation['category_id']
-                     for annotation in content.get('annotations') or [])
+    counts = Counter(annotation['category_id'] for annotation in content.get('annotations') or [])
     ids = [category['id'] for category in content['categories'] if category['name'] == name]
     listed = ', '.join(f'id {number!r} with {counts[number]} boxes' for number in ids)
     return f'{len(ids)} have the name {name!r} ({listed})'
@@ -271,21 +320,32 @@ def check_masks(annotations) -> None:
     for annotation in annotations:
         mask = annotation.get('segmentation')
         if not mask:
-            raise CocoError(f'annotations: id {annotation["id"]!r} has no segmentation: expected '
-                            f'one in each, since masks are asked for. Add it, or remove the '
-                            f'annotation')
-        right = ({'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else
-                 isinstance(mask, list) and _is_polygon(mask[0]))  # pycocotools looks at one
+            raise CocoError(
+                f'annotations: id {annotation["id"]!r} has no segmentation: expected '
+                f'one in each, since masks are asked for. Add it, or remove the '
+                f'annotation'
+            )
+        right = (
+            {'counts', 'size'} <= mask.keys()
+            if isinstance(mask, dict)
+            else isinstance(mask, list) and _is_polygon(mask[0])
+        )  # pycocotools looks at one
         if not right:
-            raise CocoError(f'annotations: id {annotation["id"]!r} has the segmentation '
-                            f'{str(mask)[:100]}: expected polygons, each a list x1, y1, x2, y2, '
-                            f'... of at least three points, or counts and size; with others the '
-                            f'evaluation fails. Write polygons')
+            raise CocoError(
+                f'annotations: id {annotation["id"]!r} has the segmentation '
+                f'{str(mask)[:100]}: expected polygons, each a list x1, y1, x2, y2, '
+                f'... of at least three points, or counts and size; with others the '
+                f'evaluation fails. Write polygons'
+            )
 
 
 def _is_polygon(points):
-    return (isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
-            and all(map(_is_number, points)))
+    return (
+        isinstance(points, list)
+        and len(points) >= 6
+        and len(points) % 2 == 0
+        and all(map(_is_number, points))
+    )
 
 
 def check_evaluation(content, classes, masks=False) -> None:
@@ -299,23 +359,31 @@ def check_evaluation(content, classes, masks=False) -> None:
     for annotation in evaluated:
         number = annotation['id']
         if isinstance(number, str) or number == 0:
-            raise CocoError(f'annotations: one has the id {number!r}: expected a number other '
-                            f'than 0, which stands for "no match" in pycocotools, so that its '
-                            f'box would never count as found. Number the annotations from 1')
+            raise CocoError(
+                f'annotations: one has the id {number!r}: expected a number other '
+                f'than 0, which stands for "no match" in pycocotools, so that its '
+                f'box would never count as found. Number the annotations from 1'
+            )
         if annotation.get('iscrowd') is None:
-            raise CocoError(f'annotations: id {number!r} has no iscrowd, without which the '
-                            f'evaluation fails: write "iscrowd": 0, or 1 for a crowd')
+            raise CocoError(
+                f'annotations: id {number!r} has no iscrowd, without which the '
+                f'evaluation fails: write "iscrowd": 0, or 1 for a crowd'
+            )
     if not any(annotation['iscrowd'] == 0 for annotation in evaluated):
-        raise CocoError(f'has no box of {some(classes)} to compare with: of '
-                        f'{len(content.get("annotations") or [])} annotations {len(evaluated)} '
-                        f'are of these classes, all of them crowds (iscrowd=1), and AP would '
-                        f'be -1. Use a file with boxes')
+        raise CocoError(
+            f'has no box of {some(classes)} to compare with: of '
+            f'{len(content.get("annotations") or [])} annotations {len(evaluated)} '
+            f'are of these classes, all of them crowds (iscrowd=1), and AP would '
+            f'be -1. Use a file with boxes'
+        )
     lost = never_found(content, classes)
     if len(lost) == sum(annotation['iscrowd'] == 0 for annotation in evaluated):
-        raise CocoError(f'annotations: all {len(lost)} boxes of {some(classes)} have no size or '
-                        f'lie outside of their image (the first, id {lost[0]["id"]!r}, is '
-                        f'{lost[0]["bbox"]}), and AP would be 0. Write x, y, width and height in '
-                        f'pixels of these images')
+        raise CocoError(
+            f'annotations: all {len(lost)} boxes of {some(classes)} have no size or '
+            f'lie outside of their image (the first, id {lost[0]["id"]!r}, is '
+            f'{lost[0]["bbox"]}), and AP would be 0. Write x, y, width and height in '
+            f'pixels of these images'
+        )
     if masks:
         check_masks(evaluated)
 
@@ -324,17 +392,25 @@ def _evaluated(content, classes):
     """The annotations of some classes in images that are listed."""
     images = {image['id'] for image in content['images']}
     ids = set(category_ids(content, classes))
-    return [annotation for annotation in content.get('annotations') or []
-            if annotation['category_id'] in ids and annotation['image_id'] in images]
+    return [
+        annotation
+        for annotation in content.get('annotations') or []
+        if annotation['category_id'] in ids and annotation['image_id'] in images
+    ]
 
 
 def never_found(content, classes) -> list:
     """The annotations, no crowds, whose boxes have no size or lie outside of their image."""
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    return [annotation for annotation in _evaluated(content, classes)
-            if not annotation.get('iscrowd')
-            and (min(annotation['bbox'][2:]) <= 0
-                 or _is_outside(annotation['bbox'], sizes[annotation['image_id']]))]
+    return [
+        annotation
+        for annotation in _evaluated(content, classes)
+        if not annotation.get('iscrowd')
+        and (
+            min(annotation['bbox'][2:]) <= 0
+            or _is_outside(annotation['bbox'], sizes[annotation['image_id']])
+        )
+    ]
 
 
 def _is_outside(box, size):
@@ -362,26 +438,35 @@ def difference(data, truth, image_ids) -> str | None:
         number = Counter(image_ids).most_common(1)[0][0]
         return f'the image id {number!r} is in several data sets'
     if found != expected:
-        return (f'{len(found - expected)} images of the data are not in it, and '
-                f'{len(expected - found)} of its images are not in the data')
+        return (
+            f'{len(found - expected)} images of the data are not in it, and '
+            f'{len(expected - found)} of its images are not in the data'
+        )
     if all(content is truth for content in data):
         return None
     names = {image['id']: _name(image) for image in truth['images']}
     for content in data:
         for image in content['images']:
             if image['id'] in found and _name(image) != names[image['id']]:
-                return (f'image id {image["id"]!r} is {_name(image)} in the data and '
-                        f'{names[image["id"]]} in it')
+                return (
+                    f'image id {image["id"]!r} is {_name(image)} in the data and '
+                    f'{names[image["id"]]} in it'
+                )
     if not all('annotations' in content for content in data):
         return None
-    ours = {a['id']: _what(a) for content in data for a in content['annotations']
-            if a['image_id'] in found}
-    theirs = {a['id']: _what(a) for a in truth.get('annotations') or []
-              if a['image_id'] in found}
+    ours = {
+        a['id']: _what(a)
+        for content in data
+        for a in content['annotations']
+        if a['image_id'] in found
+    }
+    theirs = {a['id']: _what(a) for a in truth.get('annotations') or [] if a['image_id'] in found}
     for number in sorted(ours.keys() | theirs.keys(), key=str):
         if ours.get(number) != theirs.get(number):
-            return (f'annotation id {number!r} is {ours.get(number, "absent")} in the data and '
-                    f'{theirs.get(number, "absent")} in it')
+            return (
+                f'annotation id {number!r} is {ours.get(number, "absent")} in the data and '
+                f'{theirs.get(number, "absent")} in it'
+            )
     return None
 
 
@@ -390,13 +475,17 @@ def _name(image):
 
 
 def _what(annotation):
-    return {key: annotation.get(key)
-            for key in ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')}
+    return {
+        key: annotation.get(key) for key in ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')
+    }
 
 
 def _is_number(value):
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and -LARGEST < value < LARGEST)  # which NaN is not
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -LARGEST < value < LARGEST
+    )  # which NaN is not
 
 
 def _entry(index, entry):

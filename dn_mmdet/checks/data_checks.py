@@ -1,4 +1,5 @@
 """Checks of the data that a config names, before a tool writes anything."""
+
 import contextlib
 import copy
 import inspect
@@ -38,8 +39,10 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
             pycocotools would misread it, or the classes do not match.
     """
     files = _Files()
-    checked = [_check_dataset(option, dataset, split, model, files)
-               for option, dataset in _datasets(cfg, split)]
+    checked = [
+        _check_dataset(option, dataset, split, model, files)
+        for option, dataset in _datasets(cfg, split)
+    ]
     if split == 'train':
         _check_boxes([data for data in checked if data.content is not None])
     _check_evaluators(cfg, split, checked, files)
@@ -55,8 +58,9 @@ def check_same_classes(cfg: Config, splits) -> None:
                 continue
             if first is None:
                 first = option, classes
-            check_label_order(f'{option}.metainfo.classes', classes,
-                              f'{first[0]}.metainfo.classes', first[1])
+            check_label_order(
+                f'{option}.metainfo.classes', classes, f'{first[0]}.metainfo.classes', first[1]
+            )
 
 
 def check_trained_classes(cfg: Config, split: str, checkpoint: dict, path) -> None:
@@ -74,19 +78,29 @@ def check_label_order(option, classes, other, expected) -> None:
     classes, expected = list(classes), list(expected)
     if classes == expected:
         return
-    if len(classes) != len(expected) or set(classes) & set(expected) and any(
+    if (
+        len(classes) != len(expected)
+        or set(classes) & set(expected)
+        and any(
             name in expected and expected.index(name) != label
-            for label, name in enumerate(classes)):
-        raise ConfigError(f'{option}: {some(classes)} ({len(classes)} classes) where {other} has '
-                          f'{some(expected)} ({len(expected)}): the same label would mean two '
-                          f'classes. Set both to the same, in the same order')
-    tell(f'{option}: {some(classes)} where {other} has {some(expected)}: taken as other '
-          f'names of the same classes')
+            for label, name in enumerate(classes)
+        )
+    ):
+        raise ConfigError(
+            f'{option}: {some(classes)} ({len(classes)} classes) where {other} has '
+            f'{some(expected)} ({len(expected)}): the same label would mean two '
+            f'classes. Set both to the same, in the same order'
+        )
+    tell(
+        f'{option}: {some(classes)} where {other} has {some(expected)}: taken as other '
+        f'names of the same classes'
+    )
 
 
 @dataclass
 class _Data:
     """A data set and, where its annotations are COCO json, what was found in it."""
+
     option: str
     dataset: BaseDataset
     content: dict | None = None
@@ -111,8 +125,10 @@ def _datasets(cfg, split):
     option = f'{split}_dataloader.dataset'
     node = loader.get('dataset')
     if node is None:
-        raise ConfigError(f"{option}: expected a data set, as dict(type='CocoDataset', ...), and "
-                          f'there is none. Set it')
+        raise ConfigError(
+            f"{option}: expected a data set, as dict(type='CocoDataset', ...), and "
+            f'there is none. Set it'
+        )
     if split != 'train':
         _check_each_image_once(node, option)
     yield from _build(node, option)
@@ -122,11 +138,16 @@ def _check_each_image_once(node, option):
     """Metrics take what is found in an image for the second time as wrong."""
     if not isinstance(node, dict):
         return
-    repeats = (is_of(DATASETS, node, RepeatDataset) and node.get('times', 1) != 1
-               or is_of(DATASETS, node, ClassBalancedDataset))
+    repeats = (
+        is_of(DATASETS, node, RepeatDataset)
+        and node.get('times', 1) != 1
+        or is_of(DATASETS, node, ClassBalancedDataset)
+    )
     if repeats:
-        raise ConfigError(f'{option}: {name_of(node["type"])} gives images several times, and '
-                          f'each has to be evaluated once. Set {option} to the data set inside')
+        raise ConfigError(
+            f'{option}: {name_of(node["type"])} gives images several times, and '
+            f'each has to be evaluated once. Set {option} to the data set inside'
+        )
     _check_each_image_once(node.get('dataset'), f'{option}.dataset')
     for index, inner in enumerate(node.get('datasets') or []):
         _check_each_image_once(inner, f'{option}.datasets.{index}')
@@ -143,8 +164,10 @@ def _build(node, option):
         _dataset_class(node, option)
         if not node['datasets']:
             raise ConfigError(f'{option}.datasets: expected at least one data set, got none')
-        members = [list(_build(inner, f'{option}.datasets.{index}'))
-                   for index, inner in enumerate(node['datasets'])]
+        members = [
+            list(_build(inner, f'{option}.datasets.{index}'))
+            for index, inner in enumerate(node['datasets'])
+        ]
         _check_concatenation(node, option, [member[0][1] for member in members if member])
         for member in members:
             yield from member
@@ -161,8 +184,9 @@ def _dataset_class(node, option):
     if cls is None:
         with DATASETS.switch_scope_and_registry(None) as registry:
             names = list(registry.module_dict)
-        raise ConfigError(f'{option}.type: there is no data set {name_of(kind)!r}'
-                          f'{did_you_mean(kind, names)}')
+        raise ConfigError(
+            f'{option}.type: there is no data set {name_of(kind)!r}{did_you_mean(kind, names)}'
+        )
     return cls
 
 
@@ -170,8 +194,10 @@ def _build_lazily(node, option, **arguments):
     prefix = node.get('data_prefix')
     # mmpretrain's take a folder as text
     if is_of(DATASETS, node, BaseDetDataset) and not (prefix is None or isinstance(prefix, dict)):
-        raise ConfigError(f'{option}.data_prefix: expected a dict of folders, as '
-                          f'dict(img={prefix!r}), got {prefix!r}')
+        raise ConfigError(
+            f'{option}.data_prefix: expected a dict of folders, as '
+            f'dict(img={prefix!r}), got {prefix!r}'
+        )
     try:
         return DATASETS.build({**copy.deepcopy(node), **arguments, 'lazy_init': True})
     except (KeyError, TypeError, ValueError, AssertionError, OSError, RuntimeError) as error:
@@ -181,8 +207,11 @@ def _build_lazily(node, option, **arguments):
 def _check_concatenation(node, option, members):
     """mmengine wants the same metainfo in all members; mmdet's own class takes any."""
     if members and is_of(DATASETS, node, ConcatDataset):
-        _build_lazily({key: value for key, value in node.items() if key != 'datasets'}, option,
-                      datasets=members)
+        _build_lazily(
+            {key: value for key, value in node.items() if key != 'datasets'},
+            option,
+            datasets=members,
+        )
 
 
 def _check_dataset(option, dataset, split, model, files):
@@ -195,8 +224,10 @@ def _check_dataset(option, dataset, split, model, files):
     if not dataset.ann_file and hasattr(dataset, 'img_prefix'):
         _check_class_folders(option, dataset, model)
     if _reads_coco(dataset) and not dataset.ann_file:
-        raise ConfigError(f'{option}.ann_file: expected the annotation file of '
-                          f'{type(dataset).__name__}, got {dataset.ann_file!r}. Set it')
+        raise ConfigError(
+            f'{option}.ann_file: expected the annotation file of '
+            f'{type(dataset).__name__}, got {dataset.ann_file!r}. Set it'
+        )
     if not dataset.ann_file or is_remote(dataset.ann_file):
         return data
     if _reads_coco(dataset):
@@ -212,30 +243,42 @@ def _is_made(dataset):
 
 def _reads_coco(dataset):
     """Not LVIS, panoptic and others, which inherit from `CocoDataset` and read another format."""
-    return (isinstance(dataset, CocoDataset) and dataset.COCOAPI is CocoDataset.COCOAPI
-            and type(dataset).load_data_list is CocoDataset.load_data_list)
+    return (
+        isinstance(dataset, CocoDataset)
+        and dataset.COCOAPI is CocoDataset.COCOAPI
+        and type(dataset).load_data_list is CocoDataset.load_data_list
+    )
 
 
 def _check_classes(option, dataset):
     classes = dataset.metainfo.get('classes')
     for key in dataset.metainfo:
         if key != 'classes' and str(key).lower() == 'classes':
-            raise ConfigError(f'{option}.metainfo.{key}: mmdet reads classes, in small letters, '
-                              f'and would go on with {some(classes or ["none"])}. Write '
-                              f'metainfo=dict(classes=...)')
+            raise ConfigError(
+                f'{option}.metainfo.{key}: mmdet reads classes, in small letters, '
+                f'and would go on with {some(classes or ["none"])}. Write '
+                f'metainfo=dict(classes=...)'
+            )
     if classes is None or getattr(dataset, 'return_classes', False):
         return  # detectors by text have as many classes as the text names
     if isinstance(classes, str):
-        raise ConfigError(f'{option}.metainfo.classes: expected a tuple of names, got the text '
-                          f'{classes!r}; a single class needs a comma: ({classes!r},)')
+        raise ConfigError(
+            f'{option}.metainfo.classes: expected a tuple of names, got the text '
+            f'{classes!r}; a single class needs a comma: ({classes!r},)'
+        )
     if not isinstance(classes, (tuple, list)) or not all(
-            isinstance(name, str) for name in classes):
-        raise ConfigError(f'{option}.metainfo.classes: expected a tuple of names, whose order '
-                          f'gives their labels, got {classes!r}')
+        isinstance(name, str) for name in classes
+    ):
+        raise ConfigError(
+            f'{option}.metainfo.classes: expected a tuple of names, whose order '
+            f'gives their labels, got {classes!r}'
+        )
     for name in classes:
         if classes.count(name) > 1:
-            raise ConfigError(f'{option}.metainfo.classes: {name!r} is there '
-                              f'{classes.count(name)} times. Name each class once')
+            raise ConfigError(
+                f'{option}.metainfo.classes: {name!r} is there '
+                f'{classes.count(name)} times. Name each class once'
+            )
 
 
 def _check_num_classes(option, dataset, model):
@@ -244,12 +287,16 @@ def _check_num_classes(option, dataset, model):
         return
     for name, module in model.named_modules():
         num_classes = getattr(module, 'num_classes', None)
-        if re.search(r'(^|\.)((bbox|mask)_)?head(\.\d+)?$', name) and num_classes is not None \
-                and num_classes != len(classes):
+        if (
+            re.search(r'(^|\.)((bbox|mask)_)?head(\.\d+)?$', name)
+            and num_classes is not None
+            and num_classes != len(classes)
+        ):
             raise ConfigError(
                 f'model.{name}.num_classes is {num_classes}, but the data set has '
                 f'{len(classes)} classes ({option}.metainfo.classes, by default those of '
-                f'{type(dataset).__name__}: {some(classes)}). Set both to the same')
+                f'{type(dataset).__name__}: {some(classes)}). Set both to the same'
+            )
 
 
 def _check_paths(option, dataset):
@@ -273,16 +320,20 @@ def _check_class_folders(option, dataset, model):
 
 def _check_exists(option, path, exists, what):
     if not is_remote(path) and not exists(Path(path)):
-        raise ConfigError(f'{path}: no such {what} (set by {option}; current folder: '
-                          f'{Path.cwd()}). Put the data there, or set for instance '
-                          f'--cfg-options {option}=PATH')
+        raise ConfigError(
+            f'{path}: no such {what} (set by {option}; current folder: '
+            f'{Path.cwd()}). Put the data there, or set for instance '
+            f'--cfg-options {option}=PATH'
+        )
 
 
 def _check_coco(data, split, files):
     option, dataset = f'{data.option}.ann_file', data.dataset
     if 'img' not in dataset.data_prefix:
-        raise ConfigError(f'{data.option}.data_prefix: expected img, the folder of the images, '
-                          f'got {dataset.data_prefix}. Set {data.option}.data_prefix.img')
+        raise ConfigError(
+            f'{data.option}.data_prefix: expected img, the folder of the images, '
+            f'got {dataset.data_prefix}. Set {data.option}.data_prefix.img'
+        )
     content = files.read(option, dataset.ann_file)
     classes = dataset.metainfo['classes']
     with _about(dataset.ann_file, option):
@@ -290,10 +341,12 @@ def _check_coco(data, split, files):
         coco.check_labels(content, classes, f'{data.option}.metainfo.classes')
     data.content, data.image_ids = content, _images_left(data.option, dataset, content)
     if not data.image_ids:
-        raise ConfigError(f'{dataset.ann_file}: {data.option}.filter_cfg or indices leave out all '
-                          f'{len(content["images"])} images (filter_cfg={dataset.filter_cfg}). '
-                          f'Lower its min_size, or set its filter_empty_gt=False where images '
-                          f'without boxes are meant')
+        raise ConfigError(
+            f'{dataset.ann_file}: {data.option}.filter_cfg or indices leave out all '
+            f'{len(content["images"])} images (filter_cfg={dataset.filter_cfg}). '
+            f'Lower its min_size, or set its filter_empty_gt=False where images '
+            f'without boxes are meant'
+        )
     if _loads_masks(dataset.pipeline):
         boxes = coco.sort_boxes(content, classes, data.image_ids)
         with _about(dataset.ann_file, option):
@@ -318,17 +371,21 @@ def _images_left(option, dataset, content):
     for annotation in content.get('annotations') or []:
         if annotation['category_id'] in dataset.cat_img_map:
             dataset.cat_img_map[annotation['category_id']].add(annotation['image_id'])
-    dataset.data_list = [dict(img_id=image['id'], width=image['width'], height=image['height'])
-                         for image in content['images']]
+    dataset.data_list = [
+        dict(img_id=image['id'], width=image['width'], height=image['height'])
+        for image in content['images']
+    ]
     if type(dataset).filter_data is CocoDataset.filter_data:
         dataset.data_list = dataset.filter_data()
     if dataset._indices is not None:
         try:
             dataset.data_list = dataset._get_unserialized_subset(dataset._indices)
         except (IndexError, TypeError) as error:
-            raise ConfigError(f'{option}.indices: expected a number of images or their positions '
-                              f'among the {len(dataset.data_list)} that are left after '
-                              f'filter_cfg, got {dataset._indices!r} ({error})') from error
+            raise ConfigError(
+                f'{option}.indices: expected a number of images or their positions '
+                f'among the {len(dataset.data_list)} that are left after '
+                f'filter_cfg, got {dataset._indices!r} ({error})'
+            ) from error
     return [image['img_id'] for image in dataset.data_list]
 
 
@@ -337,8 +394,10 @@ def _loads_masks(pipeline):
     if isinstance(pipeline, (list, tuple)):
         return any(_loads_masks(transform) for transform in pipeline)
     return getattr(pipeline, 'with_mask', False) or any(
-        _loads_masks(getattr(pipeline, name)) for name in ('transforms', 'subroutines')
-        if hasattr(pipeline, name))
+        _loads_masks(getattr(pipeline, name))
+        for name in ('transforms', 'subroutines')
+        if hasattr(pipeline, name)
+    )
 
 
 def _check_images(data):
@@ -362,8 +421,9 @@ def _not_listed(names):
     for name in names:
         folder, _, file = name.rpartition('/')
         if folder not in folders:
-            folders[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') \
-                else set()
+            folders[folder] = (
+                set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+            )
         if file not in folders[folder]:
             yield name
 
@@ -375,26 +435,34 @@ def _check_size(data, image, name):
     try:
         loaded = load(dict(img_path=name))
     except (AssertionError, OSError, ValueError, cv2.error) as error:
-        raise ConfigError(f'{name}: cannot be read as an image: {reason(error)}. Copy it again; '
-                          f'{data.dataset.ann_file} names it') from error
+        raise ConfigError(
+            f'{name}: cannot be read as an image: {reason(error)}. Copy it again; '
+            f'{data.dataset.ann_file} names it'
+        ) from error
     if loaded is None:  # with ignore_empty=True
         return
     size, written = loaded['ori_shape'], (image['height'], image['width'])
-    text = (f'{data.dataset.ann_file}: images: id {image["id"]!r} has the width {written[1]} and '
-            f'the height {written[0]}, {name} has {size[1]} and {size[0]}')
+    text = (
+        f'{data.dataset.ann_file}: images: id {image["id"]!r} has the width {written[1]} and '
+        f'the height {written[0]}, {name} has {size[1]} and {size[0]}'
+    )
     if tuple(size) == written:
         return
     if tuple(size) == written[::-1]:
         tell(f'{text}: perhaps turned by its EXIF data. Boxes outside are left out')
     else:
-        raise ConfigError(f'{text}: its boxes are those of another picture, or of another size. '
-                          f'Write width, height and boxes of these pictures')
+        raise ConfigError(
+            f'{text}: its boxes are those of another picture, or of another size. '
+            f'Write width, height and boxes of these pictures'
+        )
 
 
 def _check_boxes(checked):
     """Checks that there is something to train on, over all data sets of a split."""
-    uses = [(data, coco.sort_boxes(data.content, data.dataset.metainfo['classes'],
-                                   data.image_ids)) for data in checked]
+    uses = [
+        (data, coco.sort_boxes(data.content, data.dataset.metainfo['classes'], data.image_ids))
+        for data in checked
+    ]
     counts = Counter()
     for data, boxes in uses:
         counts.update({use: len(found) for use, found in boxes.items()})
@@ -402,25 +470,34 @@ def _check_boxes(checked):
     if checked and not counts[coco.TRAINED]:
         files = ', '.join(dict.fromkeys(data.dataset.ann_file for data in checked))
         listed = ', '.join(f'{number} {use}' for use, number in counts.items())
-        raise ConfigError(f'{files}: {"holds" if len(checked) == 1 else "hold"} no box to train '
-                          f'on: of {counts.total()}, {listed or "none"}. Add boxes, or set '
-                          f'{checked[0].option}.ann_file to another file')
+        raise ConfigError(
+            f'{files}: {"holds" if len(checked) == 1 else "hold"} no box to train '
+            f'on: of {counts.total()}, {listed or "none"}. Add boxes, or set '
+            f'{checked[0].option}.ann_file to another file'
+        )
 
 
 def _tell_what_is_left_out(data, boxes):
     path, classes = data.dataset.ann_file, data.dataset.metainfo['classes']
     for use, found in boxes.items():
         if use in coco.MISTAKES:
-            tell(f'{path}: {len(found)} boxes are not trained on, {use} (the first has the id '
-                  f'{found[0]["id"]!r})')
+            tell(
+                f'{path}: {len(found)} boxes are not trained on, {use} (the first has the id '
+                f'{found[0]["id"]!r})'
+            )
     trained = boxes.get(coco.TRAINED, [])
     out = coco.boxes_reaching_out(data.content)
     if out:
-        tell(f'{path}: {len(out)} boxes reach out of their image (the first has the id '
-              f'{out[0]["id"]!r})')
+        tell(
+            f'{path}: {len(out)} boxes reach out of their image (the first has the id '
+            f'{out[0]["id"]!r})'
+        )
     ids = {annotation['category_id'] for annotation in trained}
-    empty = [name for name, number in zip(
-        classes, coco.category_ids(data.content, classes), strict=True) if number not in ids]
+    empty = [
+        name
+        for name, number in zip(classes, coco.category_ids(data.content, classes), strict=True)
+        if number not in ids
+    ]
     if empty and trained:
         tell(f'{path}: no box of {len(empty)} of the {len(classes)} classes ({some(empty)})')
 
@@ -428,8 +505,10 @@ def _tell_what_is_left_out(data, boxes):
 def _tell_what_cannot_be_found(path, content, classes):
     lost = coco.never_found(content, classes)
     if lost:
-        tell(f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
-             f'detection can match them (the first has the id {lost[0]["id"]!r})')
+        tell(
+            f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
+            f'detection can match them (the first has the id {lost[0]["id"]!r})'
+        )
 
 
 def metrics_of(evaluator, option):
@@ -451,15 +530,24 @@ def _check_evaluators(cfg, split, checked, files):
     for index, (option, metric) in enumerate(metrics_of(evaluator, f'{split}_evaluator')):
         _check_metric_exists(option, metric)
         path = metric.get('ann_file')
-        if not path or is_remote(path) or metric.get('backend_args') \
-                or any(_is_made(data.dataset) for data in checked):
+        if (
+            not path
+            or is_remote(path)
+            or metric.get('backend_args')
+            or any(_is_made(data.dataset) for data in checked)
+        ):
             continue
         option = f'{option}.ann_file'
         _check_exists(option, path, Path.is_file, 'annotation file')
-        if is_of(METRICS, metric, CocoMetric) \
-                and not is_of(METRICS, metric, (LVISMetric, OVCocoMetric)):
-            _check_truth(option, metric, checked[index:index + 1] if apart else checked,
-                         files.read(option, path))
+        if is_of(METRICS, metric, CocoMetric) and not is_of(
+            METRICS, metric, (LVISMetric, OVCocoMetric)
+        ):
+            _check_truth(
+                option,
+                metric,
+                checked[index : index + 1] if apart else checked,
+                files.read(option, path),
+            )
         elif path.endswith('.json'):
             files.read(option, path)
 
@@ -469,8 +557,9 @@ def _check_metric_exists(option, metric):
     if resolve(METRICS, kind) is None:
         with METRICS.switch_scope_and_registry(None) as registry:
             names = list(registry.module_dict)
-        raise ConfigError(f'{option}.type: there is no metric {name_of(kind)!r}'
-                          f'{did_you_mean(kind, names)}')
+        raise ConfigError(
+            f'{option}.type: there is no metric {name_of(kind)!r}{did_you_mean(kind, names)}'
+        )
 
 
 def _check_same_metainfo(node, checked):
@@ -478,9 +567,11 @@ def _check_same_metainfo(node, checked):
     for data in checked[1:]:
         first = checked[0]
         if not node.get('ignore_keys') and data.dataset.metainfo != first.dataset.metainfo:
-            raise ConfigError(f'{data.option}.metainfo: differs from that of {first.option}, and '
-                              f'the evaluator would find no classes. Set both to the same '
-                              f'(classes as a tuple in both), or use MultiDatasetsEvaluator')
+            raise ConfigError(
+                f'{data.option}.metainfo: differs from that of {first.option}, and '
+                f'the evaluator would find no classes. Set both to the same '
+                f'(classes as a tuple in both), or use MultiDatasetsEvaluator'
+            )
 
 
 def _check_truth(option, metric, checked, content):
@@ -493,22 +584,31 @@ def _check_truth(option, metric, checked, content):
         for data in checked:
             classes = data.dataset.metainfo.get('classes')
             if classes and not getattr(data.dataset, 'return_classes', False):
-                coco.check_labels(content, classes, f'{data.option}.metainfo.classes',
-                                  metric.get('sort_categories', False))
+                coco.check_labels(
+                    content,
+                    classes,
+                    f'{data.option}.metainfo.classes',
+                    metric.get('sort_categories', False),
+                )
                 if evaluated:
                     coco.check_evaluation(content, classes, masks)
                     _tell_what_cannot_be_found(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
     found = coco.difference(
-        [data.content for data in checked], content,
-        [number for data in checked for number in data.image_ids])
+        [data.content for data in checked],
+        content,
+        [number for data in checked for number in data.image_ids],
+    )
     if found:
-        others = ', '.join(dict.fromkeys(f'{data.option}.ann_file ({data.dataset.ann_file})'
-                                         for data in checked))
-        raise ConfigError(f'{path}: the evaluator reads this file, and the data differ from it: '
-                          f'{found}; AP would be wrong. Set {option} and {others} to the same '
-                          f'file, and evaluate all of its images')
+        others = ', '.join(
+            dict.fromkeys(f'{data.option}.ann_file ({data.dataset.ann_file})' for data in checked)
+        )
+        raise ConfigError(
+            f'{path}: the evaluator reads this file, and the data differ from it: '
+            f'{found}; AP would be wrong. Set {option} and {others} to the same '
+            f'file, and evaluate all of its images'
+        )
 
 
 def _read_json(option, path):
@@ -516,5 +616,6 @@ def _read_json(option, path):
         with open(path, encoding='utf-8') as file:
             return json.load(file)
     except (ValueError, OSError) as error:  # ValueError: no json, or no text
-        raise ConfigError(f'{path}: cannot be read as json ({error}); set by {option}. Copy or '
-                          f'make it again') from error
+        raise ConfigError(
+            f'{path}: cannot be read as json ({error}); set by {option}. Copy or make it again'
+        ) from error

@@ -1,4 +1,5 @@
 """Checks of a config and of a work folder, before a tool writes anything."""
+
 import contextlib
 import copy
 import errno
@@ -41,6 +42,7 @@ CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
 
 class FolderInUse(ConfigError):
     """Another training runs in the work folder. It may have ended by the next try."""
+
     exit_code = 75  # what sendmail calls EX_TEMPFAIL
 
 
@@ -48,8 +50,9 @@ def check_parts(cfg: Config, *names: str) -> None:
     """Raises ConfigError where a config lacks a part that a tool needs."""
     missing = [name for name in names if cfg.get(name) is None]
     if missing:
-        raise ConfigError(f'{cfg.filename}: expected {", ".join(names)}; it lacks '
-                          f'{", ".join(missing)}')
+        raise ConfigError(
+            f'{cfg.filename}: expected {", ".join(names)}; it lacks {", ".join(missing)}'
+        )
 
 
 def check_model(cfg: Config) -> nn.Module:
@@ -65,8 +68,7 @@ def check_model(cfg: Config) -> nn.Module:
     try:
         return MODELS.build(copy.deepcopy(cfg.model))
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise ConfigError(f'model: cannot be built from the config: '
-                          f'{reason(error)}') from error
+        raise ConfigError(f'model: cannot be built from the config: {reason(error)}') from error
 
 
 def _norm_cfgs(model, option):
@@ -82,22 +84,26 @@ def check_norm(option: str, norm_cfg: dict) -> None:
     arguments = dict(norm_cfg)
     name = arguments.pop('type', None)
     if name is None:
-        raise ConfigError(f"{option}: expected a type, as in dict(type='DNB'), got "
-                          f'{dict(norm_cfg)}')
+        raise ConfigError(
+            f"{option}: expected a type, as in dict(type='DNB'), got {dict(norm_cfg)}"
+        )
     cls = resolve(MODELS, name)
     if cls is None:
         if not isinstance(name, str):
             raise ConfigError(f"{option}.type: expected a name, as 'DNB', got {name!r}")
         with MODELS.switch_scope_and_registry(None) as registry:
             names = _norm_names(registry)
-        raise ConfigError(f'{option}.type: there is no norm layer {name!r}'
-                          f'{did_you_mean(name, names)}')
+        raise ConfigError(
+            f'{option}.type: there is no norm layer {name!r}{did_you_mean(name, names)}'
+        )
     arguments.pop('requires_grad', None)  # mmcv's own
     parameters = inspect.signature(cls).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for argument in arguments.keys() - parameters.keys():
-            raise ConfigError(f'{option}.{argument}: {name_of(name)} has no such argument'
-                              f'{did_you_mean(argument, list(parameters)[1:])}')
+            raise ConfigError(
+                f'{option}.{argument}: {name_of(name)} has no such argument'
+                f'{did_you_mean(argument, list(parameters)[1:])}'
+            )
     if issubclass(cls, _DynamicNorm):
         try:
             cls(8, **arguments)
@@ -108,8 +114,11 @@ def check_norm(option: str, norm_cfg: dict) -> None:
 def _norm_names(registry):
     names = set()
     while registry is not None:
-        names |= {name for name, cls in registry.module_dict.items()
-                  if inspect.isclass(cls) and issubclass(cls, NORMS) and not name[0] == '_'}
+        names |= {
+            name
+            for name, cls in registry.module_dict.items()
+            if inspect.isclass(cls) and issubclass(cls, NORMS) and not name[0] == '_'
+        }
         registry = registry.parent
     return sorted(names)
 
@@ -121,15 +130,17 @@ def check_evaluation(model: nn.Module) -> None:
             raise ConfigError(
                 f"model.{name}: mmdet's SSDHead cannot be evaluated in this version (it lacks "
                 f"loss_cls). Set model.{name}.type='SSDLiteHead' and add "
-                f"'dn_mmdet.models.ssdlite_head' to custom_imports.imports")
+                f"'dn_mmdet.models.ssdlite_head' to custom_imports.imports"
+            )
 
 
 def check_amp(cfg: Config) -> None:
     """Raises ConfigError where automatic mixed precision has no GPU to run on."""
-    if is_of(OPTIM_WRAPPERS, cfg.get('optim_wrapper'), AmpOptimWrapper) \
-            and get_device() == 'cpu':
-        raise ConfigError("--amp (optim_wrapper.type='AmpOptimWrapper') needs a GPU, and torch "
-                          "sees none here: leave it out (optim_wrapper.type='OptimWrapper')")
+    if is_of(OPTIM_WRAPPERS, cfg.get('optim_wrapper'), AmpOptimWrapper) and get_device() == 'cpu':
+        raise ConfigError(
+            "--amp (optim_wrapper.type='AmpOptimWrapper') needs a GPU, and torch "
+            "sees none here: leave it out (optim_wrapper.type='OptimWrapper')"
+        )
 
 
 def make_folder(path, option: str) -> None:
@@ -140,8 +151,9 @@ def make_folder(path, option: str) -> None:
             file.write(b'x')
             file.flush()
     except OSError as error:
-        raise ConfigError(f'{path}: cannot be written to ({error.strerror}). Choose another '
-                          f'folder: {option}') from error
+        raise ConfigError(
+            f'{path}: cannot be written to ({error.strerror}). Choose another folder: {option}'
+        ) from error
 
 
 def resumes(cfg: Config) -> str | None:
@@ -168,9 +180,11 @@ def reserved(work_dir, resume=None, overwrite=False):
     work_dir = Path(work_dir)
     found = sorted(path.name for path in work_dir.glob('*.pth')) if work_dir.is_dir() else []
     if found and resume is None and not overwrite:
-        raise ConfigError(f'{work_dir}: holds checkpoints of an earlier training '
-                          f'({some(found)}). Continue it with --resume, replace it with '
-                          f'--overwrite, or choose another --work-dir')
+        raise ConfigError(
+            f'{work_dir}: holds checkpoints of an earlier training '
+            f'({some(found)}). Continue it with --resume, replace it with '
+            f'--overwrite, or choose another --work-dir'
+        )
     make_folder(work_dir, '--work-dir')
     with open(work_dir / LOCK, 'a+') as lock:
         _acquire(lock, work_dir)
@@ -190,8 +204,10 @@ def _acquire(lock, work_dir):
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return  # a file system without locks
         lock.seek(0)
-        raise FolderInUse(f'{work_dir}: a training is running in it ({lock.read().strip()}). '
-                          f'Wait for it, end it, or choose another --work-dir') from error
+        raise FolderInUse(
+            f'{work_dir}: a training is running in it ({lock.read().strip()}). '
+            f'Wait for it, end it, or choose another --work-dir'
+        ) from error
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     lock.flush()
@@ -216,13 +232,16 @@ def checkpoint_to_resume(work_dir, resume):
     work_dir = Path(work_dir)
     others = sorted(work_dir.glob('*.pth'), key=lambda path: path.stat().st_mtime)
     if not (work_dir / 'last_checkpoint').is_file():
-        raise ConfigError(f'{work_dir}: holds checkpoints, but no file last_checkpoint that '
-                          f'names the last. Name it: --resume {others[-1]}')
+        raise ConfigError(
+            f'{work_dir}: holds checkpoints, but no file last_checkpoint that '
+            f'names the last. Name it: --resume {others[-1]}'
+        )
     last = Path(find_latest_checkpoint(str(work_dir)))
     if not last.is_file():
         hint = f' Name it: --resume {others[-1]}' if others else ''
-        raise ConfigError(f'{work_dir / "last_checkpoint"}: names {last}, which does not '
-                          f'exist.{hint}')
+        raise ConfigError(
+            f'{work_dir / "last_checkpoint"}: names {last}, which does not exist.{hint}'
+        )
     return str(last)
 
 

@@ -1,4 +1,5 @@
 """What the command-line tools share: options, reading the config, one message per error."""
+
 import argparse
 import contextlib
 import errno
@@ -34,21 +35,32 @@ FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
         help='override options of the config, as in optim_wrapper.optimizer.lr=0.01; lists as '
-        'key="[a,b]" or key=a,b, tuples as key="[(a,b),(c,d)]", quoted and without spaces')
+        'key="[a,b]" or key=a,b, tuples as key="[(a,b),(c,d)]", quoted and without spaces',
+    )
     parser.add_argument(
-        '--trust-checkpoint', action='store_true',
+        '--trust-checkpoint',
+        action='store_true',
         help='open checkpoints that hold more than weights and logs. Such a file can run any '
-        'program as you')
+        'program as you',
+    )
 
 
 def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-                        default='none', help='what started the processes of this run')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of this run',
+    )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
+    )
 
 
 def load_config(path, options=None) -> Config:
@@ -62,15 +74,19 @@ def load_config(path, options=None) -> Config:
         ConfigError: it cannot be read or lacks a model.
     """
     package, shipped, _ = str(path).partition('::')
-    found = (package.isidentifier() and importlib.util.find_spec(package) if shipped
-             else Path(path).is_file())
+    found = (
+        package.isidentifier() and importlib.util.find_spec(package)
+        if shipped
+        else Path(path).is_file()
+    )
     if not found:
         raise ConfigError(f'{path}: no such config file (current folder: {Path.cwd()})')
     try:
         cfg = get_config(path) if shipped else Config.fromfile(path)
     except Exception as error:  # a config is a program and can raise anything
-        raise ConfigError(f'{path}: cannot be read as a config: {type(error).__name__}: '
-                          f'{error}') from error
+        raise ConfigError(
+            f'{path}: cannot be read as a config: {type(error).__name__}: {error}'
+        ) from error
     try:
         cfg.merge_from_dict(options or {})
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
@@ -94,16 +110,21 @@ def _import_what_it_names(cfg):
 
 def _plugin_names():
     """The module to import for each name that this package registers for models."""
-    layers = {name: 'dn_mmdet' for name, cls in MODELS.module_dict.items()
-              if cls.__module__ == 'dn_mmdet.layers'}
+    layers = {
+        name: 'dn_mmdet'
+        for name, cls in MODELS.module_dict.items()
+        if cls.__module__ == 'dn_mmdet.layers'
+    }
     return dict(layers, SSDLiteHead='dn_mmdet.models.ssdlite_head')
 
 
 def check_launcher(launcher: str) -> None:
     """Raises ConfigError where a launcher's processes cannot be joined."""
     if launcher == 'pytorch' and 'RANK' not in os.environ:
-        raise ConfigError('--launcher pytorch: expected to be started by torchrun; use '
-                          'tools/dist_train.sh or tools/dist_test.sh')
+        raise ConfigError(
+            '--launcher pytorch: expected to be started by torchrun; use '
+            'tools/dist_train.sh or tools/dist_test.sh'
+        )
     if launcher in ('slurm', 'mpi') and get_device() == 'cpu':
         raise ConfigError(f'--launcher {launcher}: needs a GPU, and torch sees none here')
 
@@ -115,9 +136,15 @@ def join_without_gpu(cfg: Config) -> None:
     """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         dist.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False)))
+        cfg.setdefault(
+            'model_wrapper_cfg',
+            dict(
+                type='MMDistributedDataParallel',
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=cfg.get('find_unused_parameters', False),
+            ),
+        )
 
 
 def set_local_rank(local_rank: int) -> None:
@@ -167,14 +194,22 @@ def one_message(parser: argparse.ArgumentParser):
     except OSError as error:
         if error.errno not in FULL_OR_FORBIDDEN:
             raise
-        _exit(parser, 2, f'{error.filename or "writing failed"}: {error.strerror}. Make '
-                         f'room or choose another folder; a training continues from its last '
-                         f'whole checkpoint with --resume')
+        _exit(
+            parser,
+            2,
+            f'{error.filename or "writing failed"}: {error.strerror}. Make '
+            f'room or choose another folder; a training continues from its last '
+            f'whole checkpoint with --resume',
+        )
     except ValueError as error:
         if 'more than 1 value per channel' in str(error):
-            _exit(parser, 2, f'{error}. The last batch of an epoch can be smaller than '
-                             f'train_dataloader.batch_size: raise that, or set '
-                             f'train_dataloader.drop_last=True')
+            _exit(
+                parser,
+                2,
+                f'{error}. The last batch of an epoch can be smaller than '
+                f'train_dataloader.batch_size: raise that, or set '
+                f'train_dataloader.drop_last=True',
+            )
         if not _raised_in(error).startswith('dn_mmdet.'):
             raise
         _exit(parser, 2, error)

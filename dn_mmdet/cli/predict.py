@@ -1,4 +1,5 @@
 """Detections in images, as drawn pictures and as one json."""
+
 import json
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def find_images(path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f'{path}: no such image or folder (current folder: {Path.cwd()})')
-    images = sorted(file for file in path.iterdir()
-                    if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    images = sorted(
+        file for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
+    )
     if not images:
         raise ConfigError(f'{path}: holds no images ({", ".join(IMG_EXTENSIONS)})')
     return images
@@ -48,16 +50,24 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
     inferencer = DetInferencer(cfg, str(checkpoint), show_progress=False)
     _name_classes(inferencer, cfg)
     classes = inferencer.model.dataset_meta['classes']
-    content = dict(images=[], annotations=[],
-                   categories=[dict(id=i, name=name) for i, name in enumerate(classes)])
+    content = dict(
+        images=[],
+        annotations=[],
+        categories=[dict(id=i, name=name) for i, name in enumerate(classes)],
+    )
     unreadable = []
     for image in track(images, description='Detecting'):
         pixels = _read(image)
         if pixels is None:
             unreadable.append(image)
             continue
-        sample = inferencer(str(image), return_datasamples=True, no_save_pred=True,
-                            out_dir=str(out_dir), pred_score_thr=score_thr)['predictions'][0]
+        sample = inferencer(
+            str(image),
+            return_datasamples=True,
+            no_save_pred=True,
+            out_dir=str(out_dir),
+            pred_score_thr=score_thr,
+        )['predictions'][0]
         _add(content, image.name, pixels.shape, sample.pred_instances.numpy(), score_thr)
     (Path(out_dir) / 'predictions.json').write_text(json.dumps(content))
     return unreadable
@@ -84,10 +94,20 @@ def _add(content, name, shape, instances, score_thr):
     image_id = len(content['images'])
     content['images'].append(dict(id=image_id, file_name=name, height=shape[0], width=shape[1]))
     for label, score, (x1, y1, x2, y2) in zip(
-            instances.labels.tolist(), instances.scores.tolist(), instances.bboxes.tolist(),
-            strict=True):
+        instances.labels.tolist(),
+        instances.scores.tolist(),
+        instances.bboxes.tolist(),
+        strict=True,
+    ):
         if score >= score_thr:
             w, h = x2 - x1, y2 - y1
-            content['annotations'].append(dict(
-                id=len(content['annotations']) + 1, image_id=image_id, category_id=label,
-                bbox=[x1, y1, w, h], area=w * h, score=score))
+            content['annotations'].append(
+                dict(
+                    id=len(content['annotations']) + 1,
+                    image_id=image_id,
+                    category_id=label,
+                    bbox=[x1, y1, w, h],
+                    area=w * h,
+                    score=score,
+                )
+            )

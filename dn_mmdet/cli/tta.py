@@ -1,4 +1,5 @@
 """Test-time augmentation: a detector that merges what it finds in several views of an image."""
+
 import copy
 
 from mmdet.datasets.transforms import PackDetInputs
@@ -9,10 +10,18 @@ from ..messages import ConfigError, tell
 from ..registered import is_of, name_of
 
 # What mmdet's own tools/test.py takes where a config has none.
-MODEL = dict(type='DetTTAModel',
-             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
-META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
-             'flip_direction')
+MODEL = dict(
+    type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+)
+META_KEYS = (
+    'img_id',
+    'img_path',
+    'ori_shape',
+    'img_shape',
+    'scale_factor',
+    'flip',
+    'flip_direction',
+)
 
 
 def augmented(cfg: Config) -> Config:
@@ -34,8 +43,10 @@ def augmented(cfg: Config) -> Config:
         cfg.tta_model = copy.deepcopy(MODEL)
     cfg.model = dict(cfg.tta_model, module=cfg.model)
     datasets = list(_innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'))
-    pipelines = [cfg.get('tta_pipeline') or _flipped(dataset.get('pipeline') or [], option)
-                 for option, dataset in datasets]
+    pipelines = [
+        cfg.get('tta_pipeline') or _flipped(dataset.get('pipeline') or [], option)
+        for option, dataset in datasets
+    ]
     for (_, dataset), pipeline in zip(datasets, pipelines, strict=True):
         dataset['pipeline'] = copy.deepcopy(pipeline)
     return cfg
@@ -55,10 +66,12 @@ def _innermost(node, option):
 def _flipped(pipeline, option):
     *before, last = pipeline or [{}]
     if not is_of(TRANSFORMS, last, PackDetInputs):
-        raise ConfigError(f'--tta: the config has no tta_pipeline, and {option}.pipeline ends in '
-                          f'{name_of(last.get("type"))}, where PackDetInputs was expected. Add a '
-                          f'tta_pipeline to the config')
+        raise ConfigError(
+            f'--tta: the config has no tta_pipeline, and {option}.pipeline ends in '
+            f'{name_of(last.get("type"))}, where PackDetInputs was expected. Add a '
+            f'tta_pipeline to the config'
+        )
     tell('the config has no tta_pipeline: each image and its mirror image are used')
-    views = [dict(type='RandomFlip', prob=prob) for prob in (1., 0.)]
+    views = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
     pack = dict(last, meta_keys=tuple(dict.fromkeys((*last.get('meta_keys', ()), *META_KEYS))))
     return [*before, dict(type='TestTimeAug', transforms=[views, [pack]])]

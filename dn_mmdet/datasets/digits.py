@@ -3,6 +3,7 @@
 The digits (1797 of 8 x 8 pixels, from the UCI repository) and the two photographs
 ship inside scikit-learn.
 """
+
 import json
 import os
 import shutil
@@ -41,10 +42,21 @@ class DigitsDataset(CocoDataset):
     """
 
     MAKES_ITS_DATA = True  # tools do not ask for its files beforehand
-    METAINFO = dict(classes=CLASSES,
-                    palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75), (245, 130, 48),
-                             (145, 30, 180), (0, 128, 128), (240, 50, 230), (128, 128, 0),
-                             (170, 110, 40), (0, 0, 128)])
+    METAINFO = dict(
+        classes=CLASSES,
+        palette=[
+            (220, 20, 60),
+            (0, 130, 200),
+            (60, 180, 75),
+            (245, 130, 48),
+            (145, 30, 180),
+            (0, 128, 128),
+            (240, 50, 230),
+            (128, 128, 0),
+            (170, 110, 40),
+            (0, 0, 128),
+        ],
+    )
 
     def load_data_list(self):
         make_digits(self.data_root)
@@ -94,8 +106,10 @@ def _is_made(root):
     except OSError:
         version = 'nothing of this kind'
     if version != str(VERSION):
-        raise ValueError(f'{root}: expected digits of version {VERSION}, found {version}; '
-                         f'remove the folder, and they are made again, or set another data_root')
+        raise ValueError(
+            f'{root}: expected digits of version {VERSION}, found {version}; '
+            f'remove the folder, and they are made again, or set another data_root'
+        )
     return True
 
 
@@ -110,15 +124,22 @@ def _write(root, seed, num_train, num_val):
             pixels, boxes = draw(chosen, photographs, rng)
             name = f'{split}_{image_id:04d}.png'
             mmcv.imwrite(pixels, str(root / 'images' / name))
-            images.append(dict(id=image_id, file_name=name, height=IMAGE_SIZE,
-                               width=IMAGE_SIZE))
+            images.append(dict(id=image_id, file_name=name, height=IMAGE_SIZE, width=IMAGE_SIZE))
             for label, (x, y, w, h) in boxes:
-                annotations.append(dict(id=len(annotations) + 1, image_id=image_id,
-                                        category_id=label, bbox=[x, y, w, h], area=w * h,
-                                        iscrowd=0))
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=image_id,
+                        category_id=label,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                    )
+                )
         categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES)]
-        (root / f'instances_{split}.json').write_text(json.dumps(dict(
-            images=images, annotations=annotations, categories=categories)))
+        (root / f'instances_{split}.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
     (root / 'version.txt').write_text(f'{VERSION}\n')
 
 
@@ -126,11 +147,13 @@ def _sources():
     """(ink, label) of every digit, ink (h, w) in [0, 1]; the photographs, BGR uint8."""
     check_extra('demo', 'sklearn', 'PIL')
     from sklearn.datasets import load_digits, load_sample_images  # they ship inside it
+
     data = load_digits()
-    digits = [(_trim(np.float32(image) / 16, 0.2), int(label))
-              for image, label in zip(data.images, data.target, strict=True)]
-    return digits, [np.ascontiguousarray(rgb[..., ::-1])
-                    for rgb in load_sample_images().images]
+    digits = [
+        (_trim(np.float32(image) / 16, 0.2), int(label))
+        for image, label in zip(data.images, data.target, strict=True)
+    ]
+    return digits, [np.ascontiguousarray(rgb[..., ::-1]) for rgb in load_sample_images().images]
 
 
 def _split(digits, rng):
@@ -143,7 +166,7 @@ def _split(digits, rng):
 def _trim(ink, least):
     """The part of ``ink`` that holds all values above ``least``."""
     rows, columns = np.where((ink > least).any(1))[0], np.where((ink > least).any(0))[0]
-    return ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def draw(digits, photographs, rng):
@@ -183,8 +206,9 @@ def _background(photographs, rng):
     height, width = photograph.shape[:2]
     side = rng.integers(IMAGE_SIZE, height + 1)
     y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    return mmcv.imresize(photograph[y:y + side, x:x + side], (IMAGE_SIZE, IMAGE_SIZE),
-                         interpolation='area').astype(np.float32)
+    return mmcv.imresize(
+        photograph[y : y + side, x : x + side], (IMAGE_SIZE, IMAGE_SIZE), interpolation='area'
+    ).astype(np.float32)
 
 
 def _resize(ink, longer_side, stretch):

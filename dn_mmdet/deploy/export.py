@@ -2,6 +2,7 @@
 
 Its norm layers become few plain operators (simplify.py), for a target.
 """
+
 import collections
 import copy
 import importlib.util
@@ -35,8 +36,10 @@ def check_installed() -> None:
     """Raises ConfigError where a package that exporting needs is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'ONNX export needs {", ".join(missing)}, not installed here: in a '
-                          f"clone of dn_mmdet run `pip install -e '.[export]'`")
+        raise ConfigError(
+            f'ONNX export needs {", ".join(missing)}, not installed here: in a '
+            f"clone of dn_mmdet run `pip install -e '.[export]'`"
+        )
 
 
 class Detector(nn.Module):
@@ -72,8 +75,10 @@ class Detector(nn.Module):
         preprocessor: Any = model.data_preprocessor
         divisor = preprocessor.pad_size_divisor
         if any(side % divisor for side in size):
-            raise ConfigError(f'--size: expected multiples of {divisor}, to which this detector '
-                              f'pads its images, got {tuple(size)}')
+            raise ConfigError(
+                f'--size: expected multiples of {divisor}, to which this detector '
+                f'pads its images, got {tuple(size)}'
+            )
         self.swap_channels = preprocessor._channel_conversion
         self.normalize = preprocessor._enable_normalize
         self.head = kind(model, self.size)
@@ -117,26 +122,40 @@ def export(detector: Detector, path, target: str = 'portable') -> simplify.Simpl
     became of the norms.
     """
     simple = simplify.simplified(detector, torch.zeros(1, 3, *detector.size), target)
-    write(simple.model, torch.zeros(2 if target == 'portable' else 1, 3, *detector.size), path,
-          [*detector.outputs, *detector.raw_names])
+    write(
+        simple.model,
+        torch.zeros(2 if target == 'portable' else 1, 3, *detector.size),
+        path,
+        [*detector.outputs, *detector.raw_names],
+    )
     return simple
 
 
 def write(model: nn.Module, images: Tensor, path, output_names) -> None:
     """Writes a simplified module; for any number of images, if the example has several."""
     import onnxscript.optimizer
+
     for module in model.modules():
         if isinstance(module, simplify.PortableDN):
             module.is_one_operator = True
-    dynamic = ({0: torch.export.Dim('batch')} if len(images) > 1 else None, )
+    dynamic = ({0: torch.export.Dim('batch')} if len(images) > 1 else None,)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch's, about torch's own classes
         program = torch.onnx.export(
-            model, (images, ), dynamo=True, opset_version=OPSET, input_names=['images'],
-            output_names=output_names, dynamic_shapes=dynamic, verbose=False, optimize=False,
+            model,
+            (images,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=['images'],
+            output_names=output_names,
+            dynamic_shapes=dynamic,
+            verbose=False,
+            optimize=False,
             custom_translation_table={
                 torch.ops.dn_mmdet.simple_norm.default: simplify.onnx_simple_norm,
-                torch.ops.dn_mmdet.non_max_suppression.default: onnx_non_max_suppression})
+                torch.ops.dn_mmdet.non_max_suppression.default: onnx_non_max_suppression,
+            },
+        )
         assert program is not None  # without a file name it returns one
         # Of torch's own optimizations those that matter; the others take a minute.
         onnxscript.optimizer.inline(program.model)
@@ -152,6 +171,7 @@ def keep_outputs(path, out, names=OUTPUTS) -> None:
     """
     import onnx
     import onnxscript.optimizer
+
     model = onnx.load(path)
     for output in [output for output in model.graph.output if output.name not in names]:
         model.graph.output.remove(output)
@@ -164,6 +184,7 @@ def keep_outputs(path, out, names=OUTPUTS) -> None:
 def operators(path) -> dict[str, int]:
     """How often a file has each operator."""
     import onnx
+
     nodes = onnx.load(path, load_external_data=False).graph.node
     return dict(collections.Counter(node.op_type for node in nodes))
 
@@ -171,6 +192,7 @@ def operators(path) -> dict[str, int]:
 def open_session(path, threads=1):
     """onnxruntime on the CPU."""
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
@@ -208,7 +230,8 @@ def compare(session, detector: Detector, images: np.ndarray) -> Agreement:
         same = (
             (found['labels'][index][:, None] == mine.labels)
             & (np.abs(found['scores'][index][:, None] - mine.scores) < 1e-3)
-            & (np.abs(found['boxes'][index][:, None] - mine.bboxes).max(-1) < 0.5))
+            & (np.abs(found['boxes'][index][:, None] - mine.bboxes).max(-1) < 0.5)
+        )
         matched += int(same.any(0).sum())
     return Agreement(raw, matched, total)
 
@@ -219,8 +242,10 @@ def run(session, images: np.ndarray) -> dict[str, np.ndarray]:
     pieces = np.split(images, len(images)) if batch == 1 else [images]
     found = [session.run(None, dict(images=piece)) for piece in pieces]
     names = [output.name for output in session.get_outputs()]
-    return {name: np.concatenate(outputs) for name, outputs in
-            zip(names, zip(*found, strict=True), strict=True)}
+    return {
+        name: np.concatenate(outputs)
+        for name, outputs in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def difference(found, expected):
@@ -231,8 +256,10 @@ def difference(found, expected):
 
 def _mmdet_predictions(detector, images):
     meta = dict(img_shape=detector.size, ori_shape=detector.size, scale_factor=(1.0, 1.0))
-    data = dict(inputs=list(images), data_samples=[DetDataSample(metainfo=dict(meta, img_id=i))
-                                                   for i in range(len(images))])
+    data = dict(
+        inputs=list(images),
+        data_samples=[DetDataSample(metainfo=dict(meta, img_id=i)) for i in range(len(images))],
+    )
     return detector.model.test_step(data)
 
 
@@ -260,5 +287,8 @@ def folded_twin(model: nn.Module) -> nn.Module:
 
 def versions() -> str:
     import onnxruntime
-    return (f'onnxruntime {onnxruntime.__version__} on the CPU, one thread, torch '
-            f'{torch.__version__}, {platform.machine()}, {cpu_name()}')
+
+    return (
+        f'onnxruntime {onnxruntime.__version__} on the CPU, one thread, torch '
+        f'{torch.__version__}, {platform.machine()}, {cpu_name()}'
+    )

@@ -2,6 +2,7 @@
 
 One class for each kind of head: its own outputs ("raw"), and the boxes made of them.
 """
+
 from typing import Any
 
 import mmcv.ops
@@ -30,30 +31,39 @@ def kind_of(model: nn.Module) -> type[nn.Module]:
     """
     if isinstance(model, SingleStageDetector):
         head = model.bbox_head
-        if (_own(head, 'predict_by_feat', BaseDenseHead)
-                and _own(head, '_predict_by_feat_single', BaseDenseHead)
-                and type(head.bbox_coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)):
+        if (
+            _own(head, 'predict_by_feat', BaseDenseHead)
+            and _own(head, '_predict_by_feat_single', BaseDenseHead)
+            and type(head.bbox_coder) in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
+        ):
             return DenseHead
         if _own(head, 'predict_by_feat', YOLOXHead):
             return YOLOX
         return RawOutputs
     if isinstance(model, TwoStageDetector):
         rpn, roi = model.rpn_head, model.roi_head
-        if (_own(rpn, 'predict_by_feat', BaseDenseHead)
-                and _own(rpn, '_predict_by_feat_single', RPNHead)
-                and type(roi) is StandardRoIHead and not roi.with_mask
-                and type(roi.bbox_roi_extractor) is SingleRoIExtractor
-                and all(layer.pool_mode == 'avg' for layer in roi.bbox_roi_extractor.roi_layers)
-                and _own(roi.bbox_head, '_predict_by_feat_single', BBoxHead)
-                and not roi.bbox_head.custom_cls_channels
-                and type(rpn.bbox_coder) is type(roi.bbox_head.bbox_coder) is DeltaXYWHBBoxCoder):
+        if (
+            _own(rpn, 'predict_by_feat', BaseDenseHead)
+            and _own(rpn, '_predict_by_feat_single', RPNHead)
+            and type(roi) is StandardRoIHead
+            and not roi.with_mask
+            and type(roi.bbox_roi_extractor) is SingleRoIExtractor
+            and all(layer.pool_mode == 'avg' for layer in roi.bbox_roi_extractor.roi_layers)
+            and _own(roi.bbox_head, '_predict_by_feat_single', BBoxHead)
+            and not roi.bbox_head.custom_cls_channels
+            and type(rpn.bbox_coder) is type(roi.bbox_head.bbox_coder) is DeltaXYWHBBoxCoder
+        ):
             return TwoStage
-        raise ConfigError(f'expected a two-stage detector as Faster R-CNN is, without masks, got '
-                          f'{type(model).__name__} with {type(roi).__name__}: its decoding is '
-                          f'not written for ONNX')
-    raise ConfigError(f'expected a single-stage detector (SSD, RetinaNet, FCOS, YOLOX, RTMDet) '
-                      f'or Faster R-CNN, got {type(model).__name__}: its decoding is not written '
-                      f'for ONNX')
+        raise ConfigError(
+            f'expected a two-stage detector as Faster R-CNN is, without masks, got '
+            f'{type(model).__name__} with {type(roi).__name__}: its decoding is '
+            f'not written for ONNX'
+        )
+    raise ConfigError(
+        f'expected a single-stage detector (SSD, RetinaNet, FCOS, YOLOX, RTMDet) '
+        f'or Faster R-CNN, got {type(model).__name__}: its decoding is not written '
+        f'for ONNX'
+    )
 
 
 def _own(head, method, cls):
@@ -98,8 +108,9 @@ class DenseHead(nn.Module):
         return (*self.FIRST, 'score_factors')[:number]
 
     def _make_priors(self, head, levels):
-        priors = head.prior_generator.grid_priors([level.shape[-2:] for level in levels],
-                                                  device='cpu', **self.PRIORS)
+        priors = head.prior_generator.grid_priors(
+            [level.shape[-2:] for level in levels], device='cpu', **self.PRIORS
+        )
         self.num_priors = [len(level) for level in priors]
         self.register_buffer('priors', torch.cat(priors))
 
@@ -108,13 +119,19 @@ class DenseHead(nn.Module):
         levels = self.model(images, mode='tensor')
         head: Any = self.model.bbox_head
         channels = (head.cls_out_channels, 4, 1)
-        return tuple(flatten(output, number)
-                     for output, number in zip(levels, channels, strict=False))
+        return tuple(
+            flatten(output, number) for output, number in zip(levels, channels, strict=False)
+        )
 
     def detect(self, class_scores, box_deltas, score_factors=None):
         """Boxes (N, K, 4), scores (N, K), labels (N, K), by descending score."""
-        scores = torch.cat([keep_largest(level, self.cfg.get('nms_pre', -1)) for level in
-                            self._probabilities(class_scores).split(self.num_priors, 1)], 1)
+        scores = torch.cat(
+            [
+                keep_largest(level, self.cfg.get('nms_pre', -1))
+                for level in self._probabilities(class_scores).split(self.num_priors, 1)
+            ],
+            1,
+        )
         boxes = self._decode(self.model.bbox_head.bbox_coder, self.priors, box_deltas)
         valid = scores > self.cfg.get('score_thr', 0)
         if score_factors is not None:
@@ -131,7 +148,8 @@ class DenseHead(nn.Module):
         """Boxes (N, M, 4) of deltas of that shape; the coder takes one list for all images."""
         priors = priors.expand(deltas.shape[0], -1, -1).flatten(0, 1)
         return coder.decode(priors, deltas.flatten(0, 1), max_shape=self.size).reshape(
-            deltas.shape)
+            deltas.shape
+        )
 
 
 class YOLOX(DenseHead):
@@ -199,7 +217,7 @@ class TwoStage(DenseHead):
             best.append(values)
             chosen.append(index + start)
             start += number
-        levels = torch.cat([torch.full((values.shape[1], ), i) for i, values in enumerate(best)])
+        levels = torch.cat([torch.full((values.shape[1],), i) for i, values in enumerate(best)])
         of_level = levels == torch.arange(len(best))[:, None]  # (levels, boxes)
         best, chosen = torch.cat(best, 1), torch.cat(chosen, 1)
         boxes = self._decode(rpn.bbox_coder, self.priors, deltas)
@@ -210,13 +228,18 @@ class TwoStage(DenseHead):
 
     def _features(self, features, rois):
         extractor = self.model.roi_head.bbox_roi_extractor
-        features = features[:extractor.num_inputs]
+        features = features[: extractor.num_inputs]
         levels = extractor.map_roi_levels(rois, len(features))[:, None, None, None]
         found = None
         for i, (level, layer) in enumerate(zip(features, extractor.roi_layers, strict=True)):
-            of_level = torchvision.ops.roi_align(level, rois, layer.output_size,
-                                                 layer.spatial_scale, layer.sampling_ratio,
-                                                 layer.aligned)
+            of_level = torchvision.ops.roi_align(
+                level,
+                rois,
+                layer.output_size,
+                layer.spatial_scale,
+                layer.sampling_ratio,
+                layer.aligned,
+            )
             found = of_level if found is None else torch.where(levels == i, of_level, found)
         return found
 
@@ -231,7 +254,7 @@ class TwoStage(DenseHead):
         boxes = self._decode(head.bbox_coder, priors, deltas)
         # Classes are moved apart, so that none suppresses another: each has its own boxes.
         labels = torch.arange(classes).repeat(proposals.shape[1])
-        apart = boxes + (labels * (max(self.size) + 1.))[:, None]
+        apart = boxes + (labels * (max(self.size) + 1.0))[:, None]
         _, best, index = _select(apart, scores.flatten(1)[:, None], self.cfg)
         found = best > 0
         boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
@@ -249,9 +272,11 @@ class RawOutputs(nn.Module):
         with torch.no_grad():
             outputs = tree_leaves(model(torch.zeros(1, 3, *size), mode='tensor'))
         if not all(isinstance(output, Tensor) for output in outputs):
-            raise ConfigError(f'expected a head whose outputs are tensors, got '
-                              f'{type(model.bbox_head).__name__}, which gives others: it cannot '
-                              f'be written as ONNX')
+            raise ConfigError(
+                f'expected a head whose outputs are tensors, got '
+                f'{type(model.bbox_head).__name__}, which gives others: it cannot '
+                f'be written as ONNX'
+            )
         self.raw_names = self.FIRST = tuple(f'raw_{i}' for i in range(len(outputs)))
 
     def raw(self, images):
@@ -260,8 +285,9 @@ class RawOutputs(nn.Module):
 
 def flatten(levels, channels):
     """(N, priors * channels, H, W) of each level -> (N, all priors, channels)."""
-    return torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in levels],
-                     dim=1).unflatten(1, (-1, channels))
+    return torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in levels], dim=1).unflatten(
+        1, (-1, channels)
+    )
 
 
 def keep_largest(scores: Tensor, number: int) -> Tensor:
@@ -302,8 +328,7 @@ def _select(boxes, scores, cfg):
 
 
 @torch.library.custom_op('dn_mmdet::non_max_suppression', mutates_args=())
-def non_max_suppression(boxes: Tensor, scores: Tensor, iou_threshold: float,
-                        limit: int) -> Tensor:
+def non_max_suppression(boxes: Tensor, scores: Tensor, iou_threshold: float, limit: int) -> Tensor:
     """1 for what ONNX's operator of this name selects in each image and class, else 0.
 
     Shape: boxes (N, anchors, 4), scores (N, classes, anchors), output as scores. Scores
@@ -312,8 +337,9 @@ def non_max_suppression(boxes: Tensor, scores: Tensor, iou_threshold: float,
     selected = torch.zeros_like(scores)
     for image, of_image in enumerate(scores):
         label, anchor = of_image.nonzero(as_tuple=True)
-        kept = torchvision.ops.batched_nms(boxes[image, anchor], of_image[label, anchor], label,
-                                           iou_threshold)
+        kept = torchvision.ops.batched_nms(
+            boxes[image, anchor], of_image[label, anchor], label, iou_threshold
+        )
         for of_label in label.unique():
             mine = kept[label[kept] == of_label][:limit]
             selected[image, of_label, anchor[mine]] = 1
@@ -327,10 +353,14 @@ def _(boxes, scores, iou_threshold, limit):
 
 def onnx_non_max_suppression(boxes, scores, iou_threshold, limit):
     from onnxscript import opset18 as op  # with the extra alone
+
     selected = op.NonMaxSuppression(
-        boxes, scores, op.Constant(value_ints=[limit]),
-        op.Constant(value_floats=[iou_threshold]), op.Constant(value_floats=[0.0]))
+        boxes,
+        scores,
+        op.Constant(value_ints=[limit]),
+        op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[0.0]),
+    )
     nothing = op.Expand(op.Constant(value_float=0.0), op.Shape(scores))
-    number = op.Slice(op.Shape(selected), op.Constant(value_ints=[0]),
-                      op.Constant(value_ints=[1]))
+    number = op.Slice(op.Shape(selected), op.Constant(value_ints=[0]), op.Constant(value_ints=[1]))
     return op.ScatterND(nothing, selected, op.Expand(op.Constant(value_float=1.0), number))

@@ -5,6 +5,7 @@
 Writes ``folded.json`` into the folder of the run: for each column of `FOLDED` all metrics of the
 config's evaluator, or in one sentence why the model cannot be folded.
 """
+
 import argparse
 import sys
 from pathlib import Path

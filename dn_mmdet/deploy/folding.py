@@ -2,6 +2,7 @@
 
 Folds copies of the model, evaluates them, and writes a BatchNorm checkpoint with its config.
 """
+
 import contextlib
 import copy
 import io
@@ -49,14 +50,19 @@ from ..messages import some
 from ..registered import is_of, resolve
 
 SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what is written
-BATCH_NORMS = {nn.BatchNorm1d: 'BN1d', nn.BatchNorm2d: 'BN', nn.BatchNorm3d: 'BN3d',
-               nn.SyncBatchNorm: 'SyncBN'}
+BATCH_NORMS = {
+    nn.BatchNorm1d: 'BN1d',
+    nn.BatchNorm2d: 'BN',
+    nn.BatchNorm3d: 'BN3d',
+    nn.SyncBatchNorm: 'SyncBN',
+}
 TIMED = 15  # forward passes of each model
 TRIED = 8  # of the layers that a search kept, how many it then tries to fold after all
 
 
 class Row(NamedTuple):
     """A model with some layers folded: a line of the table."""
+
     kept: tuple[str, ...]  # layers that are dynamic
     value: float  # of the metric
     recalibrated: bool  # whether its running statistics were estimated again
@@ -68,6 +74,7 @@ class Row(NamedTuple):
 
 # Configs.
 
+
 def with_batch_norm(node):
     """A model's config with BatchNorm wherever it has Dynamic Normalization."""
     if isinstance(node, (list, tuple)):
@@ -78,8 +85,9 @@ def with_batch_norm(node):
         return with_batch_norm(node['part'])
     if is_of(MODELS, node, (_DynamicNorm, RewrittenBN)):
         cls = resolve(MODELS, node['type'])
-        kept = {key: node[key] for key in ('eps', 'momentum', 'track_running_stats')
-                if key in node}
+        kept = {
+            key: node[key] for key in ('eps', 'momentum', 'track_running_stats') if key in node
+        }
         if not (node.get('requires_grad', True) and node.get('bn_requires_grad', True)):
             kept['requires_grad'] = False
         return type(node)(kept, type=BATCH_NORMS[getattr(cls, 'bn_type', nn.BatchNorm2d)])
@@ -95,8 +103,10 @@ def folded_config(cfg: Config, names, dynamic) -> Config:
     if dynamic:
         for key, node in list(cfg.model.items()):
             if isinstance(node, (list, tuple)):
-                cfg.model[key] = [_folded_part(child, f'{key}.{i}.', names, dynamic)
-                                  for i, child in enumerate(node)]
+                cfg.model[key] = [
+                    _folded_part(child, f'{key}.{i}.', names, dynamic)
+                    for i, child in enumerate(node)
+                ]
             else:
                 cfg.model[key] = _folded_part(node, f'{key}.', names, dynamic)
     else:
@@ -105,8 +115,13 @@ def folded_config(cfg: Config, names, dynamic) -> Config:
             cfg.norm_cfg = with_batch_norm(cfg.norm_cfg)
     if cfg.get('custom_hooks'):
         cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.get('type') != 'RecordRun']
-    remove_imports(cfg, 'dn_mmdet', 'dn_mmdet.experiments.controls',
-                   'dn_mmdet.experiments.recording', 'dn_mmdet.fold')
+    remove_imports(
+        cfg,
+        'dn_mmdet',
+        'dn_mmdet.experiments.controls',
+        'dn_mmdet.experiments.recording',
+        'dn_mmdet.fold',
+    )
     if dynamic:
         add_imports(cfg, 'dn_mmdet.fold')
     return cfg
@@ -145,17 +160,22 @@ def check_twin(cfg: Config, model: nn.Module) -> None:
             wanted[layer + leaf.removeprefix('bn.')] = value.shape
     twin = built(folded_config(cfg, (), ())).state_dict()
     affine = {f'{name}{leaf}' for name in inside for leaf in ('weight', 'bias')}
-    differing = sorted(key for key in {*wanted, *twin} - affine
-                       if key not in wanted or key not in twin
-                       or wanted[key] != twin[key].shape)
+    differing = sorted(
+        key
+        for key in {*wanted, *twin} - affine
+        if key not in wanted or key not in twin or wanted[key] != twin[key].shape
+    )
     if differing:
-        raise ConfigError(f'{cfg.filename}: with BatchNorm in the place of Dynamic Normalization '
-                          f'it builds a model that differs in more than the norm, in '
-                          f'{len(differing)} weights ({some(differing)}): fold the model in '
-                          f'Python, by dn_mmdet.fold.fold_norm')
+        raise ConfigError(
+            f'{cfg.filename}: with BatchNorm in the place of Dynamic Normalization '
+            f'it builds a model that differs in more than the norm, in '
+            f'{len(differing)} weights ({some(differing)}): fold the model in '
+            f'Python, by dn_mmdet.fold.fold_norm'
+        )
 
 
 # Data.
+
 
 def _leaf(dataset):
     while True:
@@ -189,8 +209,9 @@ class Calibration:
         order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(0))
         self.chosen = order[:images].tolist()
         if len(self.chosen) < 2:
-            raise ConfigError(f'--images: expected at least 2 training images, there are '
-                              f'{len(self.chosen)}')
+            raise ConfigError(
+                f'--images: expected at least 2 training images, there are {len(self.chosen)}'
+            )
         self.collate = collate
         # SC sees an image in the padding of its batch; statistics of batches want more of them.
         self.evaluated = cfg.val_dataloader.batch_size
@@ -237,8 +258,9 @@ class Evaluation:
         if self.metric is None:
             self.metric = next((name for name in METRICS if name in found), next(iter(found)))
         if self.metric not in found:
-            raise ConfigError(f'--metric: the evaluator gives no {self.metric!r}, but '
-                              f'{", ".join(found)}')
+            raise ConfigError(
+                f'--metric: the evaluator gives no {self.metric!r}, but {", ".join(found)}'
+            )
         return float(found[self.metric])
 
     def one_image(self, model):
@@ -265,6 +287,7 @@ def quiet():
 
 # Folding.
 
+
 class Folding:
     """A trained model, what its layers make of calibration images, and folded copies of it.
 
@@ -285,8 +308,10 @@ class Folding:
         if all(row.share == 0 for row in nothing):  # constants
             self.outputs, self.report = {}, nothing
             return
-        self.halves = [calibrate(model, calibration.batches(half, calibration.evaluated))
-                       for half in calibration.halves()]
+        self.halves = [
+            calibrate(model, calibration.batches(half, calibration.evaluated))
+            for half in calibration.halves()
+        ]
         self.outputs, second = dict(self.halves[0]), self.halves[1]
         for name, made in second.items():
             self.outputs[name] = self.outputs[name] + made if name in self.outputs else made
@@ -366,9 +391,12 @@ class Folding:
     def values_per_image(self) -> dict[str, int]:
         """How many values the maps of each layer have: what keeping it costs."""
         found = dict.fromkeys(self.names(), 0)
-        handles = [layer.register_forward_pre_hook(
-            lambda _, given, name=name: found.update({name: found[name] + given[0].numel()}))
-            for layer, (name, *_) in foldable(self.model).items()]
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, given, name=name: found.update({name: found[name] + given[0].numel()})
+            )
+            for layer, (name, *_) in foldable(self.model).items()
+        ]
         try:
             self.model(*self.evaluation.one_image(self.model), mode='tensor')
         finally:
@@ -403,9 +431,17 @@ class Folding:
         for (kept, value, recalibrated), model, took in zip(found, models, times, strict=True):
             changed = self.changed and self.changed(self.final(kept, recalibrated))
             counted = mult_adds(model, lambda model=model: model(*data, mode='tensor'))
-            rows.append(Row(tuple(name for name in self.names() if name in kept), value, recalibrated,
-                            sum(p.numel() for p in model.parameters()), sum(counted.values()),
-                            took, changed))
+            rows.append(
+                Row(
+                    tuple(name for name in self.names() if name in kept),
+                    value,
+                    recalibrated,
+                    sum(p.numel() for p in model.parameters()),
+                    sum(counted.values()),
+                    took,
+                    changed,
+                )
+            )
         return rows
 
 
@@ -438,8 +474,17 @@ class Result(NamedTuple):
     halves: list[float]  # the metric with each half of them; empty where none were needed
 
 
-def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, metric=None,
-         curve=True, say=print, changed=None) -> Result:
+def fold(
+    cfg: Config,
+    model: nn.Module,
+    images=512,
+    keep=None,
+    max_drop=None,
+    metric=None,
+    curve=True,
+    say=print,
+    changed=None,
+) -> Result:
     """Folds a trained model of a config as tools/fold.py is asked to; nothing is written.
 
     Args:
@@ -476,11 +521,19 @@ def fold(cfg: Config, model: nn.Module, images=512, keep=None, max_drop=None, me
     final = folding.final(kept, chosen.recalibrated).cpu()
     report = [row._replace(folded=row.name not in kept) for row in folding.report]
     halves = folding.of_halves(kept, chosen.recalibrated) if folding.halves else []
-    return Result(rows, chosen, final, report, evaluation.metric,
-                  len(calibration.chosen) if halves else 0, halves)
+    return Result(
+        rows,
+        chosen,
+        final,
+        report,
+        evaluation.metric,
+        len(calibration.chosen) if halves else 0,
+        halves,
+    )
 
 
 # What is written.
+
 
 def check_out(out: Path) -> None:
     """Raises ConfigError where a result would replace a file or cannot be written."""
@@ -505,17 +558,30 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
     try:
         built(Config.fromstring(cfg.pretty_text, '.py')).load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(f'{out}: not written, the folded weights do not fit the config that '
-                          f'belongs to them: {error}') from error
-    meta = dict(checkpoint.get('meta') or {}, cfg=cfg.pretty_text, folded=dict(
-        layers=[row.name for row in result.report if row.folded], dynamic=list(dynamic)))
+        raise ConfigError(
+            f'{out}: not written, the folded weights do not fit the config that '
+            f'belongs to them: {error}'
+        ) from error
+    meta = dict(
+        checkpoint.get('meta') or {},
+        cfg=cfg.pretty_text,
+        folded=dict(
+            layers=[row.name for row in result.report if row.folded], dynamic=list(dynamic)
+        ),
+    )
     text = in_words(result)
     figure = io.BytesIO()
     draw(result, figure)
-    for suffix, content in zip(SUFFIXES, (
+    for suffix, content in zip(
+        SUFFIXES,
+        (
             lambda path: torch.save(dict(meta=meta, state_dict=state), path),
-            lambda path: path.write_text(cfg.pretty_text), lambda path: path.write_text(text),
-            lambda path: path.write_bytes(figure.getvalue())), strict=True):
+            lambda path: path.write_text(cfg.pretty_text),
+            lambda path: path.write_text(text),
+            lambda path: path.write_bytes(figure.getvalue()),
+        ),
+        strict=True,
+    ):
         with replacing(out.with_suffix(suffix)) as part:
             content(part)
     return text
@@ -524,30 +590,62 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
 def in_words(result: Result) -> str:
     """The table of the models, a sentence about the images, and the table of the layers."""
     first = result.rows[0]
-    header = ['layers', result.metric, 'to dynamic', 'new statistics', 'parameters',
-              'Mult-Adds', 'ms per image']
-    lines = [[row_name(row, result), f'{row.value:.4g}', f'{row.value - first.value:+.4g}',
-              'yes' if row.recalibrated else 'no', f'{row.parameters / 1e6:.3f} M',
-              f'{row.mult_adds / 1e6:.2f} M', f'{row.milliseconds:.2f}'] for row in result.rows]
+    header = [
+        'layers',
+        result.metric,
+        'to dynamic',
+        'new statistics',
+        'parameters',
+        'Mult-Adds',
+        'ms per image',
+    ]
+    lines = [
+        [
+            row_name(row, result),
+            f'{row.value:.4g}',
+            f'{row.value - first.value:+.4g}',
+            'yes' if row.recalibrated else 'no',
+            f'{row.parameters / 1e6:.3f} M',
+            f'{row.mult_adds / 1e6:.2f} M',
+            f'{row.milliseconds:.2f}',
+        ]
+        for row in result.rows
+    ]
     if first.changed is not None:
         header.append('on changed images')
         for row, line in zip(result.rows, lines, strict=True):
             line.append(f'{row.changed:.4g}')
     text = f'{markdown_table(header, lines)}\n'
-    text += (f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
-             f'image, BatchNorms folded into convolutions, {timed_on()}.\n')
+    text += (
+        f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
+        f'image, BatchNorms folded into convolutions, {timed_on()}.\n'
+    )
     if result.halves:
         low, high = sorted(result.halves)
-        text += (f'Calibrated with {result.images} training images; with the first and the second '
-                 f'half of them alone {result.metric} is {result.halves[0]:.4g} and '
-                 f'{result.halves[1]:.4g}, {high - low:.4g} apart. They have to be like the '
-                 f'images that the model will see: for others, fold again.\n')
+        text += (
+            f'Calibrated with {result.images} training images; with the first and the second '
+            f'half of them alone {result.metric} is {result.halves[0]:.4g} and '
+            f'{result.halves[1]:.4g}, {high - low:.4g} apart. They have to be like the '
+            f'images that the model will see: for others, fold again.\n'
+        )
     else:
         text += 'All layers have constant scale and shift: folding is exact.\n'
     header = ['layer', 'was', 'std of g', 'std of h', 'share of variance', 'now']
-    lines = [[row.name, row.kind, f'{row.g_std:.4f}', f'{row.h_std:.4f}', f'{row.share:.2e}',
-              'BatchNorm' if row.folded else 'dynamic, reached by no image'
-              if math.isnan(row.share) else 'dynamic'] for row in result.report]
+    lines = [
+        [
+            row.name,
+            row.kind,
+            f'{row.g_std:.4f}',
+            f'{row.h_std:.4f}',
+            f'{row.share:.2e}',
+            'BatchNorm'
+            if row.folded
+            else 'dynamic, reached by no image'
+            if math.isnan(row.share)
+            else 'dynamic',
+        ]
+        for row in result.report
+    ]
     return f'{text}\n{markdown_table(header, lines)}'
 
 
@@ -569,14 +667,21 @@ def timed_on() -> str:
 def draw(result: Result, out) -> None:
     """The metric over the time for an image, as PNG."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
     rows = result.rows
     axes.plot([row.milliseconds for row in rows], [row.value for row in rows], 'o-')
     for row in rows:
-        axes.annotate(row_name(row, result), (row.milliseconds, row.value), fontsize=8,
-                      textcoords='offset points', xytext=(4, 6))
+        axes.annotate(
+            row_name(row, result),
+            (row.milliseconds, row.value),
+            fontsize=8,
+            textcoords='offset points',
+            xytext=(4, 6),
+        )
     axes.plot(result.chosen.milliseconds, result.chosen.value, 'o', ms=12, mfc='none')
     axes.set(xlabel=f'ms per image, network alone, {timed_on()}', ylabel=result.metric)
     axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 Each runtime is one class: it converts a model, and runs it on one thread.
 """
+
 import contextlib
 import copy
 import importlib.metadata
@@ -25,6 +26,7 @@ REFERENCE = 'BN, folded'
 
 class Row(NamedTuple):
     """One model in one runtime."""
+
     runtime: str
     version: str
     model: str
@@ -66,7 +68,7 @@ class Runtime:
 
 
 class Onnxruntime(Runtime):
-    package, needs, target = 'onnxruntime', ('onnxruntime', ), 'onnxruntime'
+    package, needs, target = 'onnxruntime', ('onnxruntime',), 'onnxruntime'
 
     def prepare(self, detector, folder):
         session = export.open_session(self.onnx(detector, folder))
@@ -74,15 +76,19 @@ class Onnxruntime(Runtime):
 
 
 class OpenVINO(Runtime):
-    package, needs = 'openvino', ('openvino', )
+    package, needs = 'openvino', ('openvino',)
 
     def prepare(self, detector, folder):
         import openvino
+
         core = openvino.Core()
         model = core.read_model(self.onnx(detector, folder))
         model.reshape([1, 3, *detector.size])
-        compiled = core.compile_model(model, 'CPU', dict(
-            INFERENCE_NUM_THREADS=1, NUM_STREAMS=1, INFERENCE_PRECISION_HINT='f32'))
+        compiled = core.compile_model(
+            model,
+            'CPU',
+            dict(INFERENCE_NUM_THREADS=1, NUM_STREAMS=1, INFERENCE_PRECISION_HINT='f32'),
+        )
         request = compiled.create_infer_request()
 
         def run(images):
@@ -100,14 +106,27 @@ class MNN(Runtime):
 
         # Not MNN.tools, which installs a package by itself when it is imported.
         from _tools import mnnconvert
+
         path = folder / 'model.mnn'
         with _quiet():
-            mnnconvert(['', '-f', 'ONNX', '--modelFile', str(self.onnx(detector, folder)),
-                        '--MNNModel', str(path), '--bizCode', 'x'])
+            mnnconvert(
+                [
+                    '',
+                    '-f',
+                    'ONNX',
+                    '--modelFile',
+                    str(self.onnx(detector, folder)),
+                    '--MNNModel',
+                    str(path),
+                    '--bizCode',
+                    'x',
+                ]
+            )
             config = dict(precision='high', backend='CPU', numThread=1)
-            runtime = nn.create_runtime_manager((config, ))
-            module = nn.load_module_from_file(str(path), ['images'], list(detector.raw_names),
-                                              runtime_manager=runtime)
+            runtime = nn.create_runtime_manager((config,))
+            module = nn.load_module_from_file(
+                str(path), ['images'], list(detector.raw_names), runtime_manager=runtime
+            )
         import MNN.expr as expr
 
         def run(images):
@@ -125,17 +144,19 @@ class Ncnn(Runtime):
     def prepare(self, detector, folder):
         import ncnn
         import pnnx
+
         simple = simplify.simplified(_Levels(detector), torch.zeros(1, 3, *detector.size))
         x = torch.zeros(1, 3, *detector.size)
         with _quiet(), torch.no_grad():
-            pnnx.export(simple.model, str(folder / 'model.pt'), (x, ), fp16=False)
+            pnnx.export(simple.model, str(folder / 'model.pt'), (x,), fp16=False)
             number = len(simple.model(x))
         net = ncnn.Net()
         net.opt.num_threads = 1
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
         net.opt.use_bf16_storage = False
         if net.load_param(str(folder / 'model.ncnn.param')) or net.load_model(
-                str(folder / 'model.ncnn.bin')):
+            str(folder / 'model.ncnn.bin')
+        ):
             raise RuntimeError('ncnn does not load what pnnx wrote')
 
         def run(images):
@@ -153,13 +174,14 @@ class LiteRT(Runtime):
     def prepare(self, detector, folder):
         import litert_torch
         from ai_edge_litert.interpreter import Interpreter
+
         x = torch.zeros(1, 3, *detector.size)
         simple = simplify.simplified(_Levels(detector), x)
         path = folder / 'model.tflite'
         with _quiet():
-            litert_torch.convert(simple.model, (x, )).export(str(path))
+            litert_torch.convert(simple.model, (x,)).export(str(path))
         runner = Interpreter(model_path=str(path), num_threads=1).get_signature_runner()
-        name, = runner.get_input_details()
+        (name,) = runner.get_input_details()
 
         def run(images):
             found = runner(**{name: images})
@@ -169,8 +191,9 @@ class LiteRT(Runtime):
         return run
 
 
-RUNTIMES = {runtime.__name__.lower(): runtime
-            for runtime in (Onnxruntime, OpenVINO, LiteRT, Ncnn, MNN)}
+RUNTIMES = {
+    runtime.__name__.lower(): runtime for runtime in (Onnxruntime, OpenVINO, LiteRT, Ncnn, MNN)
+}
 
 
 class _Levels(nn.Module):
@@ -223,8 +246,13 @@ def models_of(model: nn.Module, size, images: np.ndarray, folded=0.5) -> dict[st
 
 
 @torch.no_grad()
-def measured(name: str, models: dict[str, export.Detector], images: np.ndarray, folder: Path,
-             rounds: int = 40) -> list[Row]:
+def measured(
+    name: str,
+    models: dict[str, export.Detector],
+    images: np.ndarray,
+    folder: Path,
+    rounds: int = 40,
+) -> list[Row]:
     """The rows of one runtime: every model in turn, round by round, on one thread.
 
     CPU time and not the clock's is taken, so that other work on the machine counts less.
@@ -237,9 +265,12 @@ def measured(name: str, models: dict[str, export.Detector], images: np.ndarray, 
         raw = export.RawDetector(model)
         call = runtime.prepare(raw, place)
         expected = (_Levels(raw) if getattr(call, 'levels', False) else raw)(
-            torch.from_numpy(images))
-        errors[label] = max(export.difference(mine.reshape(right.shape), right.numpy())
-                            for mine, right in zip(call(images), expected, strict=True))
+            torch.from_numpy(images)
+        )
+        errors[label] = max(
+            export.difference(mine.reshape(right.shape), right.numpy())
+            for mine, right in zip(call(images), expected, strict=True)
+        )
         calls[label] = call
     times = {label: [] for label in calls}
     for round_ in range(rounds + 3):
@@ -248,6 +279,14 @@ def measured(name: str, models: dict[str, export.Detector], images: np.ndarray, 
             call(images)
             if round_ >= 3:
                 times[label].append(1e3 * (time.process_time() - start))
-    return [Row(name, runtime.version(), label, statistics.median(taken),
-                statistics.median(a / b for a, b in zip(taken, times[REFERENCE], strict=True)),
-                errors[label]) for label, taken in times.items()]
+    return [
+        Row(
+            name,
+            runtime.version(),
+            label,
+            statistics.median(taken),
+            statistics.median(a / b for a, b in zip(taken, times[REFERENCE], strict=True)),
+            errors[label],
+        )
+        for label, taken in times.items()
+    ]

@@ -4,6 +4,7 @@ BatchNorm's statistics, weight and bias go into the convolution before a layer a
 first linear, so that ``y = (1 + g) u + h`` remains, u being what that convolution then gives.
 BatchNorms and layers whose g and h are constants go into it altogether.
 """
+
 import copy
 from typing import Any, NamedTuple
 
@@ -59,8 +60,10 @@ def simplified(model: nn.Module, example: Tensor, target: str = 'portable') -> S
     if target not in TARGETS:
         raise ValueError(f'target: expected one of {TARGETS}, got {target!r}')
     if target == 'onnxruntime' and len(example) != 1:
-        raise ValueError(f"example: expected one image for target='onnxruntime', got "
-                         f"{len(example)}: use target='portable' for batches")
+        raise ValueError(
+            f"example: expected one image for target='onnxruntime', got "
+            f"{len(example)}: use target='portable' for batches"
+        )
     model = copy.deepcopy(model).eval()
     _fold_constants(model)
     trace = _Trace(model, example)
@@ -115,8 +118,11 @@ class _Trace(TorchDispatchMode):
         super().__init__()
         self.model = model
         layers = dn_layers(model)
-        norms = {name: norm for name, norm in (*batch_norms(model).items(), *layers.items())
-                 if norm in layers.values() or _is_constant_norm(norm)}
+        norms = {
+            name: norm
+            for name, norm in (*batch_norms(model).items(), *layers.items())
+            if norm in layers.values() or _is_constant_norm(norm)
+        }
         self.norms = {}  # in the model's order, each with its first name
         for name, module in model.named_modules():
             if module in norms.values():
@@ -129,8 +135,10 @@ class _Trace(TorchDispatchMode):
         handles = []
         for module in model.modules():
             if module in self.norms:
-                handles += [module.register_forward_pre_hook(self._enter),
-                            module.register_forward_hook(self._leave)]
+                handles += [
+                    module.register_forward_pre_hook(self._enter),
+                    module.register_forward_hook(self._leave),
+                ]
             elif _is_plain_convolution(module):
                 self.readers[module] = set()
                 handles.append(module.register_forward_hook(self._make))
@@ -145,7 +153,7 @@ class _Trace(TorchDispatchMode):
         self.made[output] = conv
 
     def _enter(self, norm, inputs):
-        x, = inputs
+        (x,) = inputs
         self.sources[norm].add(self.made.get(x))
         self.shapes[norm].add(x.shape)
         self.inside.append(norm)
@@ -168,7 +176,7 @@ class _Trace(TorchDispatchMode):
         """
         if len(self.sources[norm]) != 1 or None in self.sources[norm]:
             return None, None
-        conv, = self.sources[norm]
+        (conv,) = self.sources[norm]
         readers = self.readers[conv]
         if None in readers or any(self.sources[other] != {conv} for other in readers):
             return None, None
@@ -186,19 +194,29 @@ class _Trace(TorchDispatchMode):
 
 
 def _is_plain_convolution(module):
-    return (type(module).forward in (nn.Conv2d.forward, mmcv.cnn.bricks.wrappers.Conv2d.forward)
-            and not has_registered(module))
+    return type(module).forward in (
+        nn.Conv2d.forward,
+        mmcv.cnn.bricks.wrappers.Conv2d.forward,
+    ) and not has_registered(module)
 
 
 def _is_constant_norm(norm):
-    return ((is_torch_batch_norm(norm) or is_frozen_batch_norm(norm))
-            and norm.running_mean is not None and not has_registered(norm))
+    return (
+        (is_torch_batch_norm(norm) or is_frozen_batch_norm(norm))
+        and norm.running_mean is not None
+        and not has_registered(norm)
+    )
 
 
 def _is_simplifiable(layer, shapes):
-    return (not layer.batch_shared and _is_constant_norm(layer.bn)
-            and type(layer.sc).forward is SC.forward and not has_registered(layer.sc)
-            and bool(shapes) and all(len(shape) == 4 for shape in shapes))
+    return (
+        not layer.batch_shared
+        and _is_constant_norm(layer.bn)
+        and type(layer.sc).forward is SC.forward
+        and not has_registered(layer.sc)
+        and bool(shapes)
+        and all(len(shape) == 4 for shape in shapes)
+    )
 
 
 def _constant(norm, conv):
@@ -243,9 +261,14 @@ def _scaled(conv, k, t):
 
 def _widens(conv, shapes):
     room = min(shape[2:].numel() for shape in shapes) >= ROOM * conv.in_channels
-    return (room and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
-            and conv.padding in (0, (0, 0))
-            and conv.out_channels >= WIDENING * conv.in_channels)
+    return (
+        room
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.padding in (0, (0, 0))
+        and conv.out_channels >= WIDENING * conv.in_channels
+    )
 
 
 class PortableDN(nn.Module):
@@ -280,9 +303,13 @@ class PortableDN(nn.Module):
             b_in = b_in - of_mean @ (mu / sigma) - of_std.sum(1)
             of_mean, of_std = of_mean / sigma, of_std / sigma
         # m_x = (m - t) / k, s_x = s / |k|
-        self._keep(w_in=torch.cat((of_mean / k, of_std / k.abs()), dim=1),
-                   b_in=b_in - of_mean @ (t / k), w_out=sc.w_out, b_out=sc.b_out,
-                   eps=getattr(layer.bn, 'eps', 1e-5) * k.square())
+        self._keep(
+            w_in=torch.cat((of_mean / k, of_std / k.abs()), dim=1),
+            b_in=b_in - of_mean @ (t / k),
+            w_out=sc.w_out,
+            b_out=sc.b_out,
+            eps=getattr(layer.bn, 'eps', 1e-5) * k.square(),
+        )
         p = w / sigma / k
         q = b - mu * w / sigma - p * t
         self.is_whole = bool(((p - 1).abs() < 1e-9).all() and (q.abs() < 1e-9).all())
@@ -306,8 +333,15 @@ class PortableDN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_one_operator:
             names, tensors = zip(*self.named_buffers(), strict=True)
-            return _simple_norm(x, list(tensors), ','.join(names), type(self).__name__,
-                                self.bound or 0., self.channels, list(x.shape[2:]))
+            return _simple_norm(
+                x,
+                list(tensors),
+                ','.join(names),
+                type(self).__name__,
+                self.bound or 0.0,
+                self.channels,
+                list(x.shape[2:]),
+            )
         return self.compute(x)
 
     def compute(self, u):
@@ -334,7 +368,7 @@ class PortableDN(nn.Module):
         if bound:
             out = op.Mul(op.Tanh(out), op.Constant(value_float=bound))
         g, h = op.Split(out, axis=1, num_outputs=2)
-        a = op.Add(g, op.Constant(value_float=1.))
+        a = op.Add(g, op.Constant(value_float=1.0))
         if 'p' in parts:
             h = op.Add(op.Mul(a, parts['q']), h)
             a = op.Mul(a, parts['p'])
@@ -355,8 +389,12 @@ class OnnxruntimeDN(PortableDN):
 
     def _shape_coefficients(self):
         one, zero = torch.ones(self.channels), torch.zeros(self.channels)
-        self._keep(size=(self.bound or 1.) * torch.cat((one, one)), first=torch.cat((one, zero)),
-                   zero=torch.cat((zero, zero)), one=torch.cat((one, one)))
+        self._keep(
+            size=(self.bound or 1.0) * torch.cat((one, one)),
+            first=torch.cat((one, zero)),
+            zero=torch.cat((zero, zero)),
+            one=torch.cat((one, one)),
+        )
         for name, value in list(self.named_buffers()):
             if name in ('p', 'q'):
                 setattr(self, name, value[:, None, None, None])
@@ -384,15 +422,22 @@ class OnnxruntimeDN(PortableDN):
         size = sides[0] * sides[1]
         mean = op.ReduceMean(u, op.Constant(value_ints=[2, 3]), keepdims=1)
         kernels = op.Reshape(u, op.Constant(value_ints=[channels, 1, *sides]))
-        squares = op.Conv(u, kernels, op.Mul(parts['eps'], op.Constant(value_float=float(size))),
-                          group=channels, kernel_shape=sides)
+        squares = op.Conv(
+            u,
+            kernels,
+            op.Mul(parts['eps'], op.Constant(value_float=float(size))),
+            group=channels,
+            kernel_shape=sides,
+        )
         mean_square = op.Mul(squares, op.Constant(value_float=1 / size))
         std = op.Sqrt(op.Abs(op.Sub(mean_square, op.Mul(mean, mean))))
-        statistics = op.Reshape(op.Concat(mean, std, axis=1),
-                                op.Constant(value_ints=[1, 2 * channels]))
+        statistics = op.Reshape(
+            op.Concat(mean, std, axis=1), op.Constant(value_ints=[1, 2 * channels])
+        )
         a, h = cls._coefficients_to_onnx(op, statistics, parts, bound, channels)
-        return op.Conv(u, a, op.Reshape(h, op.Constant(value_ints=[-1])), group=channels,
-                       kernel_shape=[1, 1])
+        return op.Conv(
+            u, a, op.Reshape(h, op.Constant(value_ints=[-1])), group=channels, kernel_shape=[1, 1]
+        )
 
     @staticmethod
     def _coefficients_to_onnx(op, statistics, parts, bound, channels):
@@ -401,8 +446,9 @@ class OnnxruntimeDN(PortableDN):
         if bound:
             out = op.Tanh(out)
         # out * size + first, as one node
-        out = op.BatchNormalization(out, parts['size'], parts['first'], parts['zero'],
-                                    parts['one'], epsilon=0.)
+        out = op.BatchNormalization(
+            out, parts['size'], parts['first'], parts['zero'], parts['one'], epsilon=0.0
+        )
         out = op.Reshape(out, op.Constant(value_ints=[2 * channels, 1, 1, 1]))
         a, h = op.Split(out, axis=0, num_outputs=2)
         if 'p' in parts:
@@ -428,9 +474,13 @@ class WideningDN(OnnxruntimeDN):
         of_mean, of_std = self.w_in.double().chunk(2, dim=1)
         weight = conv.weight[:, :, 0, 0].double()
         bias = conv.bias.double()
-        self._keep(weight=conv.weight, bias=bias[:, None, None, None], matrix=weight,
-                   w_in=torch.cat((of_mean @ weight, of_std), dim=1),
-                   b_in=self.b_in + of_mean @ bias)
+        self._keep(
+            weight=conv.weight,
+            bias=bias[:, None, None, None],
+            matrix=weight,
+            w_in=torch.cat((of_mean @ weight, of_std), dim=1),
+            b_in=self.b_in + of_mean @ bias,
+        )
 
     def compute(self, v):
         _check_single(v)
@@ -462,18 +512,28 @@ class WideningDN(OnnxruntimeDN):
 
 def _check_single(x):
     if len(x) != 1:
-        raise ValueError(f"expected one image, got {len(x)}: simplify the model for "
-                         f"target='portable'")
+        raise ValueError(
+            f"expected one image, got {len(x)}: simplify the model for target='portable'"
+        )
 
 
 KINDS = {kind.__name__: kind for kind in (PortableDN, OnnxruntimeDN, WideningDN)}
 
 
 @torch.library.custom_op('dn_mmdet::simple_norm', mutates_args=())
-def _simple_norm(x: Tensor, tensors: list[Tensor], names: str, kind: str, bound: float,
-                 channels: int, sides: list[int]) -> Tensor:
-    raise RuntimeError('dn_mmdet::simple_norm stands for a layer while torch.onnx.export runs, '
-                       'and computes nothing: call the layer itself')
+def _simple_norm(
+    x: Tensor,
+    tensors: list[Tensor],
+    names: str,
+    kind: str,
+    bound: float,
+    channels: int,
+    sides: list[int],
+) -> Tensor:
+    raise RuntimeError(
+        'dn_mmdet::simple_norm stands for a layer while torch.onnx.export runs, '
+        'and computes nothing: call the layer itself'
+    )
 
 
 @_simple_norm.register_fake
@@ -484,5 +544,6 @@ def _(x, tensors, names, kind, bound, channels, sides):
 def onnx_simple_norm(x, tensors, names, kind, bound, channels, sides):
     """What torch's ONNX exporter writes for a layer."""
     from onnxscript import opset18 as op  # with the extra alone
+
     parts = dict(zip(names.split(','), tensors, strict=True))
     return KINDS[kind].to_onnx(op, x, parts, bound, channels, list(sides))

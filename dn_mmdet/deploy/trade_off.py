@@ -2,6 +2,7 @@
 
 A row is a model with some of its layers dynamic; models of one config are its seeds.
 """
+
 import csv
 from pathlib import Path
 
@@ -13,11 +14,35 @@ from ..experiments.compare import data_name
 from ..files import write_text
 from ..provenance import hardware
 
-COLUMNS = ('data', 'config', 'seed', 'changed', 'layers', 'dynamic', 'metric', 'value', 'recalibrated',
-           'value_changed', 'parameters', 'mult_adds', 'milliseconds', 'images', 'hardware',
-           'commit')
-NUMBERS = dict(seed=int, layers=int, dynamic=int, value=float, value_changed=float,
-               parameters=int, mult_adds=int, milliseconds=float, images=int)
+COLUMNS = (
+    'data',
+    'config',
+    'seed',
+    'changed',
+    'layers',
+    'dynamic',
+    'metric',
+    'value',
+    'recalibrated',
+    'value_changed',
+    'parameters',
+    'mult_adds',
+    'milliseconds',
+    'images',
+    'hardware',
+    'commit',
+)
+NUMBERS = dict(
+    seed=int,
+    layers=int,
+    dynamic=int,
+    value=float,
+    value_changed=float,
+    parameters=int,
+    mult_adds=int,
+    milliseconds=float,
+    images=int,
+)
 MODEL = ('data', 'config', 'seed', 'changed')  # a table of tools/fold.py
 CURVE = ('data', 'config', 'metric', 'changed')
 
@@ -33,11 +58,33 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
     """
     seed = (checkpoint.get('meta') or {}).get('seed')
     options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
-    return [dict(zip(COLUMNS, (
-        data_name(cfg), config, seed, options or None, len(result.report), len(row.kept),
-        result.metric, row.value, 'yes' if row.recalibrated else 'no', row.changed, row.parameters,
-        row.mult_adds, round(row.milliseconds, 3), result.images, hardware(), commit),
-        strict=True)) for row in result.rows]
+    return [
+        dict(
+            zip(
+                COLUMNS,
+                (
+                    data_name(cfg),
+                    config,
+                    seed,
+                    options or None,
+                    len(result.report),
+                    len(row.kept),
+                    result.metric,
+                    row.value,
+                    'yes' if row.recalibrated else 'no',
+                    row.changed,
+                    row.parameters,
+                    row.mult_adds,
+                    round(row.milliseconds, 3),
+                    result.images,
+                    hardware(),
+                    commit,
+                ),
+                strict=True,
+            )
+        )
+        for row in result.rows
+    ]
 
 
 def read(path) -> list[dict]:
@@ -51,10 +98,17 @@ def read(path) -> list[dict]:
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ConfigError(f'{path}: expected the columns {", ".join(COLUMNS)}, found '
-                              f'{", ".join(reader.fieldnames or ()) or "none"}')
-        return [{key: None if value == '' else NUMBERS.get(key, str)(value)
-                 for key, value in row.items()} for row in reader]
+            raise ConfigError(
+                f'{path}: expected the columns {", ".join(COLUMNS)}, found '
+                f'{", ".join(reader.fieldnames or ()) or "none"}'
+            )
+        return [
+            {
+                key: None if value == '' else NUMBERS.get(key, str)(value)
+                for key, value in row.items()
+            }
+            for row in reader
+        ]
 
 
 def merge(path, rows) -> None:
@@ -74,18 +128,27 @@ def curve(rows) -> list[dict]:
     """
     seeds = results.grouped(rows, lambda row: row['seed'])
     points = []
-    for group in results.grouped(sorted(rows, key=lambda row: -row['dynamic']),
-                                 lambda row: row['dynamic']).values():
+    for group in results.grouped(
+        sorted(rows, key=lambda row: -row['dynamic']), lambda row: row['dynamic']
+    ).values():
         if len(group) < len(seeds):
             continue
-        whole, folded = ({seed: pick(found, key=lambda row: row['dynamic'])
-                          for seed, found in seeds.items()} for pick in (max, min))
-        points.append(dict(
-            group[0], seeds=len(group), value=_mean(row['value'] for row in group),
-            to_dynamic=_mean(row['value'] - whole[row['seed']]['value'] for row in group),
-            value_changed=_mean(row['value_changed'] for row in group),
-            time=_mean(row['milliseconds'] / folded[row['seed']]['milliseconds']
-                       for row in group)))
+        whole, folded = (
+            {seed: pick(found, key=lambda row: row['dynamic']) for seed, found in seeds.items()}
+            for pick in (max, min)
+        )
+        points.append(
+            dict(
+                group[0],
+                seeds=len(group),
+                value=_mean(row['value'] for row in group),
+                to_dynamic=_mean(row['value'] - whole[row['seed']]['value'] for row in group),
+                value_changed=_mean(row['value_changed'] for row in group),
+                time=_mean(
+                    row['milliseconds'] / folded[row['seed']]['milliseconds'] for row in group
+                ),
+            )
+        )
     return points
 
 
@@ -96,29 +159,39 @@ def _mean(values):
 
 def curves(path) -> dict[tuple, list[dict]]:
     """`curve` of each config in a CSV file, by `CURVE`."""
-    return {key: curve(rows) for key, rows in results.grouped(
-        read(path), lambda row: results.key_of(row, CURVE)).items()}
+    return {
+        key: curve(rows)
+        for key, rows in results.grouped(
+            read(path), lambda row: results.key_of(row, CURVE)
+        ).items()
+    }
 
 
 def draw(path, out) -> None:
     """What each config in a CSV file loses over the share of its layers that is folded, PNG."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     drawn = curves(path)
-    figure, axes = plt.subplots(1, len(drawn), squeeze=False, layout='constrained',
-                                figsize=(max(6, 4 * len(drawn)), 3.5))
-    for cell, ((data, config, metric, changed), points) in zip(axes[0], drawn.items(),
-                                                               strict=True):
+    figure, axes = plt.subplots(
+        1, len(drawn), squeeze=False, layout='constrained', figsize=(max(6, 4 * len(drawn)), 3.5)
+    )
+    for cell, ((data, config, metric, changed), points) in zip(
+        axes[0], drawn.items(), strict=True
+    ):
         share = [1 - point['dynamic'] / point['layers'] for point in points]
         cell.plot(share, [point['value'] for point in points], 'o-', label='images as trained')
         if points[0]['value_changed'] is not None:
-            cell.plot(share, [point['value_changed'] for point in points], 's--',
-                      label=changed)
+            cell.plot(share, [point['value_changed'] for point in points], 's--', label=changed)
             cell.legend(fontsize=6)
         seeds = points[0]['seeds']
-        cell.set(title=f'{data}, {seeds} seed{"s" if seeds > 1 else ""}\n{config}',
-                 ylabel=metric, xlabel='share of the layers that is folded')
+        cell.set(
+            title=f'{data}, {seeds} seed{"s" if seeds > 1 else ""}\n{config}',
+            ylabel=metric,
+            xlabel='share of the layers that is folded',
+        )
         cell.title.set_fontsize(9)
         cell.grid(alpha=0.3)
     figure.savefig(out, dpi=110)

@@ -4,15 +4,22 @@ A config chooses it by its path, for which nothing has to be imported before:
 ``norm_cfg=dict(type='DNB', sc=dict(type='dn_mmdet.experiments.ablation.VariantSC',
 outputs='scale'))``.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sc import SC, check_choices, in_dtype_of, no_autocast
 
-CHOICES = dict(statistics=('both', 'mean', 'std'), outputs=('both', 'scale', 'shift'),
-               squash=('tanh', 'sigmoid'), hidden=('plain', 'normalized', 'channelwise'),
-               init=('zero', 'default'), gradient=('full', 'stopped'), sample=('own', 'other'))
+CHOICES = dict(
+    statistics=('both', 'mean', 'std'),
+    outputs=('both', 'scale', 'shift'),
+    squash=('tanh', 'sigmoid'),
+    hidden=('plain', 'normalized', 'channelwise'),
+    init=('zero', 'default'),
+    gradient=('full', 'stopped'),
+    sample=('own', 'other'),
+)
 
 
 class VariantSC(SC):
@@ -43,15 +50,36 @@ class VariantSC(SC):
 
     EPS = 1e-5  # under the root of the hidden units' mean square
 
-    def __init__(self, num_features, reduction=32, min_channels=8, inputs='raw', bound=0.25,
-                 device=None, dtype=None, statistics='both', outputs='both', squash='tanh',
-                 hidden='plain', init='zero', gradient='full', sample='own'):
-        choices = dict(statistics=statistics, outputs=outputs, squash=squash, hidden=hidden,
-                       init=init, gradient=gradient, sample=sample)
+    def __init__(
+        self,
+        num_features,
+        reduction=32,
+        min_channels=8,
+        inputs='raw',
+        bound=0.25,
+        device=None,
+        dtype=None,
+        statistics='both',
+        outputs='both',
+        squash='tanh',
+        hidden='plain',
+        init='zero',
+        gradient='full',
+        sample='own',
+    ):
+        choices = dict(
+            statistics=statistics,
+            outputs=outputs,
+            squash=squash,
+            hidden=hidden,
+            init=init,
+            gradient=gradient,
+            sample=sample,
+        )
         check_choices(choices, CHOICES)
         self.choices = choices
         if hidden == 'channelwise':
-            self.OUTPUT_PARAMETERS = ('w_out', )
+            self.OUTPUT_PARAMETERS = ('w_out',)
         super().__init__(num_features, reduction, min_channels, inputs, bound, device, dtype)
 
     def _make_parameters(self, hidden, factory):
@@ -68,20 +96,19 @@ class VariantSC(SC):
         else:
             nn.init.zeros_(self.w_out)
         if self.choices['init'] == 'default':
-            limit = self.w_out.shape[1]**-0.5
+            limit = self.w_out.shape[1] ** -0.5
             for name in self.OUTPUT_PARAMETERS:
                 nn.init.uniform_(getattr(self, name), -limit, limit)
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        given = {'both': (mean, std), 'mean': (mean, ), 'std': (std, )}[
-            self.choices['statistics']]
+        given = {'both': (mean, std), 'mean': (mean,), 'std': (std,)}[self.choices['statistics']]
         if self.choices['gradient'] == 'stopped':
             given = tuple(statistic.detach() for statistic in given)
         if self.choices['sample'] == 'other':
             given = tuple(statistic.roll(-(len(statistic) // 2), 0) for statistic in given)
         with no_autocast(mean.device.type):
             if self.choices['hidden'] == 'channelwise':
-                w_out, = in_dtype_of(mean, (self.w_out, ))
+                (w_out,) = in_dtype_of(mean, (self.w_out,))
                 out = torch.einsum('ngc,mgc->nmc', torch.stack(given, 1), w_out).flatten(1)
             else:
                 out = self._through_hidden(torch.cat(given, 1))
@@ -97,14 +124,20 @@ class VariantSC(SC):
 
     def _through_hidden(self, statistics):
         w_in, b_in, w_out, b_out = in_dtype_of(
-            statistics, (self.w_in, self.b_in, self.w_out, self.b_out))
+            statistics, (self.w_in, self.b_in, self.w_out, self.b_out)
+        )
         hidden = F.relu(F.linear(statistics, w_in, b_in))
         if self.choices['hidden'] == 'normalized':
             hidden = hidden * (hidden.square().mean(1, keepdim=True) + self.EPS).rsqrt()
         return F.linear(hidden, w_out, b_out)
 
     def extra_repr(self):
-        changed = ''.join(f', {name}={value!r}' for name, value in self.choices.items()
-                          if value != CHOICES[name][0])
-        return (f'{self.num_features}, inputs={self.inputs!r}, bound={self.bound}, '
-                f'parameters={sum(p.numel() for p in self.parameters())}{changed}')
+        changed = ''.join(
+            f', {name}={value!r}'
+            for name, value in self.choices.items()
+            if value != CHOICES[name][0]
+        )
+        return (
+            f'{self.num_features}, inputs={self.inputs!r}, bound={self.bound}, '
+            f'parameters={sum(p.numel() for p in self.parameters())}{changed}'
+        )

@@ -4,6 +4,7 @@ A run is a folder and a training process in it, and then one that evaluates it w
 layers folded. Everything that is known about a run stands in its folder, so that a killed
 grid goes on with what is there.
 """
+
 import contextlib
 import copy
 import errno
@@ -46,8 +47,9 @@ TRAIN = ROOT / 'tools' / 'train.py'
 # next step: a fifth of the time on a CPU.
 ALLOCATOR = dict(MALLOC_TRIM_THRESHOLD_='4294967296', MALLOC_MMAP_MAX_='0')
 # How frameworks say that values are no numbers any more before the loss shows it.
-DIVERGED = re.compile(r'^(.*(become infinite or NaN|contains invalid numeric entries).*)$',
-                      re.MULTILINE)
+DIVERGED = re.compile(
+    r'^(.*(become infinite or NaN|contains invalid numeric entries).*)$', re.MULTILINE
+)
 # Of a param_scheduler: what counts epochs or iterations, and what is a learning rate.
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'periods', 'restarts')
@@ -62,6 +64,7 @@ TAIL = 15  # lines of a failed run's output that are shown
 @dataclass(frozen=True)
 class Variant:
     """A config of the comparison, under the name that tables call it by."""
+
     name: str
     file: str
     cfg: Config = field(compare=False, repr=False)
@@ -71,6 +74,7 @@ class Variant:
 @dataclass(frozen=True)
 class Point:
     """Where in the grid a run is; None leaves the config's own value."""
+
     variant: Variant
     seed: int
     lr_factor: float = 1.0
@@ -81,6 +85,7 @@ class Point:
 @dataclass(frozen=True)
 class Run:
     """A training in a folder; ``spec`` is what run.json holds."""
+
     folder: Path
     spec: dict = field(compare=False)
     cfg: Config = field(compare=False, repr=False)
@@ -90,10 +95,15 @@ class Run:
         return f'{self.folder.parent.name}/{self.folder.name}'
 
 
-def product(variants, seeds, lr_factors=(1.0, ), batches=(None, ), epochs=None) -> list[Point]:
+def product(variants, seeds, lr_factors=(1.0,), batches=(None,), epochs=None) -> list[Point]:
     """Every combination, seeds outermost: a grid that is cut short has whole comparisons."""
-    return [Point(variant, seed, factor, batch, epochs) for seed in seeds
-            for factor in lr_factors for batch in batches for variant in variants]
+    return [
+        Point(variant, seed, factor, batch, epochs)
+        for seed in seeds
+        for factor in lr_factors
+        for batch in batches
+        for variant in variants
+    ]
 
 
 def choose(points: list[Point], names) -> list[Point]:
@@ -105,8 +115,9 @@ def choose(points: list[Point], names) -> list[Point]:
     first, *others = dict.fromkeys(point.variant.name for point in points)
     unknown = set(names) - {first, *others}
     if unknown:
-        raise ConfigError(f'{", ".join(sorted(unknown))}: no such variant; expected some of '
-                          f'{", ".join(others)}')
+        raise ConfigError(
+            f'{", ".join(sorted(unknown))}: no such variant; expected some of {", ".join(others)}'
+        )
     return [point for point in points if point.variant.name in {first, *names}]
 
 
@@ -126,8 +137,10 @@ def check(points, allow_different=False) -> list[Point]:
         found = differences(first.cfg, variant.cfg)
         if found and not allow_different:
             lines = '\n  '.join(found[:20])
-            raise ConfigError(f'{variant.name} differs from {first.name} in more than the '
-                              f'norm:\n  {lines}\nGo on with --allow-different if that is meant')
+            raise ConfigError(
+                f'{variant.name} differs from {first.name} in more than the '
+                f'norm:\n  {lines}\nGo on with --allow-different if that is meant'
+            )
         model = preflight.check_model(variant.cfg)
         if variant == first:
             for split in ('train', 'val'):
@@ -141,19 +154,29 @@ def differences(first: Config, other: Config) -> list[str]:
     """Options, apart from those of norms, in which two configs differ, with both values."""
     ours, theirs = _flat(first.to_dict()), _flat(other.to_dict())
     ignored = re.compile(r'(^|\.)norm_cfg(\.|$)|^(custom_imports|work_dir)(\.|$)')
-    return [f'{key}: {ours.get(key, "not set")} and {theirs.get(key, "not set")}'
-            for key in sorted(ours.keys() | theirs.keys())
-            if not ignored.search(key) and ours.get(key) != theirs.get(key)]
+    return [
+        f'{key}: {ours.get(key, "not set")} and {theirs.get(key, "not set")}'
+        for key in sorted(ours.keys() | theirs.keys())
+        if not ignored.search(key) and ours.get(key) != theirs.get(key)
+    ]
 
 
 def _flat(node, name=''):
     """{'model.neck.in_channels.0': 96, ...}"""
-    children = (node.items() if isinstance(node, dict) else
-                enumerate(node) if isinstance(node, (list, tuple)) else None)
+    children = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, (list, tuple))
+        else None
+    )
     if children is None:
         return {name[1:]: node}
-    return {key: value for child, content in children
-            for key, value in _flat(content, f'{name}.{child}').items()}
+    return {
+        key: value
+        for child, content in children
+        for key, value in _flat(content, f'{name}.{child}').items()
+    }
 
 
 def configured(point: Point) -> tuple[Config, dict]:
@@ -173,8 +196,10 @@ def configured(point: Point) -> tuple[Config, dict]:
     name, cfg = point.variant.name, copy.deepcopy(point.variant.cfg)
     optimizer = cfg.get('optim_wrapper', {}).get('optimizer', {})
     if 'lr' not in optimizer or 'max_epochs' not in (cfg.get('train_cfg') or {}):
-        raise ConfigError(f'{name}: expected a config with optim_wrapper.optimizer.lr and '
-                          f'train_cfg.max_epochs; one optimizer, training by epochs')
+        raise ConfigError(
+            f'{name}: expected a config with optim_wrapper.optimizer.lr and '
+            f'train_cfg.max_epochs; one optimizer, training by epochs'
+        )
     loader, usual_epochs = cfg.train_dataloader, cfg.train_cfg.max_epochs
     usual_batch, times = loader.batch_size, _repeats(loader.dataset)
     batch, epochs = point.batch or usual_batch, _epochs(point, usual_epochs, times)
@@ -188,8 +213,13 @@ def configured(point: Point) -> tuple[Config, dict]:
         cfg.train_cfg.val_interval = min(cfg.train_cfg.val_interval, epochs)
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
     _have_it_recorded(cfg)
-    return cfg, dict(seed=point.seed, lr_factor=point.lr_factor, lr=optimizer.lr, batch=batch,
-                     epochs=epochs * times)
+    return cfg, dict(
+        seed=point.seed,
+        lr_factor=point.lr_factor,
+        lr=optimizer.lr,
+        batch=batch,
+        epochs=epochs * times,
+    )
 
 
 def _epochs(point, usual, times):
@@ -197,9 +227,11 @@ def _epochs(point, usual, times):
     if point.epochs is None:
         return usual
     if point.epochs % times:
-        raise ConfigError(f'{point.variant.name}: --epochs {point.epochs} are passes over the '
-                          f'data, and an epoch of this config is {times} of them: choose a '
-                          f'multiple, or set --cfg-options train_dataloader.dataset.times=1')
+        raise ConfigError(
+            f'{point.variant.name}: --epochs {point.epochs} are passes over the '
+            f'data, and an epoch of this config is {times} of them: choose a '
+            f'multiple, or set --cfg-options train_dataloader.dataset.times=1'
+        )
     return point.epochs // times
 
 
@@ -226,8 +258,7 @@ def _have_it_recorded(cfg):
 def _repeats(dataset):
     """How often wrappers repeat the training data in an epoch."""
     own = dataset.get('times', 1) if is_of(DATASETS, dataset, RepeatDataset) else 1
-    return own * (_repeats(dataset['dataset']) if isinstance(dataset.get('dataset'), dict)
-                  else 1)
+    return own * (_repeats(dataset['dataset']) if isinstance(dataset.get('dataset'), dict) else 1)
 
 
 def _scale_schedules(cfg, rate, epochs, iterations):
@@ -276,12 +307,23 @@ def plan(points, out, question, commit) -> list[Run]:
     for order, point in enumerate(points):
         cfg, numbers = configured(point)
         text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
-        folder = Path(out, point.variant.name, f'lr{numbers["lr_factor"]:g}-batch'
-                      f'{numbers["batch"]}-epochs{numbers["epochs"]}-seed{numbers["seed"]}')
-        spec = dict(question=question, data=data_name(cfg), config=point.variant.name,
-                    config_file=point.variant.file, **numbers, commit=commit,
-                    order=order, different=point.variant.different,
-                    config_hash=hashlib.sha256(text.encode()).hexdigest()[:16])
+        folder = Path(
+            out,
+            point.variant.name,
+            f'lr{numbers["lr_factor"]:g}-batch'
+            f'{numbers["batch"]}-epochs{numbers["epochs"]}-seed{numbers["seed"]}',
+        )
+        spec = dict(
+            question=question,
+            data=data_name(cfg),
+            config=point.variant.name,
+            config_file=point.variant.file,
+            **numbers,
+            commit=commit,
+            order=order,
+            different=point.variant.different,
+            config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
         run = Run(folder, spec, cfg)
         _check_same(run)
         runs.append(run)
@@ -293,9 +335,11 @@ def _check_same(run):
     if path.is_file():
         there = json.loads(path.read_text())
         if there['config_hash'] != run.spec['config_hash']:
-            raise ConfigError(f'{run.folder}: holds a run of another config ({there["data"]}, '
-                              f'{there["config_file"]}, or options or the file changed since). '
-                              f'Choose another --out, or remove the folder')
+            raise ConfigError(
+                f'{run.folder}: holds a run of another config ({there["data"]}, '
+                f'{there["config_file"]}, or options or the file changed since). '
+                f'Choose another --out, or remove the folder'
+            )
 
 
 def data_name(cfg: Config) -> str:
@@ -327,17 +371,22 @@ def read_result(folder) -> dict | None:
         result = dict(status='diverged', reason=told or lines[-1]['diverged'], metrics={})
     elif (folder / 'measured.json').is_file():
         metrics = [line['metrics'] for line in lines if 'metrics' in line]
-        result = dict(status='finished', metrics=metrics[-1] if metrics else {},
-                      **json.loads((folder / 'measured.json').read_text()))
+        result = dict(
+            status='finished',
+            metrics=metrics[-1] if metrics else {},
+            **json.loads((folder / 'measured.json').read_text()),
+        )
     else:
         return None
     times = sorted(line['time'] for line in lines if 'time' in line)
-    result.update(seconds=sum(line['seconds'] for line in lines),
-                  steps=lines[-1]['step'] if lines else 0,
-                  iteration_seconds=times[len(times) // 2] if times else None,
-                  starts=_read_json(folder / 'starts.json', 0),
-                  run=_read_json(folder / 'run.json', {}),
-                  environment=_read_json(folder / 'environment.json', {}))
+    result.update(
+        seconds=sum(line['seconds'] for line in lines),
+        steps=lines[-1]['step'] if lines else 0,
+        iteration_seconds=times[len(times) // 2] if times else None,
+        starts=_read_json(folder / 'starts.json', 0),
+        run=_read_json(folder / 'run.json', {}),
+        environment=_read_json(folder / 'environment.json', {}),
+    )
     return result
 
 
@@ -398,8 +447,13 @@ def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
     waiting = [run for run in runs if not is_done(run.folder, folded)]
     done = len(runs) - len(waiting)
     console.print(f'{len(runs)} runs, {done} of them ended before; {jobs} at once')
-    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TextColumn('left:'),
-               TimeRemainingColumn(), TextColumn('{task.fields[note]}'))
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TimeElapsedColumn(),
+        TextColumn('left:'),
+        TimeRemainingColumn(),
+        TextColumn('{task.fields[note]}'),
+    )
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         grid = _Grid(waiting, jobs, progress, folded)
         try:
@@ -454,7 +508,7 @@ class _Grid:
 
     def update(self):
         """Shows how far each run is, and takes in those that have ended."""
-        shares = 0.
+        shares = 0.0
         for run, child in list(self.running.items()):
             share, note = (1, 'folding') if child.task == 'folding' else _share_done(run.folder)
             self.progress.update(child.bar, completed=share, note=note)
@@ -505,9 +559,13 @@ def _start(run, task, environment):
     # A new file: the process of a killed grid may still hold the old one.
     (folder / LOGS[task]).unlink(missing_ok=True)
     with open(folder / LOGS[task], 'w') as log:
-        return subprocess.Popen([sys.executable, *map(str, command)], stdout=log,
-                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env=environment)
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
 
 
 def _training(run):

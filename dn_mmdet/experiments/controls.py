@@ -1,4 +1,5 @@
 """Norm layers that Dynamic Normalization is compared with, each without one part of it."""
+
 import math
 
 import torch
@@ -42,9 +43,18 @@ class StaticDN(RewrittenBN):
         ValueError: rank is neither of the two.
     """
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
-                 track_running_stats=True, bound=0.25, rank='full', reduction=32,
-                 min_channels=8):
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        bound=0.25,
+        rank='full',
+        reduction=32,
+        min_channels=8,
+    ):
         super().__init__()
         if rank not in ('full', 'low'):
             raise ValueError(f"rank: expected 'full' or 'low', got {rank!r}")
@@ -99,15 +109,14 @@ class ScaledBN(RewrittenBN):
         ValueError: rate is not above 0.
     """
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, track_running_stats=True, *,
-                 rate):
+    def __init__(self, num_features, eps=1e-5, momentum=0.1, track_running_stats=True, *, rate):
         super().__init__()
         if not rate > 0:
             raise ValueError(f'rate: expected a number above 0, got {rate!r}')
         self.k = math.sqrt(rate)
         self.bn = nn.BatchNorm2d(num_features, eps, momentum, False, track_running_stats)
         # Not called weight and bias: initialisers would set them to 1 and 0.
-        self.u = nn.Parameter(torch.full((num_features, ), 1 / self.k))
+        self.u = nn.Parameter(torch.full((num_features,), 1 / self.k))
         self.v = nn.Parameter(torch.zeros(num_features))
 
     def scale_and_shift(self):
@@ -143,8 +152,16 @@ class BNSE(nn.Module):
 
     _abbr_ = 'bn'
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True,
-                 track_running_stats=True, reduction=16, min_channels=16):
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        reduction=16,
+        min_channels=16,
+    ):
         super().__init__()
         hidden = max(num_features // reduction, min_channels)
         self.bn = nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats)

@@ -3,6 +3,7 @@
 Element-wise work is counted apart from convolutions and linears: it is bound by
 memory, not by arithmetic, and a Mult-Add of it takes longer.
 """
+
 import resource
 import sys
 from collections import Counter
@@ -17,9 +18,15 @@ from ..convert import dn_layers
 ELEMENT_WISE = ('norms (element-wise)', 'other element-wise', 'pooling (element-wise)')
 # Mult-Adds per value of a norm at inference: its affine, and with statistics of the
 # input the sums of the values and of their squares.
-_PER_VALUE = {'native_batch_norm': 1, 'cudnn_batch_norm': 1, 'miopen_batch_norm': 1,
-              '_native_batch_norm_legit_no_training': 1, '_batch_norm_no_update': 1,
-              'native_group_norm': 3, 'native_layer_norm': 3}
+_PER_VALUE = {
+    'native_batch_norm': 1,
+    'cudnn_batch_norm': 1,
+    'miopen_batch_norm': 1,
+    '_native_batch_norm_legit_no_training': 1,
+    '_batch_norm_no_update': 1,
+    'native_group_norm': 3,
+    'native_layer_norm': 3,
+}
 _POOLING = ('mean', 'sum', '_adaptive_avg_pool2d', 'avg_pool2d', 'max_pool2d_with_indices')
 
 
@@ -70,8 +77,9 @@ def mult_adds(model: nn.Module, forward) -> dict[str, int]:
     def leave(layer, inputs, output):
         x = inputs[0]
         rows = 1 if layer.batch_shared else len(x)
-        counting.found['SC'] += rows * sum(weight.numel() for name, weight in
-                                           layer.sc.named_parameters() if name[0] == 'w')
+        counting.found['SC'] += rows * sum(
+            weight.numel() for name, weight in layer.sc.named_parameters() if name[0] == 'w'
+        )
         counting.found['norms (element-wise)'] += (1 if layer.batch_shared else 3) * x.numel()
         counting.pause = False
 

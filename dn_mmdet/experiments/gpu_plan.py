@@ -2,6 +2,7 @@
 
 The recipe stands in the config and in the preset `causes`; nothing of it is repeated here.
 """
+
 import json
 import re
 import shutil
@@ -21,8 +22,9 @@ OPTION = re.compile(r'@(lr|batch|epochs)([\d.]+)')
 RECIPE = ('model', 'data_preprocessor', 'optim_wrapper', 'param_scheduler', 'train_pipeline')
 
 
-def prepare(config, runs, folder, archive, epochs=None, question='GPU', commit=None,
-            append=False) -> list:
+def prepare(
+    config, runs, folder, archive, epochs=None, question='GPU', commit=None, append=False
+) -> list:
     """Writes the plan and the images into a folder to carry to the GPU machine.
 
     Args:
@@ -61,17 +63,25 @@ def plan(config, runs, epochs, question, commit) -> list[dict]:
     cfg = load_config(config)
     name = Path(config).stem
     bn = compare.Variant(name, str(config), cfg)
-    variants = {point.variant.name: point.variant
-                for point in presets.causes(bn, [0], None, None, None)}
+    variants = {
+        point.variant.name: point.variant for point in presets.causes(bn, [0], None, None, None)
+    }
     variants['bn'] = bn
     found = []
     for text in runs:
         for short, seed, options in parse_runs(text):
             if short not in variants:
-                raise ConfigError(f'{short}: no such variant; expected some of '
-                                  f'{", ".join(sorted(set(variants) - {name}))}')
-            point = compare.Point(variants[short], seed, options.get('lr', 1.),
-                                  options.get('batch'), options.get('epochs', epochs))
+                raise ConfigError(
+                    f'{short}: no such variant; expected some of '
+                    f'{", ".join(sorted(set(variants) - {name}))}'
+                )
+            point = compare.Point(
+                variants[short],
+                seed,
+                options.get('lr', 1.0),
+                options.get('batch'),
+                options.get('epochs', epochs),
+            )
             found.append(_run(point, short, question, commit))
     return found
 
@@ -80,8 +90,9 @@ def _check_once(runs):
     keys = [json.dumps(run['row'], sort_keys=True) for run in runs]
     twice = {run['name'] for run, key in zip(runs, keys, strict=True) if keys.count(key) > 1}
     if twice:
-        raise ConfigError(f'{", ".join(sorted(twice))}: listed twice with the same seed and '
-                          f'setting')
+        raise ConfigError(
+            f'{", ".join(sorted(twice))}: listed twice with the same seed and setting'
+        )
 
 
 def parse_runs(text: str) -> list[tuple[str, int, dict]]:
@@ -93,10 +104,14 @@ def parse_runs(text: str) -> list[tuple[str, int, dict]]:
     """
     match = RUNS.fullmatch(text)
     if not match or len(OPTION.findall(text)) != text.count('@'):
-        raise ConfigError(f'--runs: expected VARIANTS:SEEDS with @lr, @batch or @epochs, as in '
-                          f'bn,dnb:0-4@lr8@batch32@epochs3, got {text}')
-    options = {key: float(value) if key == 'lr' else int(value)
-               for key, value in OPTION.findall(match['options'])}
+        raise ConfigError(
+            f'--runs: expected VARIANTS:SEEDS with @lr, @batch or @epochs, as in '
+            f'bn,dnb:0-4@lr8@batch32@epochs3, got {text}'
+        )
+    options = {
+        key: float(value) if key == 'lr' else int(value)
+        for key, value in OPTION.findall(match['options'])
+    }
     seeds = []
     for part in match['seeds'].split(','):
         first, dash, last = part.partition('-')
@@ -124,10 +139,19 @@ def _run(point, short, question, commit):
         check_recipe(recipe)
     except ValueError as error:
         raise ConfigError(f'{point.variant.file}, {short}: {error}') from error
-    config = {'dnb': point.variant.file.replace('_bn_', '_dnb_'),
-              'dnc': point.variant.file.replace('_bn_', '_dnc_')}.get(short)
-    row = dict(question=question, data=compare.data_name(cfg),
-               config=Path(config).stem if config else point.variant.name,
-               seed=numbers['seed'], metric=METRICS[1], epochs=numbers['epochs'],
-               lr=float(f'{numbers["lr"]:.6g}'), batch=numbers['batch'], commit=commit)
+    config = {
+        'dnb': point.variant.file.replace('_bn_', '_dnb_'),
+        'dnc': point.variant.file.replace('_bn_', '_dnc_'),
+    }.get(short)
+    row = dict(
+        question=question,
+        data=compare.data_name(cfg),
+        config=Path(config).stem if config else point.variant.name,
+        seed=numbers['seed'],
+        metric=METRICS[1],
+        epochs=numbers['epochs'],
+        lr=float(f'{numbers["lr"]:.6g}'),
+        batch=numbers['batch'],
+        commit=commit,
+    )
     return dict(name=short, row=row, recipe=recipe)

@@ -7,6 +7,7 @@ graph, and the graphs of several models run side by side, each in its own stream
 What is trained comes from a plan (see `gpu_plan`). This file needs torch and mmengine, of
 OpenCV only what decodes images, and neither MMDetection nor MMPretrain.
 """
+
 import contextlib
 import copy
 import csv
@@ -57,38 +58,64 @@ class Refused(RuntimeError):
 
 # The recipe: what a config says, and nothing that this file would pass over in silence.
 
+
 def check_recipe(recipe: dict) -> None:
     """Raises ValueError for what a config asks for and this training does not do."""
     known = dict(
         model=({'type', 'backbone', 'neck', 'head'}, recipe['model']),
         head=({'type', 'num_classes', 'in_channels', 'loss', 'topk'}, recipe['model']['head']),
         loss=({'type', 'loss_weight'}, recipe['model']['head']['loss']),
-        backbone=({'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
-                  _plain_backbone(recipe)[0]),
-        data_preprocessor=({'num_classes', 'mean', 'std', 'to_rgb'},
-                           recipe['data_preprocessor']),
+        backbone=(
+            {'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
+            _plain_backbone(recipe)[0],
+        ),
+        data_preprocessor=({'num_classes', 'mean', 'std', 'to_rgb'}, recipe['data_preprocessor']),
         optim_wrapper=({'optimizer', 'paramwise_cfg'}, recipe['optim_wrapper']),
-        optimizer=({'type', 'lr', 'momentum', 'weight_decay'},
-                   recipe['optim_wrapper']['optimizer']))
+        optimizer=(
+            {'type', 'lr', 'momentum', 'weight_decay'},
+            recipe['optim_wrapper']['optimizer'],
+        ),
+    )
     for name, (keys, node) in known.items():
         if set(node) - keys:
-            raise ValueError(f'{name}: this training does not know '
-                             f'{", ".join(sorted(set(node) - keys))}')
+            raise ValueError(
+                f'{name}: this training does not know {", ".join(sorted(set(node) - keys))}'
+            )
     model = recipe['model']
-    types = [model['type'], model['neck']['type'], model['head']['type'],
-             model['head']['loss']['type'], _plain_backbone(recipe)[0]['type'],
-             recipe['optim_wrapper']['optimizer']['type'],
-             *(step['type'] for step in recipe['train_pipeline'])]
-    expected = ['ImageClassifier', 'GlobalAveragePooling', 'LinearClsHead', 'CrossEntropyLoss',
-                'StridedMobileNetV2', 'SGD', 'LoadImageFromFile', 'RandomCrop', 'RandomFlip',
-                'PackInputs']
+    types = [
+        model['type'],
+        model['neck']['type'],
+        model['head']['type'],
+        model['head']['loss']['type'],
+        _plain_backbone(recipe)[0]['type'],
+        recipe['optim_wrapper']['optimizer']['type'],
+        *(step['type'] for step in recipe['train_pipeline']),
+    ]
+    expected = [
+        'ImageClassifier',
+        'GlobalAveragePooling',
+        'LinearClsHead',
+        'CrossEntropyLoss',
+        'StridedMobileNetV2',
+        'SGD',
+        'LoadImageFromFile',
+        'RandomCrop',
+        'RandomFlip',
+        'PackInputs',
+    ]
     if types != expected:
         raise ValueError(f'expected a recipe of {", ".join(expected)}, got {", ".join(types)}')
     crop, flip = recipe['train_pipeline'][1:3]
-    if not recipe['drop_last'] or crop.get('padding_mode') != 'reflect' \
-            or flip.get('direction') != 'horizontal' or model['head']['loss']['loss_weight'] != 1:
-        raise ValueError('expected drop_last, a crop with reflected borders, a horizontal flip '
-                         'and a loss of weight 1')
+    if (
+        not recipe['drop_last']
+        or crop.get('padding_mode') != 'reflect'
+        or flip.get('direction') != 'horizontal'
+        or model['head']['loss']['loss_weight'] != 1
+    ):
+        raise ValueError(
+            'expected drop_last, a crop with reflected borders, a horizontal flip '
+            'and a loss of weight 1'
+        )
 
 
 def _plain_backbone(recipe):
@@ -102,14 +129,18 @@ def _plain_backbone(recipe):
 def learning_rates(recipe: dict, steps_per_epoch: int, steps: int) -> list[float]:
     """The rate of each step, from mmengine's own scheduler."""
     scheduled = recipe['param_scheduler']
-    if isinstance(scheduled, list) or not (scheduled.get('convert_to_iter_based')
-                                           or scheduled.get('by_epoch') is False):
-        raise ValueError('param_scheduler: expected one that counts in steps, or with '
-                         'convert_to_iter_based=True')
+    if isinstance(scheduled, list) or not (
+        scheduled.get('convert_to_iter_based') or scheduled.get('by_epoch') is False
+    ):
+        raise ValueError(
+            'param_scheduler: expected one that counts in steps, or with '
+            'convert_to_iter_based=True'
+        )
     lr = recipe['optim_wrapper']['optimizer']['lr']
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
-    scheduler = PARAM_SCHEDULERS.build(dict(scheduled), default_args=dict(
-        optimizer=optimizer, epoch_length=steps_per_epoch))
+    scheduler = PARAM_SCHEDULERS.build(
+        dict(scheduled), default_args=dict(optimizer=optimizer, epoch_length=steps_per_epoch)
+    )
     optimizer.step()  # else the scheduler warns
     rates = []
     for _ in range(steps):
@@ -120,19 +151,23 @@ def learning_rates(recipe: dict, steps_per_epoch: int, steps: int) -> list[float
 
 def parameter_groups(model: nn.Module, recipe: dict) -> list[dict]:
     """Parameters by weight decay, as mmengine's constructor reads ``paramwise_cfg``."""
-    optimizer = build_optim_wrapper(model, json.loads(json.dumps(recipe['optim_wrapper']))
-                                    ).optimizer
+    optimizer = build_optim_wrapper(
+        model, json.loads(json.dumps(recipe['optim_wrapper']))
+    ).optimizer
     base = recipe['optim_wrapper']['optimizer']['lr']
     found = defaultdict(list)
     for group in optimizer.param_groups:
         if group['lr'] != base and recipe['param_scheduler']['type'] != 'OneCycleLR':
             raise ValueError('paramwise_cfg: expected one learning rate for all parameters')
         found[group['weight_decay'], group['momentum']] += group['params']
-    return [dict(params=params, decay=decay, momentum=momentum)
-            for (decay, momentum), params in found.items()]
+    return [
+        dict(params=params, decay=decay, momentum=momentum)
+        for (decay, momentum), params in found.items()
+    ]
 
 
 # The model: mmdet's MobileNetV2 and MMPretrain's classifier, parameter by parameter.
+
 
 class _ConvNorm(nn.Module):
     """Convolution, norm and perhaps ReLU6, named as in mmcv's ConvModule."""
@@ -149,7 +184,6 @@ class _ConvNorm(nn.Module):
 
 
 class _Block(nn.Module):
-
     def __init__(self, given, made, stride, expansion, norm):
         super().__init__()
         middle = given * expansion
@@ -165,13 +199,13 @@ class _Block(nn.Module):
 
 
 class _MobileNetV2(nn.Sequential):
-
     def __init__(self, widen_factor, strides, norm):
         super().__init__()
         channels = _divisible_by_8(32 * widen_factor)
         self.conv1 = _ConvNorm(3, channels, 3, strides[0], 1, norm)
         for i, ((expansion, made, blocks), stride) in enumerate(
-                zip(GROUPS, strides[1:], strict=True)):
+            zip(GROUPS, strides[1:], strict=True)
+        ):
             made = _divisible_by_8(made * widen_factor)
             group = []
             for j in range(blocks):
@@ -193,14 +227,22 @@ class Classifier(nn.Module):
     def __init__(self, recipe):
         super().__init__()
         plain, converted = _plain_backbone(recipe)
-        self.backbone = _MobileNetV2(plain['widen_factor'], plain['strides'],
-                                     lambda channels: make_norm(plain['norm_cfg'], channels))
+        self.backbone = _MobileNetV2(
+            plain['widen_factor'],
+            plain['strides'],
+            lambda channels: make_norm(plain['norm_cfg'], channels),
+        )
         if converted:
-            convert_norm(self.backbone, converted['norm'], only=converted['only'],
-                         **(converted.get('norm_args') or {}))
+            convert_norm(
+                self.backbone,
+                converted['norm'],
+                only=converted['only'],
+                **(converted.get('norm_args') or {}),
+            )
         self.head = nn.Module()
-        self.head.fc = nn.Linear(self.backbone.out_channels,
-                                 recipe['model']['head']['num_classes'])
+        self.head.fc = nn.Linear(
+            self.backbone.out_channels, recipe['model']['head']['num_classes']
+        )
 
     def forward(self, x):
         features = widen(self.backbone(x)).mean((2, 3))
@@ -236,6 +278,7 @@ def build(recipe: dict, seed: int) -> Classifier:
 
 # The images.
 
+
 def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{'train': (uint8 images (N, 3, H, W), labels (N,)), 'val': ...} on the device.
 
@@ -255,8 +298,10 @@ def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, 
                 names[parts[-3]].append(parts[-2:])
     classes = {split: sorted({name for name, _ in found}) for split, found in names.items()}
     if set(classes) != {'train', 'val'} or classes['train'] != classes['val']:
-        raise ValueError(f'{archive}: expected train/<class>/ and val/<class>/ with the same '
-                         f'classes, found {dict((k, len(v)) for k, v in classes.items())}')
+        raise ValueError(
+            f'{archive}: expected train/<class>/ and val/<class>/ with the same '
+            f'classes, found {dict((k, len(v)) for k, v in classes.items())}'
+        )
     number = {name: i for i, name in enumerate(classes['train'])}
 
     def decode(data):
@@ -274,6 +319,7 @@ def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, 
 
 
 # A training.
+
 
 class Training:
     """A model in training, step by step; started again with another seed it keeps its graph.
@@ -302,20 +348,24 @@ class Training:
         self.parameters = [p for group in self.groups for p in group['params']]
         for group in self.groups:
             group['velocity'] = [torch.zeros_like(p) for p in group['params']]
-        self.averaging = [t for t in self.model.state_dict(keep_vars=True).values()
-                          if t.is_floating_point()]
+        self.averaging = [
+            t for t in self.model.state_dict(keep_vars=True).values() if t.is_floating_point()
+        ]
         self.average = [t.detach().clone() for t in self.averaging]
         preprocessor = recipe['data_preprocessor']
         self.mean, self.std = (
             torch.tensor(preprocessor[key], device=self.device).view(1, -1, 1, 1)
-            for key in ('mean', 'std'))
-        self.rates = torch.tensor(learning_rates(recipe, self.steps_per_epoch, self.steps),
-                                  device=self.device)
+            for key in ('mean', 'std')
+        )
+        self.rates = torch.tensor(
+            learning_rates(recipe, self.steps_per_epoch, self.steps), device=self.device
+        )
         crop, self.flip = recipe['train_pipeline'][1:3]
         size, self.padding = crop['crop_size'], crop['padding']
         if size != x.shape[-1] or x.shape[-1] != x.shape[-2]:
-            raise ValueError(f'crop_size: expected that of the images, {tuple(x.shape[-2:])}, '
-                             f'got {size}')
+            raise ValueError(
+                f'crop_size: expected that of the images, {tuple(x.shape[-2:])}, got {size}'
+            )
         positions = torch.arange(-self.padding, size + self.padding).abs()
         last = size - 1
         self.reflected = (last - (last - positions).abs()).to(self.device)
@@ -333,11 +383,12 @@ class Training:
         fresh = build(self.recipe, seed).state_dict()
         generator = torch.Generator().manual_seed(1000 + seed)
         n, kept = len(self.images['train'][0]), self.steps_per_epoch * self.batch
-        order = [torch.randperm(n, generator=generator)[:kept].view(-1, self.batch)
-                 for _ in range(self.epochs)]
+        order = [
+            torch.randperm(n, generator=generator)[:kept].view(-1, self.batch)
+            for _ in range(self.epochs)
+        ]
         shape = (self.steps, self.batch)
-        crops = [torch.randint(2 * self.padding + 1, shape, generator=generator)
-                 for _ in range(2)]
+        crops = [torch.randint(2 * self.padding + 1, shape, generator=generator) for _ in range(2)]
         flips = torch.rand(shape, generator=generator) < self.flip['prob']
         with self.in_stream(), torch.no_grad():
             for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -363,8 +414,12 @@ class Training:
 
     def autocast(self):
         # No cache: a cast that an earlier step has made would be missing from the graph.
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
-                              enabled=self.device.type == 'cuda')
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            cache_enabled=False,
+            enabled=self.device.type == 'cuda',
+        )
 
     def step(self) -> None:
         """One step, in the current stream."""
@@ -374,8 +429,10 @@ class Training:
         loss = F.cross_entropy(out, y)
         found = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
-            gradients = {id(p): _laid_out_as(p, gradient)
-                         for p, gradient in zip(self.parameters, found, strict=True)}
+            gradients = {
+                id(p): _laid_out_as(p, gradient)
+                for p, gradient in zip(self.parameters, found, strict=True)
+            }
             rate = self.rates.index_select(0, self.counter).squeeze(0)
             for group in self.groups:
                 params, velocity = group['params'], group['velocity']
@@ -385,8 +442,9 @@ class Training:
                 torch._foreach_mul_(velocity, group['momentum'])
                 torch._foreach_add_(velocity, changes)
                 torch._foreach_sub_(params, torch._foreach_mul(velocity, rate))
-            torch._foreach_lerp_(self.average, self.averaging,
-                                 1 / (AVERAGED_EPOCHS * self.steps_per_epoch))
+            torch._foreach_lerp_(
+                self.average, self.averaging, 1 / (AVERAGED_EPOCHS * self.steps_per_epoch)
+            )
             self.losses.index_copy_(0, self.counter, loss.detach().view(1))
             self.counter.add_(1)
 
@@ -397,14 +455,18 @@ class Training:
         within = self.within.expand(self.batch, -1)
         columns = torch.where(flip[:, None] == 1, within.flip(1), within) + left[:, None]
         rows = within + top[:, None]
-        x = images[index.view(-1, 1, 1, 1), self.channels,
-                   self.reflected[rows][:, None, :, None],
-                   self.reflected[columns][:, None, None, :]]
+        x = images[
+            index.view(-1, 1, 1, 1),
+            self.channels,
+            self.reflected[rows][:, None, :, None],
+            self.reflected[columns][:, None, None, :],
+        ]
         return self.prepared(x), labels.index_select(0, index)
 
     def prepared(self, x):
         return ((x.to(self.mean.dtype) - self.mean) / self.std).contiguous(
-            memory_format=torch.channels_last)
+            memory_format=torch.channels_last
+        )
 
     def capture(self) -> None:
         """Makes a CUDA graph of a step; on CPUs there is none, and steps stay as they are.
@@ -455,27 +517,40 @@ class Training:
 
     def _check_graph(self):
         inside = [layer.bn for layer in self.model.modules() if hasattr(layer, 'bn')]
-        norms = {id(p) for layer in (*inside, *dn_layers(self.model).values())
-                 for p in layer.parameters()}
+        norms = {
+            id(p)
+            for layer in (*inside, *dn_layers(self.model).values())
+            for p in layer.parameters()
+        }
         moved = []
         for replay in (True, False):
             self.start(0)
             before = [p.detach().clone() for p in self.parameters]
             for _ in range(2):
                 self.graph.replay() if replay else self.step()
-            moved.append([p.detach() - was
-                          for p, was in zip(self.parameters, before, strict=True)])
+            moved.append(
+                [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
+            )
         for part, wanted in (('norms', True), ('convolutions', False)):
-            replayed, stepped = (torch.cat([
-                change.flatten() for change, p in zip(changes, self.parameters, strict=True)
-                if (id(p) in norms) == wanted]) for changes in moved)
+            replayed, stepped = (
+                torch.cat(
+                    [
+                        change.flatten()
+                        for change, p in zip(changes, self.parameters, strict=True)
+                        if (id(p) in norms) == wanted
+                    ]
+                )
+                for changes in moved
+            )
             error = ((replayed - stepped).norm() / stepped.norm()).item()
             if not error <= GRAPH_ALLOWED:
-                raise Refused(f'two replays move the parameters of {part} otherwise than two '
-                              f'steps do, by {error:.3g} of the change')
+                raise Refused(
+                    f'two replays move the parameters of {part} otherwise than two '
+                    f'steps do, by {error:.3g} of the change'
+                )
 
     def diverged(self) -> bool:
-        return not bool(self.losses[:self.done].isfinite().all())
+        return not bool(self.losses[: self.done].isfinite().all())
 
     # At the end of a run.
 
@@ -507,7 +582,7 @@ class Training:
         if dn_layers(self.model):
             outputs = self.generated()
             varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
-            most = varying[:round(MOST * len(varying))]
+            most = varying[: round(MOST * len(varying))]
             for key, names in (('folded_most', most), ('folded', varying)):
                 with folded(self.model, {name: outputs[name] for name in names}):
                     found[key] = self.top1()
@@ -519,7 +594,7 @@ class Training:
                 tensor.copy_(average)
         self.recalibrate()  # averaged statistics are not those of averaged weights
         found['averaged'] = self.top1()
-        found['train_loss'] = round(self.losses[-self.steps_per_epoch:].mean().item(), 4)
+        found['train_loss'] = round(self.losses[-self.steps_per_epoch :].mean().item(), 4)
         return found
 
     def calibration_images(self):
@@ -546,8 +621,9 @@ def _laid_out_as(parameter, gradient):
     if gradient.stride() == parameter.stride():
         return gradient
     for layout in (torch.contiguous_format, torch.channels_last):
-        if all(t.dim() == 4 and t.is_contiguous(memory_format=layout)
-               for t in (gradient, parameter)):  # strides differ where a size is 1
+        if all(
+            t.dim() == 4 and t.is_contiguous(memory_format=layout) for t in (gradient, parameter)
+        ):  # strides differ where a size is 1
             return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(gradient)
 
@@ -567,6 +643,7 @@ def folded(model: nn.Module, outputs: dict[str, Outputs]):
 
 # Parity.
 
+
 def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> float:
     """DN layers of a recipe's model against the reference in float64, training and eval.
 
@@ -579,13 +656,18 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
     Raises:
         Refused: one is more than allowed.
     """
-    fresh, worst = Classifier(recipe), 0.
+    fresh, worst = Classifier(recipe), 0.0
     for fresh_layer in dn_layers(fresh).values():  # a fresh SC gives g = h = 0
         for parameter in fresh_layer.sc.parameters():
-            nn.init.normal_(parameter, std=parameter.shape[-1]**-0.5)
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     for name, (channels, height) in _shapes(recipe, size).items():
-        x, dy = (0.5 + torch.randn(batch, channels, height, height, device=device).to(
-            torch.bfloat16, memory_format=torch.channels_last) for _ in range(2))
+        x, dy = (
+            0.5
+            + torch.randn(batch, channels, height, height, device=device).to(
+                torch.bfloat16, memory_format=torch.channels_last
+            )
+            for _ in range(2)
+        )
         for training in (True, False):
             steps = {}
             for kind in ('fused', 'plain', 'exact'):
@@ -603,7 +685,8 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
                     raise Refused(
                         f'{name}, {tuple(x.shape)}, {"training" if training else "eval"}: {what} '
                         f'is off by {error:.3g} of its norm, allowed {allowed:.3g}, plain '
-                        f'PyTorch {plain:.3g}')
+                        f'PyTorch {plain:.3g}'
+                    )
     return worst
 
 
@@ -612,10 +695,11 @@ def _shapes(recipe, size):
     model, found = Classifier(recipe).eval(), {}
     for name, layer in dn_layers(model).items():
         layer.register_forward_hook(
-            lambda _, given, made, name=name: found.update({name: tuple(made.shape[1:3])}))
+            lambda _, given, made, name=name: found.update({name: tuple(made.shape[1:3])})
+        )
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
-    by_map = sorted(found, key=lambda name: found[name][0] * found[name][1]**2)
+    by_map = sorted(found, key=lambda name: found[name][0] * found[name][1] ** 2)
     by_channels = sorted(found, key=lambda name: found[name][0])
     chosen = {by_map[0], by_map[-1], by_channels[0], by_channels[-1]} if found else ()
     return {name: found[name] for name in found if name in chosen}
@@ -638,6 +722,7 @@ def _error(actual, wanted):
 
 # The grid.
 
+
 class Grid:
     """Trains the runs of a plan, several at once, and writes a row for each that ended.
 
@@ -655,8 +740,9 @@ class Grid:
         say: called with a line of text about what goes on.
     """
 
-    def __init__(self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS,
-                 say=print):
+    def __init__(
+        self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS, say=print
+    ):
         self.columns, self.runs = plan['columns'], plan['runs']
         self.images, self.path, self.parallel = images, Path(path), parallel
         self.say, self.backends = say, backends
@@ -686,11 +772,13 @@ class Grid:
             if self.elapsed() >= self.seconds:
                 break
         left = [_title(run) for run, _ in self.running.values()] + [
-            _title(run) for run in self.late + todo]
+            _title(run) for run in self.late + todo
+        ]
         if left:
             more = f' and {len(left) - 8} more' if len(left) > 8 else ''
-            self.say(f"{self.elapsed():.0f} s: the time is over, "
-                     f"left: {', '.join(left[:8])}{more}")
+            self.say(
+                f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left[:8])}{more}'
+            )
         for name, why in self.refused.items():
             self.say(f'{name} was refused: {why}')
         return not left and not self.refused
@@ -718,7 +806,8 @@ class Grid:
         steps = len(self.images['train'][0]) // row['batch'] * row['epochs']
         work = steps * self._share(row['batch']) + sum(
             (training.steps - training.done) * self._share(training.batch)
-            for training in self.running)
+            for training in self.running
+        )
         return self.elapsed() + work * self.pace > self.seconds
 
     def _share(self, batch):
@@ -733,13 +822,15 @@ class Grid:
         for slot in idle:
             if (slot.recipe, slot.batch, slot.epochs) == same:
                 return slot
-        for slot in idle[:max(0, len(self.slots) - self.parallel + 1)]:
+        for slot in idle[: max(0, len(self.slots) - self.parallel + 1)]:
             self.slots.remove(slot)
         begin = time.perf_counter()
         slot = self._captured(run, *same)
         self.slots.append(slot)
-        self.say(f'{self.elapsed():.0f} s: {_title(run)}: ready in '
-                 f'{time.perf_counter() - begin:.1f} s, backend {slot.backend}')
+        self.say(
+            f'{self.elapsed():.0f} s: {_title(run)}: ready in '
+            f'{time.perf_counter() - begin:.1f} s, backend {slot.backend}'
+        )
         return slot
 
     def _captured(self, run, recipe, batch, epochs):
@@ -752,8 +843,10 @@ class Grid:
             try:
                 if not known and has_dn:
                     worst = check_layers(recipe, backend, device, size, min(batch, 128))
-                    self.say(f'{run["name"]}, backend {backend}: errors at most {worst:.2f} of '
-                             f'what is allowed')
+                    self.say(
+                        f'{run["name"]}, backend {backend}: errors at most {worst:.2f} of '
+                        f'what is allowed'
+                    )
                 training = Training(recipe, batch, epochs, self.images, backend)
                 training.capture()
                 if not known:
@@ -781,9 +874,14 @@ class Grid:
     def _end(self, training):
         run, begin = self.running.pop(training)
         seconds = round(time.perf_counter() - begin, 1)
-        row = dict(run['row'], norm='+'.join(norm_counts(training.model)),
-                   params=sum(p.numel() for p in training.parameters), seconds=seconds,
-                   hardware=hardware(), backend=training.backend)
+        row = dict(
+            run['row'],
+            norm='+'.join(norm_counts(training.model)),
+            params=sum(p.numel() for p in training.parameters),
+            seconds=seconds,
+            hardware=hardware(),
+            backend=training.backend,
+        )
         if training.diverged():
             row.update(status='diverged')
         else:
@@ -795,14 +893,17 @@ class Grid:
 
 def _title(run):
     row = run['row']
-    return (f'{run["name"]}:{row["seed"]} (lr {row["lr"]:g}, batch {row["batch"]}, '
-            f'{row["epochs"]} epochs)')
+    return (
+        f'{run["name"]}:{row["seed"]} (lr {row["lr"]:g}, batch {row["batch"]}, '
+        f'{row["epochs"]} epochs)'
+    )
 
 
 def _key(row):
     """What tells a run from the others, as it is read from a file."""
-    return tuple(str(row[name]) for name in ('question', 'data', 'config', 'seed', 'epochs', 'lr',
-                                             'batch'))
+    return tuple(
+        str(row[name]) for name in ('question', 'data', 'config', 'seed', 'epochs', 'lr', 'batch')
+    )
 
 
 def read_rows(path) -> list[dict]:
@@ -825,8 +926,10 @@ def append_row(path, row: dict, columns) -> None:
         with open(path, newline='') as file:
             found = next(csv.reader(file), [])
         if found != list(columns):
-            raise ValueError(f'{path}: expected the columns {", ".join(columns)}, found '
-                             f'{", ".join(found)}; name another file')
+            raise ValueError(
+                f'{path}: expected the columns {", ".join(columns)}, found '
+                f'{", ".join(found)}; name another file'
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a', newline='') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
@@ -852,8 +955,11 @@ def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=
     def say(text):
         print(text, flush=True)
 
-    say(f'{hardware()}, torch {torch.__version__}; images decoded in '
-        f'{time.perf_counter() - begin:.1f} s')
-    grid = Grid(plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends,
-                say)
+    say(
+        f'{hardware()}, torch {torch.__version__}; images decoded in '
+        f'{time.perf_counter() - begin:.1f} s'
+    )
+    grid = Grid(
+        plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends, say
+    )
     return grid.train()

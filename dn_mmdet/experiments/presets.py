@@ -3,6 +3,7 @@
 The norms of the config are swapped, so that a preset works for any model, for
 detection and classification alike.
 """
+
 import copy
 import fnmatch
 
@@ -56,8 +57,12 @@ CONTROLS = {
     'dnb-bound-0.5': dict(type='DNB', bound=0.5),
 }
 # Where? DN-B after these convolutions alone, by their names in MobileNetV2, SSDNeck and heads.
-PLACES = {'dnb-depthwise': '*depthwise_conv*', 'dnb-expansions': '*expand_conv*',
-          'dnb-projections': '*linear_conv*', 'dnb-head': 'bbox_head.*'}
+PLACES = {
+    'dnb-depthwise': '*depthwise_conv*',
+    'dnb-expansions': '*expand_conv*',
+    'dnb-projections': '*linear_conv*',
+    'dnb-head': 'bbox_head.*',
+}
 LAST_CONVOLUTION = 'backbone.conv2.*'  # what 'dnb-head' means for a classifier
 # What a user would pick instead: as slow as DN-B, as large as DN-B.
 WIDTHS = {'bn-wide-1.1': 1.1, 'bn-wide-1.28': 1.28}
@@ -67,8 +72,8 @@ GROUPS = 8  # of GroupNorm: divides every width of MobileNetV2
 def robustness(bn, seeds, lr_factors, batches, epochs):
     """Learning rates at the usual batch, and batches at the rate in proportion."""
     variants = [bn, _swapped(bn, 'dnb', 'DNB'), _swapped(bn, 'dnc', 'DNC'), _group_norm(bn)]
-    points = product(variants, seeds, lr_factors or [1., 4., 16., 64.], [None], epochs)
-    points += product(variants, seeds, [1.], batches or [2, 4, 8, 32, 128], epochs)
+    points = product(variants, seeds, lr_factors or [1.0, 4.0, 16.0, 64.0], [None], epochs)
+    points += product(variants, seeds, [1.0], batches or [2, 4, 8, 32, 128], epochs)
     return points
 
 
@@ -76,16 +81,24 @@ def sc_ablation(bn, seeds, lr_factors, batches, epochs):
     """BN, the default DN-B and one factor of its SC at a time, at the usual and a high rate."""
     variants = [bn, _swapped(bn, 'dnb', 'DNB')]
     variants += [_swapped(bn, name, 'DNB', **args) for name, args in SC_FACTORS.items()]
-    return product(variants, seeds, lr_factors or [1., 8.], batches or [None], epochs)
+    return product(variants, seeds, lr_factors or [1.0, 8.0], batches or [None], epochs)
 
 
 def fair_controls(bn, seeds, lr_factors, batches, epochs):
     """DN-B against a wider BN and against BN with squeeze-and-excitation, at its size."""
     dnb = _swapped(bn, 'dnb', 'DNB')
-    variants = [bn, dnb, widened(bn, _parameters(dnb.cfg)), _with_norm(
-        bn, 'bn-se', lambda node: dict(node, type='BNSE'),
-        imports=['dn_mmdet.experiments.controls'])]
-    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+    variants = [
+        bn,
+        dnb,
+        widened(bn, _parameters(dnb.cfg)),
+        _with_norm(
+            bn,
+            'bn-se',
+            lambda node: dict(node, type='BNSE'),
+            imports=['dn_mmdet.experiments.controls'],
+        ),
+    ]
+    return product(variants, seeds, lr_factors or [1.0], batches or [None], epochs)
 
 
 def dnc_failure(bn, seeds, lr_factors, batches, epochs):
@@ -96,44 +109,65 @@ def dnc_failure(bn, seeds, lr_factors, batches, epochs):
     (also without the feedback), the noise of a batch (4 times as large, at the rate in
     proportion).
     """
-    variants = [bn, _swapped(bn, 'dnb', 'DNB'), _swapped(bn, 'dnc', 'DNC'),
-                _with_norm(bn, 'dnc-batch-statistics',
-                           lambda node: dict(node, type='DNC', track_running_stats=False),
-                           imports=['dn_mmdet']),
-                _swapped(bn, 'dnc-no-feedback', 'DNC', sc=variant_sc(gradient='stopped')),
-                _swapped(bn, 'dnc-bound-0.1', 'DNC', bound=0.1),
-                _swapped(bn, 'dnc-unbounded', 'DNC', bound=None),
-                _swapped(bn, 'dnc-unbounded-no-feedback', 'DNC', bound=None,
-                         sc=variant_sc(gradient='stopped'))]
-    points = product(variants, seeds, lr_factors or [1.], [None], epochs)
+    variants = [
+        bn,
+        _swapped(bn, 'dnb', 'DNB'),
+        _swapped(bn, 'dnc', 'DNC'),
+        _with_norm(
+            bn,
+            'dnc-batch-statistics',
+            lambda node: dict(node, type='DNC', track_running_stats=False),
+            imports=['dn_mmdet'],
+        ),
+        _swapped(bn, 'dnc-no-feedback', 'DNC', sc=variant_sc(gradient='stopped')),
+        _swapped(bn, 'dnc-bound-0.1', 'DNC', bound=0.1),
+        _swapped(bn, 'dnc-unbounded', 'DNC', bound=None),
+        _swapped(
+            bn, 'dnc-unbounded-no-feedback', 'DNC', bound=None, sc=variant_sc(gradient='stopped')
+        ),
+    ]
+    points = product(variants, seeds, lr_factors or [1.0], [None], epochs)
     large = batches or [4 * bn.cfg.train_dataloader.batch_size]
-    return points + product([bn, variants[2]], seeds, lr_factors or [1.], large, epochs)
+    return points + product([bn, variants[2]], seeds, lr_factors or [1.0], large, epochs)
 
 
 def causes(bn, seeds, lr_factors, batches, epochs):
     """BN, DN-B and controls that each lack one of the causes that DN-B's gain may have."""
     variants = [bn, _swapped(bn, 'dnb', 'DNB')]
     for name, norm in CONTROLS.items():
-        variants.append(_with_norm(bn, name, lambda node, norm=norm: dict(node, **norm),
-                                   imports=['dn_mmdet', 'dn_mmdet.experiments.controls']))
+        variants.append(
+            _with_norm(
+                bn,
+                name,
+                lambda node, norm=norm: dict(node, **norm),
+                imports=['dn_mmdet', 'dn_mmdet.experiments.controls'],
+            )
+        )
     variants.append(_without_decay(bn))
     variants += [_in_places(bn, name, pattern) for name, pattern in PLACES.items()]
     for name, factor in WIDTHS.items():
-        cfg = _widen(bn.cfg, bn.cfg.model.backbone.get('widen_factor', 1.) * factor)
+        cfg = _widen(bn.cfg, bn.cfg.model.backbone.get('widen_factor', 1.0) * factor)
         variants.append(Variant(name, bn.file, cfg))
-    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+    return product(variants, seeds, lr_factors or [1.0], batches or [None], epochs)
 
 
 def backends(bn, seeds, lr_factors, batches, epochs):
     """DN-B in each backend that runs here: if their curves differ early, one of them is wrong."""
     fused = fused_backends('cuda' if torch.cuda.is_available() else 'cpu')
-    variants = [_swapped(bn, f'dnb-{backend}', 'DNB', backend=backend)
-                for backend in ('reference', *fused)]
-    return product(variants, seeds, lr_factors or [1.], batches or [None], epochs)
+    variants = [
+        _swapped(bn, f'dnb-{backend}', 'DNB', backend=backend) for backend in ('reference', *fused)
+    ]
+    return product(variants, seeds, lr_factors or [1.0], batches or [None], epochs)
 
 
-PRESETS = {'robustness': robustness, 'sc-ablation': sc_ablation, 'fair-controls': fair_controls,
-           'dnc-failure': dnc_failure, 'causes': causes, 'backends': backends}
+PRESETS = {
+    'robustness': robustness,
+    'sc-ablation': sc_ablation,
+    'fair-controls': fair_controls,
+    'dnc-failure': dnc_failure,
+    'causes': causes,
+    'backends': backends,
+}
 
 
 def _swapped(bn, name, norm, **args):
@@ -144,6 +178,7 @@ def _group_norm(bn):
     def swap(node):
         kept = {key: value for key, value in node.items() if key in ('eps', 'requires_grad')}
         return dict(type='GN', num_groups=GROUPS, **kept)
+
     return _with_norm(bn, 'gn', swap)
 
 
@@ -163,7 +198,7 @@ def _with_norm(bn, name, swap, imports=()):
 def _without_decay(bn):
     """BatchNorm whose weight and bias do not decay."""
     cfg = copy.deepcopy(bn.cfg)
-    paramwise = dict(cfg.optim_wrapper.get('paramwise_cfg') or {}, norm_decay_mult=0.)
+    paramwise = dict(cfg.optim_wrapper.get('paramwise_cfg') or {}, norm_decay_mult=0.0)
     cfg.optim_wrapper.paramwise_cfg = paramwise
     return Variant('bn-no-decay', bn.file, cfg)
 
@@ -175,12 +210,17 @@ def _in_places(bn, name, pattern):
         pattern = LAST_CONVOLUTION
     parts = dict.fromkeys(norm.partition('.')[0] for norm in fnmatch.filter(found, pattern))
     if not parts:
-        raise ConfigError(f'{name}: no norm of {bn.name} is called {pattern}; choose others with '
-                          f'--variants')
+        raise ConfigError(
+            f'{name}: no norm of {bn.name} is called {pattern}; choose others with --variants'
+        )
     cfg = copy.deepcopy(bn.cfg)
     for part in parts:
-        cfg.model[part] = dict(type='PartlyConverted', part=cfg.model[part], norm='DNB',
-                               only=pattern.removeprefix(f'{part}.'))
+        cfg.model[part] = dict(
+            type='PartlyConverted',
+            part=cfg.model[part],
+            norm='DNB',
+            only=pattern.removeprefix(f'{part}.'),
+        )
     add_imports(cfg, 'dn_mmdet', 'dn_mmdet.experiments.controls')
     return Variant(name, bn.file, cfg)
 
@@ -194,7 +234,7 @@ def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
         ConfigError: the backbone has no ``widen_factor``, or no factor gives the
             number within ``tolerance``.
     """
-    low = bn.cfg.model.get('backbone', {}).get('widen_factor', 1.)
+    low = bn.cfg.model.get('backbone', {}).get('widen_factor', 1.0)
     high = 2 * low
     while _parameters(_widen(bn.cfg, high)) < parameters:
         low, high = high, 2 * high
@@ -206,9 +246,11 @@ def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
             break
         low, high = (factor, high) if found < parameters else (low, factor)
     if abs(found - parameters) > tolerance * parameters:
-        raise ConfigError(f'{bn.name}: no widen_factor of its backbone gives {parameters} '
-                          f'parameters within {tolerance:.0%}; the nearest, {factor:.4f}, gives '
-                          f'{found}')
+        raise ConfigError(
+            f'{bn.name}: no widen_factor of its backbone gives {parameters} '
+            f'parameters within {tolerance:.0%}; the nearest, {factor:.4f}, gives '
+            f'{found}'
+        )
     return Variant('bn-wide', bn.file, cfg)
 
 
@@ -217,16 +259,19 @@ def _widen(cfg, factor):
     before = _out_channels(cfg)
     cfg.model.backbone.widen_factor = factor
     after = _out_channels(cfg)
-    followers = [node for part in ('neck', 'bbox_head', 'head')
-                 for node in [cfg.model.get(part)] if isinstance(node, dict)]
+    followers = [
+        node
+        for part in ('neck', 'bbox_head', 'head')
+        for node in [cfg.model.get(part)]
+        if isinstance(node, dict)
+    ]
     for node in followers:
         for key in ('in_channels', 'out_channels'):
             channels = node.get(key)
             if isinstance(channels, int) and [channels] == before[-1:]:
                 node[key] = after[-1]
-            elif isinstance(channels, (list, tuple)) \
-                    and list(channels[:len(before)]) == before:
-                node[key] = type(channels)((*after, *channels[len(before):]))
+            elif isinstance(channels, (list, tuple)) and list(channels[: len(before)]) == before:
+                node[key] = type(channels)((*after, *channels[len(before) :]))
     return cfg
 
 
@@ -239,8 +284,11 @@ def _out_channels(cfg):
 
 
 def _last_width(module):
-    return [child.out_channels for child in module.modules()
-            if hasattr(child, 'out_channels') and hasattr(child, 'kernel_size')][-1]
+    return [
+        child.out_channels
+        for child in module.modules()
+        if hasattr(child, 'out_channels') and hasattr(child, 'kernel_size')
+    ][-1]
 
 
 def _parameters(cfg):

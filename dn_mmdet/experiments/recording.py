@@ -3,6 +3,7 @@
 Into the work folder go ``environment.json`` (versions, device, data), ``log.jsonl``
 (losses and validations, one line each) and, at the end, ``measured.json``.
 """
+
 import hashlib
 import itertools
 import json
@@ -31,8 +32,16 @@ from .cost import mult_adds, peak_memory
 # The process that started the run, which a run does not outlive.
 PARENT = 'DN_MMDET_COMPARE_PID'
 # Names in `norm_counts` of norms that are no Dynamic Normalization; others may be.
-PLAIN = {'BN', 'BatchNorm1d', 'BatchNorm3d', 'SyncBatchNorm', 'FrozenBatchNorm2d', 'BNSE', 'GN',
-         'LayerNorm'}
+PLAIN = {
+    'BN',
+    'BatchNorm1d',
+    'BatchNorm3d',
+    'SyncBatchNorm',
+    'FrozenBatchNorm2d',
+    'BNSE',
+    'GN',
+    'LayerNorm',
+}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -77,8 +86,9 @@ class RecordRun(Hook):
         self.every = max(1, runner.max_iters // self.lines)
         self.logged = []
         self.since_line = self.since_losses = time.perf_counter()
-        if runner.epoch and (runner.epoch % runner.train_loop.val_interval == 0
-                             or runner.epoch == runner.max_epochs):
+        if runner.epoch and (
+            runner.epoch % runner.train_loop.val_interval == 0 or runner.epoch == runner.max_epochs
+        ):
             self._validate_where_missing(runner)
 
     def before_train_epoch(self, runner):
@@ -92,15 +102,26 @@ class RecordRun(Hook):
             message = f'the loss became {loss} in step {step} of {runner.max_iters}'
             self._write_line(step, runner, diverged=message)
             raise Diverged(message)
-        self.logged.append({name: value.item() for name, value in outputs.items()
-                            if name == 'loss' or name.startswith('accuracy')})
+        self.logged.append(
+            {
+                name: value.item()
+                for name, value in outputs.items()
+                if name == 'loss' or name.startswith('accuracy')
+            }
+        )
         if step % self.every == 0 or batch_idx + 1 == len(runner.train_dataloader):
             now = time.perf_counter()
-            means = {name: sum(each[name] for each in self.logged) / len(self.logged)
-                     for name in self.logged[0]}
-            self._write_line(step, runner, **means,
-                             lr=runner.optim_wrapper.get_lr()['lr'][0],
-                             time=(now - self.since_losses) / len(self.logged))
+            means = {
+                name: sum(each[name] for each in self.logged) / len(self.logged)
+                for name in self.logged[0]
+            }
+            self._write_line(
+                step,
+                runner,
+                **means,
+                lr=runner.optim_wrapper.get_lr()['lr'][0],
+                time=(now - self.since_losses) / len(self.logged),
+            )
             self.logged = []
             self.since_losses = now
 
@@ -123,20 +144,26 @@ class RecordRun(Hook):
             mult_adds=counts,
             mult_adds_not_measured=reason,
             peak_memory=memory,
-            scale_and_shift=scale_and_shift(model, batches))
+            scale_and_shift=scale_and_shift(model, batches),
+        )
         write_json(self.folder / 'measured.json', measured)
 
     def _validate_where_missing(self, runner):
         """The metrics after the step that training is at, where a kill cut them off."""
         if runner.val_loop is not None and not any(
-                line['step'] == runner.iter and 'metrics' in line
-                for line in read_log(self.folder)):
+            line['step'] == runner.iter and 'metrics' in line for line in read_log(self.folder)
+        ):
             runner.val_loop.run()
 
     def _write_line(self, step, runner, **content):
         now = time.perf_counter()
-        line = dict(step=step, steps=runner.max_iters, epoch=step / len(runner.train_dataloader),
-                    seconds=now - self.since_line, **content)
+        line = dict(
+            step=step,
+            steps=runner.max_iters,
+            epoch=step / len(runner.train_dataloader),
+            seconds=now - self.since_line,
+            **content,
+        )
         self.since_line = now
         with open(self.log, 'a') as file:
             file.write(json.dumps(line) + '\n')
@@ -154,8 +181,7 @@ def read_log(folder) -> list[dict]:
     path = Path(folder, 'log.jsonl')
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(True)
-            if line.endswith('\n')]
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith('\n')]
 
 
 def plain(value):
@@ -167,16 +193,23 @@ def environment(runner) -> dict:
     """What the figures of a run can depend on besides its config."""
     modules = ('torch', 'torchvision', 'numpy', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain')
     return dict(
-        versions=dict(python=platform.python_version(), dn_mmdet=__version__,
-                      **{name: sys.modules[name].__version__ for name in modules
-                         if name in sys.modules}),
+        versions=dict(
+            python=platform.python_version(),
+            dn_mmdet=__version__,
+            **{name: sys.modules[name].__version__ for name in modules if name in sys.modules},
+        ),
         hardware=hardware(),
         threads=torch.get_num_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        data={split: describe(loader.dataset) for split, loader in (
-            ('train', runner.train_dataloader),
-            ('val', runner.val_dataloader if runner.val_loop is not None else None))
-            if loader is not None})
+        data={
+            split: describe(loader.dataset)
+            for split, loader in (
+                ('train', runner.train_dataloader),
+                ('val', runner.val_dataloader if runner.val_loop is not None else None),
+            )
+            if loader is not None
+        },
+    )
 
 
 def describe(dataset) -> dict:
@@ -196,24 +229,39 @@ def describe(dataset) -> dict:
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         label = info.get('gt_label')
-        boxes = [(list(map(float, instance['bbox'])), int(instance['bbox_label']),
-                  int(instance.get('ignore_flag', 0))) for instance in info.get('instances', ())]
-        digest.update(repr((Path(info.get('img_path', '')).name,
-                            None if label is None else int(label), boxes)).encode())
+        boxes = [
+            (
+                list(map(float, instance['bbox'])),
+                int(instance['bbox_label']),
+                int(instance.get('ignore_flag', 0)),
+            )
+            for instance in info.get('instances', ())
+        ]
+        digest.update(
+            repr(
+                (Path(info.get('img_path', '')).name, None if label is None else int(label), boxes)
+            ).encode()
+        )
     return dict(samples=len(dataset), times=times, fingerprint=digest.hexdigest()[:16])
 
 
 def norm_counts(model: nn.Module) -> dict[str, int]:
     """How many norm layers of each type a model has, inner ones left out."""
     layers: list[nn.Module] = [*dn_layers(model).values()]
-    layers += [module for module in model.modules()
-               if isinstance(module, (BNSE, ScaledBN, StaticDN))]
+    layers += [
+        module for module in model.modules() if isinstance(module, (BNSE, ScaledBN, StaticDN))
+    ]
     inside = {module for layer in layers for module in layer.modules()}
     layers += [bn for bn in batch_norms(model).values() if bn not in inside]
-    layers += [module for module in model.modules() if module not in inside
-               and isinstance(module, (nn.GroupNorm, nn.LayerNorm))]
-    names = [type(layer).__name__.replace('BatchNorm2d', 'BN').replace('GroupNorm', 'GN')
-             for layer in layers]
+    layers += [
+        module
+        for module in model.modules()
+        if module not in inside and isinstance(module, (nn.GroupNorm, nn.LayerNorm))
+    ]
+    names = [
+        type(layer).__name__.replace('BatchNorm2d', 'BN').replace('GroupNorm', 'GN')
+        for layer in layers
+    ]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
@@ -256,7 +304,8 @@ def scale_and_shift(model: BaseModel, batches) -> list[dict]:
 
     def keep(name):
         return lambda _, inputs, outputs: generated[name].append(
-            [t.float().cpu() for t in outputs])
+            [t.float().cpu() for t in outputs]
+        )
 
     handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
     training = model.training
@@ -268,22 +317,39 @@ def scale_and_shift(model: BaseModel, batches) -> list[dict]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    plain = [(name, bn) for name, bn in batch_norms(model).items()
-             if getattr(bn, 'weight', None) is not None]
-    found = {name: (layers[name].bn, *map(torch.cat, zip(*pairs, strict=True)))
-             for name, pairs in generated.items()}
+    plain = [
+        (name, bn)
+        for name, bn in batch_norms(model).items()
+        if getattr(bn, 'weight', None) is not None
+    ]
+    found = {
+        name: (layers[name].bn, *map(torch.cat, zip(*pairs, strict=True)))
+        for name, pairs in generated.items()
+    }
     found.update((name, (bn, torch.zeros(1), torch.zeros(1))) for name, bn in plain)
-    return [_distribution(name, *found[name]) for name, _ in model.named_modules()
-            if name in found]
+    return [
+        _distribution(name, *found[name]) for name, _ in model.named_modules() if name in found
+    ]
 
 
 def _distribution(name, bn, g, h):
-    w, b = ((t.detach().float().cpu() if t is not None else torch.full((1, ), fill))
-            for t, fill in ((bn.weight, 1.), (bn.bias, 0.)))
+    w, b = (
+        (t.detach().float().cpu() if t is not None else torch.full((1,), fill))
+        for t, fill in ((bn.weight, 1.0), (bn.bias, 0.0))
+    )
     gamma, beta = w * (1 + g), b * (1 + g) + h
     levels = torch.tensor(QUANTILES)
-    return dict(layer=name, **{
-        key: value for label, t in (('gamma', gamma), ('beta', beta)) for key, value in (
-            (label, torch.quantile(t.flatten(), levels).tolist()),
-            (f'{label}_over_samples',
-             t.std(0, correction=0).mean().item() if t.dim() == 2 else 0.))})
+    return dict(
+        layer=name,
+        **{
+            key: value
+            for label, t in (('gamma', gamma), ('beta', beta))
+            for key, value in (
+                (label, torch.quantile(t.flatten(), levels).tolist()),
+                (
+                    f'{label}_over_samples',
+                    t.std(0, correction=0).mean().item() if t.dim() == 2 else 0.0,
+                ),
+            )
+        },
+    )

@@ -1,4 +1,5 @@
 """The report of a comparison: its tables, its figures and what a reader has to know first."""
+
 import html
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +61,10 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     (out / 'report.md').write_text(f'# Comparison\n\n{_list(head)}{text}{images}')
     page = _page(drawn, head, table, baseline)
     if page is None:
-        text += ('\nreport.html was not written: plotly is not installed here. In a clone of '
-                 "dn_mmdet run `pip install -e '.[experiments]'`\n")
+        text += (
+            '\nreport.html was not written: plotly is not installed here. In a clone of '
+            "dn_mmdet run `pip install -e '.[experiments]'`\n"
+        )
     else:
         (out / 'report.html').write_text(page)
     return Written(rows, _list(head) + text)
@@ -78,9 +81,18 @@ def _list(head):
 
 def notes(runs) -> list[str]:
     """What a reader has to know before the figures: whatever differs, lacks or failed."""
-    parts = (_ends, _missing_metrics, _rows_of_files, _different_data, _different_versions,
-             _different_machines, _different_configs, _uncounted,
-             _not_folded, _resumed)
+    parts = (
+        _ends,
+        _missing_metrics,
+        _rows_of_files,
+        _different_data,
+        _different_versions,
+        _different_machines,
+        _different_configs,
+        _uncounted,
+        _not_folded,
+        _resumed,
+    )
     return [note for part in parts for note in part(runs)]
 
 
@@ -92,8 +104,9 @@ def _ends(runs):
 
 
 def _missing_metrics(runs):
-    lacking = [_name(run) for run in runs
-               if run.row['status'] == 'finished' and run.row['value'] is None]
+    lacking = [
+        _name(run) for run in runs if run.row['status'] == 'finished' and run.row['value'] is None
+    ]
     if lacking:
         yield f'the metric is missing from {len(lacking)} finished runs: {_some(lacking)}'
     metrics = {run.row['metric'] for run in runs if run.row['value'] is not None}
@@ -103,8 +116,10 @@ def _missing_metrics(runs):
 
 def _rows_of_files(runs):
     if any(run.folder is None for run in runs):
-        yield ('some rows come from a CSV file: they have no curves, no cost but the '
-               'parameters, and were not checked for data and versions')
+        yield (
+            'some rows come from a CSV file: they have no curves, no cost but the '
+            'parameters, and were not checked for data and versions'
+        )
 
 
 def _environments(runs):
@@ -115,11 +130,16 @@ def _different_data(runs):
     for split in ('train', 'val'):
         by_name = grouped(_environments(runs), lambda pair: pair[0].row['data'])
         for name, group in by_name.items():
-            prints = {env['data'][split]['fingerprint'] for _, env in group
-                      if split in env.get('data', {})}
+            prints = {
+                env['data'][split]['fingerprint']
+                for _, env in group
+                if split in env.get('data', {})
+            }
             if len(prints) > 1:
-                yield (f'**different data** under the name {name}, {split}: {len(prints)} '
-                       f'fingerprints')
+                yield (
+                    f'**different data** under the name {name}, {split}: {len(prints)} '
+                    f'fingerprints'
+                )
 
 
 def _different_versions(runs):
@@ -153,24 +173,34 @@ def _uncounted(runs):
 
 
 def _not_folded(runs):
-    found = [(_name(run), read_folded(run.folder)) for run in runs
-             if run.row['status'] == 'finished' and run.folder is not None]
-    refused = [(name, folded['not_folded']) for name, folded in found
-               if folded and 'not_folded' in folded]
+    found = [
+        (_name(run), read_folded(run.folder))
+        for run in runs
+        if run.row['status'] == 'finished' and run.folder is not None
+    ]
+    refused = [
+        (name, folded['not_folded']) for name, folded in found if folded and 'not_folded' in folded
+    ]
     for reason, group in grouped(refused, lambda pair: pair[1]).items():
-        yield (f'{len(group)} runs could not be folded: {_some([name for name, _ in group])}: '
-               f'{reason}')
+        yield (
+            f'{len(group)} runs could not be folded: {_some([name for name, _ in group])}: '
+            f'{reason}'
+        )
     unknown = [name for name, folded in found if folded is None]
     if unknown and len(unknown) < len(found):
-        yield (f'{len(unknown)} finished runs were not evaluated with folded layers, or their '
-               f'checkpoint is gone: {_some(unknown)}')
+        yield (
+            f'{len(unknown)} finished runs were not evaluated with folded layers, or their '
+            f'checkpoint is gone: {_some(unknown)}'
+        )
 
 
 def _resumed(runs):
     resumed = [_name(run) for run in runs if run.result.get('starts', 1) > 1]
     if resumed:
-        yield (f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '
-               f'other random augmentations than in one piece: {_some(resumed)}')
+        yield (
+            f'{len(resumed)} runs were interrupted and went on from a checkpoint, with '
+            f'other random augmentations than in one piece: {_some(resumed)}'
+        )
 
 
 def _name(run):
@@ -188,8 +218,10 @@ def markdown(table, baseline) -> str:
     for setting, rows in grouped(table, lambda row: key_of(row, SETTING)).items():
         named = dict(zip(SETTING, setting, strict=True))
         title = f'{named["question"]}: ' if named['question'] else ''
-        text += (f'## {title}{named["data"]}, {named["epochs"]} epochs, lr {named["lr"]:g}, '
-                 f'batch {named["batch"]}\n\n')
+        text += (
+            f'## {title}{named["data"]}, {named["epochs"]} epochs, lr {named["lr"]:g}, '
+            f'batch {named["batch"]}\n\n'
+        )
         text += markdown_table(*metric_table(rows, baseline)) + '\n'
         text += markdown_table(*_cost_table(rows)) + '\n'
     return text
@@ -204,16 +236,37 @@ def markdown_table(header, rows) -> str:
 def metric_table(rows, baseline) -> tuple[list, list[list]]:
     """Header and lines of the rows of `summarise`: what came out, without what it cost."""
     metrics = ', '.join(sorted({row['metric'] for row in rows if row['metric']}))
-    header = ['config', 'norm', 'seeds', 'diverged', metrics or 'metric', '95 % interval',
-              f'paired difference to {baseline}', '95 % interval', 'p', 'unpaired difference',
-              '95 % interval', 'p']
-    lines = [[
-        row['config'], row['norm'] or '-', row['seeds'], row['diverged'], _number(row['mean']),
-        _range(row['low'], row['high']), _number(row['difference'], '+'),
-        _range(row['difference_low'], row['difference_high'], '+'),
-        _probability(row['p']), _number(row['unpaired'], '+'),
-        _range(row['unpaired_low'], row['unpaired_high'], '+'),
-        _probability(row['unpaired_p'])] for row in rows]
+    header = [
+        'config',
+        'norm',
+        'seeds',
+        'diverged',
+        metrics or 'metric',
+        '95 % interval',
+        f'paired difference to {baseline}',
+        '95 % interval',
+        'p',
+        'unpaired difference',
+        '95 % interval',
+        'p',
+    ]
+    lines = [
+        [
+            row['config'],
+            row['norm'] or '-',
+            row['seeds'],
+            row['diverged'],
+            _number(row['mean']),
+            _range(row['low'], row['high']),
+            _number(row['difference'], '+'),
+            _range(row['difference_low'], row['difference_high'], '+'),
+            _probability(row['p']),
+            _number(row['unpaired'], '+'),
+            _range(row['unpaired_low'], row['unpaired_high'], '+'),
+            _probability(row['unpaired_p']),
+        ]
+        for row in rows
+    ]
     if any(row['folded_seeds'] for row in rows):
         at = header.index('95 % interval') + 1
         header.insert(at, 'folded')
@@ -223,13 +276,27 @@ def metric_table(rows, baseline) -> tuple[list, list[list]]:
 
 
 def _cost_table(rows):
-    header = ['config', 'parameters', 'Mult-Adds', 'of them SC', 'element-wise',
-              'ms per iteration', 'peak memory MB']
-    return header, [[
-        row['config'], _millions(row['parameters']), _millions(row['mult_adds']),
-        _millions(row['sc_mult_adds']), _millions(row['element_wise']),
-        _measured(row['iteration_seconds'] and row['iteration_seconds'] * 1e3),
-        _measured(row['peak_megabytes'])] for row in rows]
+    header = [
+        'config',
+        'parameters',
+        'Mult-Adds',
+        'of them SC',
+        'element-wise',
+        'ms per iteration',
+        'peak memory MB',
+    ]
+    return header, [
+        [
+            row['config'],
+            _millions(row['parameters']),
+            _millions(row['mult_adds']),
+            _millions(row['sc_mult_adds']),
+            _millions(row['element_wise']),
+            _measured(row['iteration_seconds'] and row['iteration_seconds'] * 1e3),
+            _measured(row['peak_megabytes']),
+        ]
+        for row in rows
+    ]
 
 
 def _number(value, sign=''):
@@ -239,8 +306,9 @@ def _number(value, sign=''):
 def _folded(row):
     """The mean, and of how many seeds where it is not all of them."""
     few = row['folded_seeds'] not in (0, row['seeds'])
-    return _number(row['folded']) + (f' ({row["folded_seeds"]} of {row["seeds"]} seeds)'
-                                     if few else '')
+    return _number(row['folded']) + (
+        f' ({row["folded_seeds"]} of {row["seeds"]} seeds)' if few else ''
+    )
 
 
 def _probability(p):
@@ -266,19 +334,25 @@ def _page(drawn, head, table, baseline):
         return None
     parts = [f'<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in head)}</ul>']
     for setting, rows in grouped(table, lambda row: key_of(row, SETTING)).items():
-        parts.append(f'<h2>{html.escape(", ".join(map(str, filter(None, setting[:3]))))} epochs, '
-                     f'lr {setting[3]:g}, batch {setting[4]}</h2>')
+        parts.append(
+            f'<h2>{html.escape(", ".join(map(str, filter(None, setting[:3]))))} epochs, '
+            f'lr {setting[3]:g}, batch {setting[4]}</h2>'
+        )
         parts += [_html_table(*metric_table(rows, baseline)), _html_table(*_cost_table(rows))]
     parts += figures_html
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison'
-            '</title><style>body{font-family:sans-serif;margin:2em}td,th{padding:2px 10px;'
-            'text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child'
-            '{text-align:left}</style></head><body><h1>Comparison</h1>\n'
-            + '\n'.join(parts) + '\n</body></html>\n')
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison'
+        '</title><style>body{font-family:sans-serif;margin:2em}td,th{padding:2px 10px;'
+        'text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child'
+        '{text-align:left}</style></head><body><h1>Comparison</h1>\n'
+        + '\n'.join(parts)
+        + '\n</body></html>\n'
+    )
 
 
 def _html_table(header, rows):
     def cells(values, tag):
         return ''.join(f'<{tag}>{html.escape(str(value))}</{tag}>' for value in values)
+
     body = ''.join(f'<tr>{cells(row, "td")}</tr>' for row in rows)
     return f'<table><tr>{cells(header, "th")}</tr>{body}</table>'

@@ -2,6 +2,7 @@
 
 Folders and files are read as they are, so they may come from another machine.
 """
+
 import csv
 import io
 import json
@@ -18,21 +19,45 @@ from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
 
-COLUMNS = ('question', 'data', 'config', 'norm', 'seed', 'metric', 'value', 'epochs', 'lr',
-           'batch', 'params', 'seconds', 'hardware', 'commit', 'status')
+COLUMNS = (
+    'question',
+    'data',
+    'config',
+    'norm',
+    'seed',
+    'metric',
+    'value',
+    'epochs',
+    'lr',
+    'batch',
+    'params',
+    'seconds',
+    'hardware',
+    'commit',
+    'status',
+)
 # Of trainings that measure them: also the metric of averaged weights; the mean loss of the last
 # epoch; the backend of the DN layers.
 EXTRA = ('averaged', *FOLDED, 'train_loss', 'backend')
 SETTING = ('question', 'data', 'epochs', 'lr', 'batch')  # what runs that are compared share
 KEY = (*SETTING, 'config', 'seed')
 METRICS = ('coco/bbox_mAP', 'accuracy/top1')
-NUMBERS = dict(seed=int, value=float, epochs=int, lr=float, batch=int, params=int, seconds=float,
-               **dict.fromkeys(EXTRA[:-1], float))
+NUMBERS = dict(
+    seed=int,
+    value=float,
+    epochs=int,
+    lr=float,
+    batch=int,
+    params=int,
+    seconds=float,
+    **dict.fromkeys(EXTRA[:-1], float),
+)
 LEVEL = 0.95
 
 
 class Recorded(NamedTuple):
     """A run as it was found; one from a CSV file has a row alone."""
+
     row: dict
     folder: Path | None = None
     result: dict = {}
@@ -41,6 +66,7 @@ class Recorded(NamedTuple):
 
 class Interval(NamedTuple):
     """Mean of n values and its 95 % confidence interval (Student's t), None for n = 1."""
+
     n: int
     mean: float | None
     low: float | None
@@ -117,7 +143,7 @@ def power(seeds: int, difference: float, spread: float) -> float:
         0.81
     """
     freedom = 2 * seeds - 2
-    shift = difference / spread * (seeds / 2)**0.5
+    shift = difference / spread * (seeds / 2) ** 0.5
     limit = stats.t.ppf((1 + LEVEL) / 2, freedom)
     return float(stats.nct.sf(limit, freedom, shift) + stats.nct.cdf(-limit, freedom, shift))
 
@@ -130,8 +156,10 @@ def seeds_needed(difference: float, spread: float, wanted=0.8) -> int:
         17
     """
     if not difference > 0 or not spread > 0 or not 0 < wanted < 1:
-        raise ValueError(f'expected a difference and a spread above 0 and a power between 0 and '
-                         f'1, got {difference}, {spread}, {wanted}')
+        raise ValueError(
+            f'expected a difference and a spread above 0 and a power between 0 and '
+            f'1, got {difference}, {spread}, {wanted}'
+        )
     seeds = 2
     while power(seeds, difference, spread) < wanted:
         seeds += 1
@@ -162,18 +190,29 @@ def _recorded(folder, metric):
     spec = json.loads((folder / 'run.json').read_text())
     result = read_result(folder) or {}
     status = result.get('status') or (
-        'failed' if (folder / 'failure.json').is_file() else 'unfinished')
+        'failed' if (folder / 'failure.json').is_file() else 'unfinished'
+    )
     metrics = result.get('metrics', {})
-    metric = metric or next((name for name in METRICS if name in metrics),
-                            next(iter(metrics), None))
+    metric = metric or next(
+        (name for name in METRICS if name in metrics), next(iter(metrics), None)
+    )
     row = dict(
-        question=spec['question'], data=spec['data'], config=spec['config'],
-        norm='+'.join(result.get('norms', {})), seed=spec['seed'], metric=metric,
-        value=metrics.get(metric), epochs=spec['epochs'], lr=float(f'{spec["lr"]:.6g}'),
-        batch=spec['batch'], params=result.get('parameters'),
+        question=spec['question'],
+        data=spec['data'],
+        config=spec['config'],
+        norm='+'.join(result.get('norms', {})),
+        seed=spec['seed'],
+        metric=metric,
+        value=metrics.get(metric),
+        epochs=spec['epochs'],
+        lr=float(f'{spec["lr"]:.6g}'),
+        batch=spec['batch'],
+        params=result.get('parameters'),
         seconds=round(result['seconds'], 1) if result else None,
-        hardware=result.get('environment', {}).get('hardware'), commit=spec['commit'],
-        status=status)
+        hardware=result.get('environment', {}).get('hardware'),
+        commit=spec['commit'],
+        status=status,
+    )
     folded = read_folded(folder)
     if folded and result:
         row.update((name, (folded.get(name) or {}).get(metric)) for name in FOLDED)
@@ -189,10 +228,17 @@ def read_rows(path) -> list[dict]:
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS + EXTRA):
-            raise ConfigError(f'{path}: expected the columns {", ".join(COLUMNS)}, found '
-                              f'{", ".join(reader.fieldnames or ()) or "none"}')
-        return [{key: None if value == '' and key != 'question' else
-                 NUMBERS.get(key, str)(value) for key, value in row.items()} for row in reader]
+            raise ConfigError(
+                f'{path}: expected the columns {", ".join(COLUMNS)}, found '
+                f'{", ".join(reader.fieldnames or ()) or "none"}'
+            )
+        return [
+            {
+                key: None if value == '' and key != 'question' else NUMBERS.get(key, str)(value)
+                for key, value in row.items()
+            }
+            for row in reader
+        ]
 
 
 def merge_rows(path, rows) -> None:
@@ -223,7 +269,8 @@ def csv_text(rows, columns):
 
 def spec_of(run):
     return run.result.get('run', {}) or (
-        json.loads((run.folder / 'run.json').read_text()) if run.folder else {})
+        json.loads((run.folder / 'run.json').read_text()) if run.folder else {}
+    )
 
 
 def grouped(items, key):
@@ -242,23 +289,44 @@ def summarise(runs, baseline) -> list[dict]:
         for name, members in sorted(configs.items(), key=lambda item: item[0] != baseline):
             values = _values(members)
             found = interval(list(values.values()))
-            folded = interval([run.row['folded'] for run in members
-                               if run.row.get('folded') is not None])
-            difference, p = (paired(values, reference) if name != baseline
-                             else (Interval(0, None, None, None), None))
-            apart, apart_p = (unpaired(values, reference) if name != baseline
-                              else (Interval(0, None, None, None), None))
-            table.append(dict(
-                zip(SETTING, setting, strict=True), config=name,
-                norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
-                metric=next((run.row['metric'] for run in members if run.row['metric']), ''),
-                seeds=found.n, diverged=sum(run.row['status'] == 'diverged' for run in members),
-                mean=found.mean, low=found.low, high=found.high, folded_seeds=folded.n,
-                folded=folded.mean, pairs=difference.n,
-                difference=difference.mean, difference_low=difference.low,
-                difference_high=difference.high, p=p, unpaired=apart.mean,
-                unpaired_low=apart.low, unpaired_high=apart.high, unpaired_p=apart_p,
-                **_cost(members)))
+            folded = interval(
+                [run.row['folded'] for run in members if run.row.get('folded') is not None]
+            )
+            difference, p = (
+                paired(values, reference)
+                if name != baseline
+                else (Interval(0, None, None, None), None)
+            )
+            apart, apart_p = (
+                unpaired(values, reference)
+                if name != baseline
+                else (Interval(0, None, None, None), None)
+            )
+            table.append(
+                dict(
+                    zip(SETTING, setting, strict=True),
+                    config=name,
+                    norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
+                    metric=next((run.row['metric'] for run in members if run.row['metric']), ''),
+                    seeds=found.n,
+                    diverged=sum(run.row['status'] == 'diverged' for run in members),
+                    mean=found.mean,
+                    low=found.low,
+                    high=found.high,
+                    folded_seeds=folded.n,
+                    folded=folded.mean,
+                    pairs=difference.n,
+                    difference=difference.mean,
+                    difference_low=difference.low,
+                    difference_high=difference.high,
+                    p=p,
+                    unpaired=apart.mean,
+                    unpaired_low=apart.low,
+                    unpaired_high=apart.high,
+                    unpaired_p=apart_p,
+                    **_cost(members),
+                )
+            )
     return table
 
 
@@ -279,4 +347,5 @@ def _cost(runs):
         sc_mult_adds=counts and counts.get('SC', 0),
         element_wise=counts and sum(n for kind, n in counts.items() if kind in ELEMENT_WISE),
         iteration_seconds=sum(times) / len(times) if times else None,
-        peak_megabytes=max(memory) if memory else None)
+        peak_megabytes=max(memory) if memory else None,
+    )

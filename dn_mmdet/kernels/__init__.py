@@ -4,6 +4,7 @@
 module is a `Backend`. `operators` has a whole layer as an operator of torch.library, for
 `torch.compile`.
 """
+
 from typing import Protocol
 
 from torch import Tensor
@@ -32,8 +33,9 @@ class Backend(Protocol):
     def reduce(self, dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """``da = sum dy (x - m)`` and ``dc = sum dy``. Reads dy and x."""
 
-    def input_gradient(self, dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
-                       q: Tensor) -> Tensor:
+    def input_gradient(
+        self, dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor, q: Tensor
+    ) -> Tensor:
         """``dx = a dy + p (x - m) + q``. Reads dy and x, writes dx."""
 
     @property

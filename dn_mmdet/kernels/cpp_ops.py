@@ -4,6 +4,7 @@ Stock operators pay on small maps for each of the thirty that a layer needs, and
 ones more often than necessary. Compiled are contiguous maps of float32 and float64; any
 others, and GPUs, run through `torch_ops`.
 """
+
 import torch
 from torch import Tensor
 
@@ -38,17 +39,16 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return _reduce(dy.contiguous(), x, m.contiguous())
 
 
-def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
-                   q: Tensor) -> Tensor:
+def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor, q: Tensor) -> Tensor:
     x = torch_ops.as_dense(x)
     if not _is_compiled(x):
         return torch_ops.input_gradient(dy, x, m, a, p, q)
-    return _input_gradient(dy.contiguous(), x,
-                           *(t.contiguous() for t in (m, a, p, q)))
+    return _input_gradient(dy.contiguous(), x, *(t.contiguous() for t in (m, a, p, q)))
 
 
-def infer(x: Tensor, running, w, b, sc_parameters, *, eps, bound, standardized,
-          batch_shared) -> Tensor | None:
+def infer(
+    x: Tensor, running, w, b, sc_parameters, *, eps, bound, standardized, batch_shared
+) -> Tensor | None:
     """y where statistics are the running ones and nothing needs a gradient, at one call.
 
     None where x is not of the compiled kind.
@@ -61,31 +61,74 @@ def infer(x: Tensor, running, w, b, sc_parameters, *, eps, bound, standardized,
 class Coefficients:
     """a, c of equation (7) and their gradients; see `torch_ops.Coefficients`."""
 
-    def __init__(self, m, v, size, running, averages, w, b, sc_parameters, *, eps, bound,
-                 standardized, batch_shared, keep):
+    def __init__(
+        self,
+        m,
+        v,
+        size,
+        running,
+        averages,
+        w,
+        b,
+        sc_parameters,
+        *,
+        eps,
+        bound,
+        standardized,
+        batch_shared,
+        keep,
+    ):
         self.a, self.c, *kept = coefficients(
-            m, v, size, *(running or (None, None)), *(averages or (None, None, 0.)), w, b,
-            sc_parameters, eps, bound, standardized, batch_shared)
+            m,
+            v,
+            size,
+            *(running or (None, None)),
+            *(averages or (None, None, 0.0)),
+            w,
+            b,
+            sc_parameters,
+            eps,
+            bound,
+            standardized,
+            batch_shared,
+        )
         self.m = m
         if keep:
             self.kept = kept
-            self.arguments = (size, w, b, sc_parameters, eps, bound, standardized, batch_shared,
-                              running is None)
+            self.arguments = (
+                size,
+                w,
+                b,
+                sc_parameters,
+                eps,
+                bound,
+                standardized,
+                batch_shared,
+                running is None,
+            )
 
     def backward(self, da: Tensor, dc: Tensor):
         """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
         size, w, b, sc_parameters, *options = self.arguments
-        p, q, *gradients = coefficients_backward(da, dc, self.m, self.a, *self.kept, size, w, b,
-                                                 sc_parameters, *options)
-        return p, q, *(d if d is None or d.dtype == like.dtype else d.to(like.dtype)
-                       for d, like in zip(gradients, (w, b, *sc_parameters), strict=True))
+        p, q, *gradients = coefficients_backward(
+            da, dc, self.m, self.a, *self.kept, size, w, b, sc_parameters, *options
+        )
+        return (
+            p,
+            q,
+            *(
+                d if d is None or d.dtype == like.dtype else d.to(like.dtype)
+                for d, like in zip(gradients, (w, b, *sc_parameters), strict=True)
+            ),
+        )
 
 
 def check_runs_on(x: Tensor) -> None:
     """Raises ValueError for tensors that are not on a CPU."""
     if not x.is_cpu:
-        raise ValueError(f"backend='cpp': expected a tensor on a CPU, got one on {x.device}; use "
-                         f"backend='auto'")
+        raise ValueError(
+            f"backend='cpp': expected a tensor on a CPU, got one on {x.device}; use backend='auto'"
+        )
 
 
 def _is_compiled(x):

@@ -10,6 +10,7 @@ Triton passes a kernel's arguments in order, without constants, then two pointer
 memory; `compile_kernel` checks that in the compiled code, and another version of Triton is
 refused.
 """
+
 import contextlib
 import functools
 import logging
@@ -32,24 +33,56 @@ from dn_mmdet.sc import SC
 from . import _host, plans, triton_kernels
 
 # Where an argument comes from, in the order of host.cpp's Source.
-SOURCES = ('x', 'y', 'dy', 'dx', 'w', 'b', 'w_in', 'b_in', 'w_out', 'b_out', 'running_mean',
-           'running_var', 'tracked', 'kept', 'scratch', 'backward_scratch', 'dw', 'db', 'dw_in',
-           'db_in', 'dw_out', 'db_out', 'table', 'dtable', 'eps', 'momentum', 'bound', 'number')
+SOURCES = (
+    'x',
+    'y',
+    'dy',
+    'dx',
+    'w',
+    'b',
+    'w_in',
+    'b_in',
+    'w_out',
+    'b_out',
+    'running_mean',
+    'running_var',
+    'tracked',
+    'kept',
+    'scratch',
+    'backward_scratch',
+    'dw',
+    'db',
+    'dw_in',
+    'db_in',
+    'dw_out',
+    'db_out',
+    'table',
+    'dtable',
+    'eps',
+    'momentum',
+    'bound',
+    'number',
+)
 # host.cpp's Mode; BACKWARD: an operator's gradient, which has a plan of its own.
 BATCH, UPDATE, CUMULATIVE, SHARED, STANDARDIZED, BOUNDED, CHANNELS_LAST, INFERENCE, BACKWARD = (
-    1 << i for i in range(9))
+    1 << i for i in range(9)
+)
 MODES = 9  # bits; the dtype of the map stands above them
 # c10::ScalarType
-DTYPES = {4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64,
-          15: torch.bfloat16}
+DTYPES = {4: torch.int64, 5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
-TRITON_TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32',
-                torch.float64: 'fp64', torch.int64: 'i64', 'i32': 'i32'}
+TRITON_TYPES = {
+    torch.float16: 'fp16',
+    torch.bfloat16: 'bf16',
+    torch.float32: 'fp32',
+    torch.float64: 'fp64',
+    torch.int64: 'i64',
+    'i32': 'i32',
+}
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 OWN = (*plans.PARAMETERS, *plans.STATE)  # the layer's tensors
 # host.cpp's Kind.
 OTHER, NORM, SYNC_NORM, PLAIN_SC = range(4)
-
 
 
 class UnknownTriton(RuntimeError):
@@ -89,8 +122,7 @@ def forward(x, parameters, state, mode: int, eps: float, momentum: float, bound:
     return _by_plan(_host.forward, x, parameters, state, mode, eps, momentum, bound)
 
 
-def backward(dy, x, kept, parameters, mode: int, eps: float, bound: float,
-             x_needs_gradient: bool):
+def backward(dy, x, kept, parameters, mode: int, eps: float, bound: float, x_needs_gradient: bool):
     """The gradients of x and of the six parameters, None where there is none.
 
     All of them None, as in `forward`, is None alone. Of the mode the same can be given.
@@ -116,9 +148,12 @@ def _add_plan(key) -> bool:
         raise
     except Exception as error:  # of Triton's compiler or of the driver, any
         _unusable[device] = error
-        print_log(f'dn_mmdet: on GPU {device} DN layers run on slower operators: the kernels '
-                  f'cannot be compiled or loaded ({type(error).__name__}: {error})',
-                  logger='current', level=logging.WARNING)
+        print_log(
+            f'dn_mmdet: on GPU {device} DN layers run on slower operators: the kernels '
+            f'cannot be compiled or loaded ({type(error).__name__}: {error})',
+            logger='current',
+            level=logging.WARNING,
+        )
         return False
     _host.add_plan(key, blob)
     return True
@@ -134,10 +169,17 @@ def plan_of(key) -> plans.Plan:
     _, n, c, s, hidden, mode, dtypes, world, rank = key
     shape = plans.Shape(n, c, s, bool(mode & CHANNELS_LAST), DTYPES[mode >> MODES])
     options = plans.Options(
-        hidden=hidden, batch=bool(mode & BATCH), update=bool(mode & UPDATE),
-        cumulative=bool(mode & CUMULATIVE), shared=bool(mode & SHARED),
-        standardized=bool(mode & STANDARDIZED), bounded=bool(mode & BOUNDED), world=world,
-        rank=rank, inference=bool(mode & INFERENCE))
+        hidden=hidden,
+        batch=bool(mode & BATCH),
+        update=bool(mode & UPDATE),
+        cumulative=bool(mode & CUMULATIVE),
+        shared=bool(mode & SHARED),
+        standardized=bool(mode & STANDARDIZED),
+        bounded=bool(mode & BOUNDED),
+        world=world,
+        rank=rank,
+        inference=bool(mode & INFERENCE),
+    )
     given = {}
     for i, name in enumerate(OWN):
         number = dtypes >> 6 * (len(OWN) - 1 - i) & 63
@@ -177,11 +219,17 @@ def encode(plan: plans.Plan, handle_of) -> bytes:
             places[name] = source, at * itemsize
     for name in plan.gradients:
         places[f'd{name}'] = f'd{name}', 0
-    numbers = [itemsize * plan.kept_size, itemsize * plan.kept.get('mu', 0),
-               itemsize * plan.kept.get('sigma', 0), itemsize * plan.scratch_size,
-               itemsize * plan.backward_scratch_size, plan.gradient_bytes,
-               *(plan.gradients.get(name, 0) for name in plans.PARAMETERS), plan.table_size,
-               NUMBERS[plan.shape.accumulator]]
+    numbers = [
+        itemsize * plan.kept_size,
+        itemsize * plan.kept.get('mu', 0),
+        itemsize * plan.kept.get('sigma', 0),
+        itemsize * plan.scratch_size,
+        itemsize * plan.backward_scratch_size,
+        plan.gradient_bytes,
+        *(plan.gradients.get(name, 0) for name in plans.PARAMETERS),
+        plan.table_size,
+        NUMBERS[plan.shape.accumulator],
+    ]
     for launches in (plan.forward, plan.backward):
         numbers.append(len(launches))
         for launch in launches:
@@ -204,6 +252,7 @@ def encode(plan: plans.Plan, handle_of) -> bytes:
 
 class Signature(NamedTuple):
     """All that decides a kernel's machine code, of one GPU; a key of what is compiled."""
+
     kernel: str
     types: tuple[str, ...]  # of each parameter, in Triton's words
     constants: tuple  # (name, value)
@@ -224,8 +273,14 @@ class Signature(NamedTuple):
                 divisibility.append((i, plans.Plan.ALIGNMENT))
             elif name in plans.HINTED and plans.divisor(launch.numbers[name]) > 1:
                 divisibility.append((i, plans.divisor(launch.numbers[name])))
-        return cls(launch.kernel, tuple(types), tuple(launch.constants.items()),
-                   tuple(divisibility), launch.warps, launch.registers)
+        return cls(
+            launch.kernel,
+            tuple(types),
+            tuple(launch.constants.items()),
+            tuple(divisibility),
+            launch.warps,
+            launch.registers,
+        )
 
 
 def compile_kernel(signature: Signature, capability: int):
@@ -235,16 +290,20 @@ def compile_kernel(signature: Signature, capability: int):
         UnknownTriton: this version of Triton passes arguments in another way.
     """
     kernel = getattr(triton_kernels, signature.kernel)
-    constants = {name: ACCUMULATORS[value] if name == 'ACC' else value
-                 for name, value in signature.constants}
-    attributes = {(i, ): [['tt.divisibility', divisor]]
-                  for i, divisor in signature.divisibility}
+    constants = {
+        name: ACCUMULATORS[value] if name == 'ACC' else value
+        for name, value in signature.constants
+    }
+    attributes = {(i,): [['tt.divisibility', divisor]] for i, divisor in signature.divisibility}
     options = dict(num_warps=signature.warps, num_stages=2)
     if signature.registers:
         options['maxnreg'] = signature.registers
     types = dict(zip(kernel.arg_names, signature.types, strict=True))
-    binary = triton_compile(ASTSource(kernel, types, constants, attributes),
-                            target=GPUTarget('cuda', capability, 32), options=options)
+    binary = triton_compile(
+        ASTSource(kernel, types, constants, attributes),
+        target=GPUTarget('cuda', capability, 32),
+        options=options,
+    )
     _check_arguments(binary, [t for t in signature.types if t != 'constexpr'])
     return binary
 
@@ -254,10 +313,18 @@ def _check_arguments(binary, types):
     entry = re.search(r'\.entry\s+\w+\((.*?)\)', binary.asm['ptx'], re.S).group(1)
     sizes = [int(bits) // 8 for bits in re.findall(r'\.param \.[a-z](\d+)', entry)]
     wanted = [4 if t == 'i32' else 8 for t in types] + [8, 8]  # two scratch pointers
-    if (sizes != wanted or meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl
-            or meta.global_scratch_size or meta.profile_scratch_size):
-        raise UnknownTriton(f"expected Triton's kernels to take {wanted} bytes of arguments, got "
-                           f'{sizes}: this version of Triton is not known; install triton 3.6')
+    if (
+        sizes != wanted
+        or meta.num_ctas != 1
+        or meta.launch_cooperative_grid
+        or meta.launch_pdl
+        or meta.global_scratch_size
+        or meta.profile_scratch_size
+    ):
+        raise UnknownTriton(
+            f"expected Triton's kernels to take {wanted} bytes of arguments, got "
+            f'{sizes}: this version of Triton is not known; install triton 3.6'
+        )
 
 
 _loaded = {}  # (signature, device) -> (function, bytes of shared memory)
@@ -268,8 +335,9 @@ def _load(plan, launch, device):
     if key not in _loaded:
         capability = torch.cuda.get_device_capability(device)
         binary = compile_kernel(key[0], 10 * capability[0] + capability[1])
-        function, *_ = _host.load(binary.asm['cubin'], binary.metadata.name,
-                                  binary.metadata.shared, device)
+        function, *_ = _host.load(
+            binary.asm['cubin'], binary.metadata.name, binary.metadata.shared, device
+        )
         _loaded[key] = function, binary.metadata.shared
     return _loaded[key]
 
@@ -286,29 +354,51 @@ def _kind_of_type(cls: type) -> int:
 def _group_of(bn):
     """(name, world size, rank) of the processes that reduce bn's statistics, or None."""
     from dn_mmdet.functional import process_group
+
     group = process_group(bn)
     if group is None:
         return None
-    return group.group_name, torch.distributed.get_world_size(group), torch.distributed.get_rank(
-        group)
+    return (
+        group.group_name,
+        torch.distributed.get_world_size(group),
+        torch.distributed.get_rank(group),
+    )
 
 
 def _double_backward(dy, x, mu, sigma, parameters, needed, mode, eps, bound, group):
     """The gradients of x, w, b and SC's parameters, each operation seen by autograd."""
     from dn_mmdet import functional
+
     return functional.replayed_backward(
-        dy, x, mu, sigma, parameters, needed, batch=bool(mode & BATCH),
-        batch_shared=bool(mode & SHARED), standardized=bool(mode & STANDARDIZED), eps=eps,
-        bound=bound if mode & BOUNDED else None, group=group)
+        dy,
+        x,
+        mu,
+        sigma,
+        parameters,
+        needed,
+        batch=bool(mode & BATCH),
+        batch_shared=bool(mode & SHARED),
+        standardized=bool(mode & STANDARDIZED),
+        eps=eps,
+        bound=bound if mode & BOUNDED else None,
+        group=group,
+    )
 
 
 @functools.cache
 def configured() -> bool:
     """Tells the compiled host what it needs of Python, once."""
-    _host.configure(_kind_of_type, _group_of, _double_backward,
-                    (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks,
-                     torch_modules._global_backward_hooks,
-                     torch_modules._global_backward_pre_hooks))
+    _host.configure(
+        _kind_of_type,
+        _group_of,
+        _double_backward,
+        (
+            torch_modules._global_forward_hooks,
+            torch_modules._global_forward_pre_hooks,
+            torch_modules._global_backward_hooks,
+            torch_modules._global_backward_pre_hooks,
+        ),
+    )
     return True
 
 

@@ -5,6 +5,7 @@ where each of its arguments comes from: a named tensor, a named number of the la
 momentum, bound) or an integer that the shape decides. `triton_ops` launches plans from
 Python, `host` hands them to the compiled host.
 """
+
 import math
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ STATE = ('running_mean', 'running_var', 'tracked')
 
 class Shape(NamedTuple):
     """A map as the kernels see it: N, C, S, and whether channels are innermost."""
+
     samples: int
     channels: int
     size: int
@@ -46,6 +48,7 @@ class Shape(NamedTuple):
 
 class Options(NamedTuple):
     """What of a layer and its mode is compiled into the kernels."""
+
     hidden: int
     batch: bool  # statistics of the batch, else the running ones
     update: bool  # of the running averages
@@ -64,12 +67,14 @@ class Options(NamedTuple):
         Not where the counter decides the step of the averages, which all of a launch have to
         read before it is counted on.
         """
-        return not (self.shared or self.world > 1 or self.cumulative
-                    or self.standardized and self.batch)
+        return not (
+            self.shared or self.world > 1 or self.cumulative or self.standardized and self.batch
+        )
 
 
 class Launch(NamedTuple):
     """One kernel on a 1-d grid."""
+
     kernel: str
     grid: int
     warps: int
@@ -83,6 +88,7 @@ class Tuning(NamedTuple):
 
     Waves: 16-byte loads of a thread in flight, by map.
     """
+
     sum_warps: int = 4
     sum_rows: int = 64  # of a channels_last tile in sums: lanes are merged in shared memory
     moments_waves: int = 4
@@ -121,6 +127,7 @@ def next_power_of_2(n: int) -> int:
 
 class Tile(NamedTuple):
     """U deep, R rows, K columns; see `triton_kernels`. R K is one 16-byte load a thread."""
+
     deep: int
     rows: int
     columns: int
@@ -140,16 +147,17 @@ def tile(shape: Shape, warps: int, waves: int, most_rows: int = 256) -> Tile:
     whole = next_power_of_2(shape.size)
     if shape.channels_last:
         # whole lines of 128 bytes if possible, few idle lanes
-        penalty = {256: 1., 128: 1., 64: 0.97, 32: 0.8, 16: 0.5}
+        penalty = {256: 1.0, 128: 1.0, 64: 0.97, 32: 0.8, 16: 0.5}
         most = min(next_power_of_2(shape.rows), most_rows)
-        rows = max((r for r in penalty if r <= max(most, 16)),
-                   key=lambda r: shape.rows / (-(-shape.rows // r) * r) * penalty[r])
+        rows = max(
+            (r for r in penalty if r <= max(most, 16)),
+            key=lambda r: shape.rows / (-(-shape.rows // r) * r) * penalty[r],
+        )
         rows = min(rows, most)
         columns = min(max(wave // rows, 1), whole)
         return Tile(max(1, min(waves, whole // columns)), rows, columns)
     rows = min(max(1, waves * wave // whole), next_power_of_2(shape.rows), waves * wave)
-    while (rows > 1 and shape.outer * -(-shape.rows // rows) < 264
-           and rows * whole > wave // 4):
+    while rows > 1 and shape.outer * -(-shape.rows // rows) < 264 and rows * whole > wave // 4:
         rows //= 2
     columns = min(whole, max(wave // rows, min(vector, whole)))
     return Tile(max(1, min(waves, whole // columns)), rows, columns)
@@ -169,10 +177,16 @@ def splits(shape: Shape, tile: Tile, tuning: Tuning) -> tuple[int, int]:
 
 
 def _big(kernel, shape, tile, grid, warps, registers=0, **numbers):
-    return Launch(kernel, grid, warps,
-                  dict(CL=shape.channels_last, ACC=shape.accumulator, **tile.constants),
-                  dict(rows=shape.rows, columns=shape.size,
-                       row_blocks=-(-shape.rows // tile.rows), **numbers), registers)
+    return Launch(
+        kernel,
+        grid,
+        warps,
+        dict(CL=shape.channels_last, ACC=shape.accumulator, **tile.constants),
+        dict(
+            rows=shape.rows, columns=shape.size, row_blocks=-(-shape.rows // tile.rows), **numbers
+        ),
+        registers,
+    )
 
 
 def _sum(kernel, shape, waves, tuning):
@@ -181,8 +195,21 @@ def _sum(kernel, shape, waves, tuning):
     parts, size = splits(shape, t, tuning)
     grid = shape.outer * -(-shape.rows // t.rows) * parts
     registers = tuning.registers if shape.accumulator == torch.float32 else 0
-    return _big(kernel, shape, t, grid, tuning.sum_warps, registers,
-                total=shape.samples * shape.channels, splits=parts, split_size=size), parts, size
+    return (
+        _big(
+            kernel,
+            shape,
+            t,
+            grid,
+            tuning.sum_warps,
+            registers,
+            total=shape.samples * shape.channels,
+            splits=parts,
+            split_size=size,
+        ),
+        parts,
+        size,
+    )
 
 
 def _map(kernel, shape, waves, tuning):
@@ -211,8 +238,9 @@ def input_gradient(shape: Shape, tuning: Tuning = TUNING) -> Launch:
 class SmallPart:
     """The launches between the big passes, and the sizes of what they keep."""
 
-    def __init__(self, shape: Shape, options: Options, missing: frozenset[str],
-                 tuning: Tuning = TUNING):
+    def __init__(
+        self, shape: Shape, options: Options, missing: frozenset[str], tuning: Tuning = TUNING
+    ):
         """missing: which of w, b and tracked the layer does not have."""
         n, c = shape.samples, shape.channels
         self.shape, self.options, self.tuning = shape, options, tuning
@@ -223,7 +251,8 @@ class SmallPart:
         self.moments_block = tuning.moments_block or usual
         # each program adds up all partials of its samples' hidden units: fewer, larger ones
         self.coefficients_block = tuning.coefficients_block or (
-            16 if c <= 128 else 32 if c <= 512 else 64)
+            16 if c <= 128 else 32 if c <= 512 else 64
+        )
         self.statistics_blocks = -(-c // self.statistics_block)
         self.output_blocks = -(-c // self.output_block)
         self.tile_hidden = min(HIDDEN, max(16, next_power_of_2(options.hidden)))
@@ -238,23 +267,43 @@ class SmallPart:
         blocks = -(-s.channels // block)
         warps = 8 if block * self.tile_hidden >= 2048 else 4
         constants = dict(N=self.tile_samples, C=block, ACC=s.accumulator)
-        precision = (self.tuning.backward_precision if 'gradient' in kernel
-                     else self.tuning.forward_precision)
+        precision = (
+            self.tuning.backward_precision
+            if 'gradient' in kernel
+            else self.tuning.forward_precision
+        )
         if s.accumulator == torch.float64:
             precision = 'ieee'
         names = getattr(triton_kernels, kernel).arg_names
-        known = dict(BATCH=o.batch, UPDATE=o.update, CUMULATIVE=o.cumulative, SHARED=o.shared,
-                     STANDARDIZED=o.standardized, BOUNDED=o.bounded, H=self.tile_hidden,
-                     PRECISION=precision, WHOLE=self.hidden_blocks == 1, **dict(flags))
+        known = dict(
+            BATCH=o.batch,
+            UPDATE=o.update,
+            CUMULATIVE=o.cumulative,
+            SHARED=o.shared,
+            STANDARDIZED=o.standardized,
+            BOUNDED=o.bounded,
+            H=self.tile_hidden,
+            PRECISION=precision,
+            WHOLE=self.hidden_blocks == 1,
+            **dict(flags),
+        )
         constants.update((name, value) for name, value in known.items() if name in names)
         absent = dict(self.none, **{f'{name}_ptr': None for name in none})
         for name in ('w', 'b'):  # nor is there a gradient
             if f'{name}_ptr' in absent:
                 absent[f'd{name}_ptr'] = None
         constants.update((name, None) for name in absent if name in names)
-        numbers = dict(numbers, n=s.samples, channels=s.channels, hidden=o.hidden,
-                       padded=self.padded, columns=s.size, world=o.world, rank=o.rank,
-                       blocks=blocks)
+        numbers = dict(
+            numbers,
+            n=s.samples,
+            channels=s.channels,
+            hidden=o.hidden,
+            padded=self.padded,
+            columns=s.size,
+            world=o.world,
+            rank=o.rank,
+            blocks=blocks,
+        )
         numbers = {name: numbers[name] for name in names if name in numbers}
         return Launch(kernel, blocks * programs, warps, constants, numbers)
 
@@ -263,32 +312,56 @@ class SmallPart:
         return self.options.world > 1
 
     def local_statistics(self, splits: int, split_size: int) -> Launch:
-        return self._launch('local_statistics_kernel', self.statistics_block,
-                            flags=dict(SINGLE=splits == 1), splits=splits,
-                            split_size=split_size)
+        return self._launch(
+            'local_statistics_kernel',
+            self.statistics_block,
+            flags=dict(SINGLE=splits == 1),
+            splits=splits,
+            split_size=split_size,
+        )
 
     def statistics(self, splits: int, split_size: int) -> Launch:
-        none = () if self.synchronized else ('table', )
-        return self._launch('statistics_kernel', self.statistics_block, self.hidden_blocks,
-                            dict(SINGLE=splits == 1), none, splits=splits,
-                            split_size=split_size)
+        none = () if self.synchronized else ('table',)
+        return self._launch(
+            'statistics_kernel',
+            self.statistics_block,
+            self.hidden_blocks,
+            dict(SINGLE=splits == 1),
+            none,
+            splits=splits,
+            split_size=split_size,
+        )
 
     def coefficients(self, parts: int = 0) -> Launch:
         """parts: of the hidden units' sums, where no launch of `statistics` comes before."""
         none = () if parts else ('v', 'running_mean', 'running_var')
-        return self._launch('coefficients_kernel', self.coefficients_block,
-                            -(-self.shape.samples // self.tile_samples),
-                            dict(STATISTICS=parts > 0), none,
-                            parts=parts or self.statistics_blocks)
+        return self._launch(
+            'coefficients_kernel',
+            self.coefficients_block,
+            -(-self.shape.samples // self.tile_samples),
+            dict(STATISTICS=parts > 0),
+            none,
+            parts=parts or self.statistics_blocks,
+        )
 
     def output_gradient(self, splits: int) -> Launch:
-        return self._launch('output_gradient_kernel', self.output_block, self.hidden_blocks,
-                            dict(SINGLE=splits == 1), splits=splits)
+        return self._launch(
+            'output_gradient_kernel',
+            self.output_block,
+            self.hidden_blocks,
+            dict(SINGLE=splits == 1),
+            splits=splits,
+        )
 
     def moments_gradient(self) -> Launch:
         none = () if self.synchronized else ('table', 'dtable')
-        return self._launch('moments_gradient_kernel', self.moments_block, self.hidden_blocks,
-                            none=none, parts=self.output_blocks)
+        return self._launch(
+            'moments_gradient_kernel',
+            self.moments_block,
+            self.hidden_blocks,
+            none=none,
+            parts=self.output_blocks,
+        )
 
     def synchronized_gradient(self) -> Launch:
         return self._launch('synchronized_gradient_kernel', self.moments_block)
@@ -299,14 +372,31 @@ class SmallPart:
         blocks = -(-s.channels // tile.rows)
         wide = s.channels > 512 and s.channels_last
         most_hidden = self.tuning.sample_hidden or (16 if wide else 32)
-        constants = dict(CL=s.channels_last, H=min(self.tile_hidden, most_hidden),
-                         ACC=s.accumulator, **tile.constants, **dict(flags))
+        constants = dict(
+            CL=s.channels_last,
+            H=min(self.tile_hidden, most_hidden),
+            ACC=s.accumulator,
+            **tile.constants,
+            **dict(flags),
+        )
         names = getattr(triton_kernels, kernel).arg_names
         absent = dict(self.none, **{f'{name}_ptr': None for name in none})
         constants.update((name, None) for name in absent if name in names)
-        return Launch(kernel, blocks * programs * s.samples, warps, constants,
-                      dict(numbers, n=s.samples, rows=s.channels, columns=s.size,
-                           hidden=o.hidden, padded=self.padded, row_blocks=blocks))
+        return Launch(
+            kernel,
+            blocks * programs * s.samples,
+            warps,
+            constants,
+            dict(
+                numbers,
+                n=s.samples,
+                rows=s.channels,
+                columns=s.size,
+                hidden=o.hidden,
+                padded=self.padded,
+                row_blocks=blocks,
+            ),
+        )
 
     def _sample_tile(self, warps, waves):
         most = self.tuning.sample_rows or (64 if self.shape.channels > 512 else 32)
@@ -319,9 +409,13 @@ class SmallPart:
         none = ['v'] if o.inference and not o.batch else []
         if not o.standardized:
             none += ['running_mean', 'running_var']
-        return self._sample_launch('sample_moments_kernel',
-                                   self._sample_tile(warps, t.moments_waves), warps,
-                                   flags=dict(STANDARDIZED=o.standardized), none=none)
+        return self._sample_launch(
+            'sample_moments_kernel',
+            self._sample_tile(warps, t.moments_waves),
+            warps,
+            flags=dict(STANDARDIZED=o.standardized),
+            none=none,
+        )
 
     def sample_affine(self, blocks: int) -> Launch:
         """blocks: the partials of `sample_moments`."""
@@ -331,9 +425,16 @@ class SmallPart:
         programs = -(-s.channels // whole.rows) * s.samples
         size = -(-steps // max(1, min(steps, t.sample_programs // programs))) * whole.width
         parts = -(-s.size // size)
-        return self._sample_launch('sample_affine_kernel', whole, t.sample_warps, parts,
-                                   dict(BOUNDED=self.options.bounded), parts=parts,
-                                   split_size=size, blocks=blocks)
+        return self._sample_launch(
+            'sample_affine_kernel',
+            whole,
+            t.sample_warps,
+            parts,
+            dict(BOUNDED=self.options.bounded),
+            parts=parts,
+            split_size=size,
+            blocks=blocks,
+        )
 
     def sizes(self) -> dict[str, int]:
         """The number of values of each tensor of the small part."""
@@ -341,11 +442,30 @@ class SmallPart:
         hidden = self.options.hidden
         table = self.options.world * (2 * c + 1)
         return dict(
-            m=nc, v=nc, a=nc, c=nc, g=nc, h=nc, p=nc, q=nc, mu=c, sigma=c, dmu=c, dsigma=c,
-            r=self.rows * self.padded, up=self.statistics_blocks * self.rows * self.padded,
-            dr=self.output_blocks * self.rows * self.padded, table=table, dtable=table,
-            dw=c, db=c, dw_in=2 * c * hidden, db_in=hidden, dw_out=2 * c * hidden,
-            db_out=2 * c)
+            m=nc,
+            v=nc,
+            a=nc,
+            c=nc,
+            g=nc,
+            h=nc,
+            p=nc,
+            q=nc,
+            mu=c,
+            sigma=c,
+            dmu=c,
+            dsigma=c,
+            r=self.rows * self.padded,
+            up=self.statistics_blocks * self.rows * self.padded,
+            dr=self.output_blocks * self.rows * self.padded,
+            table=table,
+            dtable=table,
+            dw=c,
+            db=c,
+            dw_in=2 * c * hidden,
+            db_in=hidden,
+            dw_out=2 * c * hidden,
+            db_out=2 * c,
+        )
 
 
 def argument_names(launch: Launch) -> list[str]:
@@ -377,8 +497,13 @@ class Plan:
     UNUSED_BY_SAMPLE = ('v', 'a', 'g', 'h', 'mu', 'sigma', 'r', 'c')
     BACKWARD_SCRATCH = ('da_part', 'dc_part', 'p', 'q', 'dmu', 'dsigma', 'dr')
 
-    def __init__(self, shape: Shape, options: Options, dtypes: dict[str, torch.dtype],
-                 tuning: Tuning = TUNING):
+    def __init__(
+        self,
+        shape: Shape,
+        options: Options,
+        dtypes: dict[str, torch.dtype],
+        tuning: Tuning = TUNING,
+    ):
         """dtypes: of those of w, b, running_mean, ... that the layer has."""
         self.shape, self.options, self.dtypes = shape, options, dtypes
         missing = frozenset(('w', 'b', *STATE)) - set(dtypes)
@@ -428,8 +553,11 @@ class Plan:
             self.forward.append(first)
         if small.synchronized:
             self.forward += [small.local_statistics(parts, size), self.REDUCE_TABLE]
-        self.forward += [small.statistics(parts, size), small.coefficients(),
-                         affine(self.shape, tuning)]
+        self.forward += [
+            small.statistics(parts, size),
+            small.coefficients(),
+            affine(self.shape, tuning),
+        ]
 
     def _add_backward(self, small, tuning):
         first, parts, _ = reduce(self.shape, tuning)
@@ -449,8 +577,7 @@ class Plan:
         return places, at
 
     def launches(self):
-        return [launch for launch in (*self.forward, *self.backward)
-                if isinstance(launch, Launch)]
+        return [launch for launch in (*self.forward, *self.backward) if isinstance(launch, Launch)]
 
 
 def type_of(plan: Plan, name: str) -> torch.dtype | str:

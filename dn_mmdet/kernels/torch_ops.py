@@ -7,6 +7,7 @@ that is allocated again costs more than a pass over it, so that each primitive m
 On a GPU, where those kernels round sums to the map's dtype, plain operators run: a slow path
 for where the Triton kernels cannot.
 """
+
 import torch
 from torch import Tensor
 
@@ -47,13 +48,31 @@ def affine(x: Tensor, m: Tensor, a: Tensor, c: Tensor) -> Tensor:
     if x.is_contiguous():  # small maps feel each operator that `_parts` would add
         rows = m.numel()
         torch.native_batch_norm(
-            x.view(1, rows, -1), a.reshape(rows), c.reshape(rows), m.reshape(rows),
-            m.new_ones(rows), False, 0., 0., out=(y.view(1, rows, -1), mean, invstd))
+            x.view(1, rows, -1),
+            a.reshape(rows),
+            c.reshape(rows),
+            m.reshape(rows),
+            m.new_ones(rows),
+            False,
+            0.0,
+            0.0,
+            out=(y.view(1, rows, -1), mean, invstd),
+        )
         return y
     for x_part, y_part, m_part, a_part, c_part in _parts(x, y, m, a, c):
         torch.ops.aten.native_batch_norm.out(
-            x_part, a_part, c_part, m_part, torch.ones_like(m_part), False, 0., 0.,
-            out=y_part, save_mean=mean, save_invstd=invstd)
+            x_part,
+            a_part,
+            c_part,
+            m_part,
+            torch.ones_like(m_part),
+            False,
+            0.0,
+            0.0,
+            out=y_part,
+            save_mean=mean,
+            save_invstd=invstd,
+        )
     return y
 
 
@@ -66,16 +85,17 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         return (dy * (widen(x) - _over(x, m))).sum(spatial), dy.sum(spatial)
     da, dc = [], []
     for x_part, dy_part, m_part in _parts(x, dy, m):
-        sums = [_reduce(*blocks, m_part) for blocks in zip(_blocks(dy_part), _blocks(x_part),
-                                                           strict=True)]
+        sums = [
+            _reduce(*blocks, m_part)
+            for blocks in zip(_blocks(dy_part), _blocks(x_part), strict=True)
+        ]
         da_part, dc_part = sums[0] if len(sums) == 1 else map(sum, zip(*sums, strict=True))
         da.append(da_part)
         dc.append(dc_part)
     return torch.cat(da).view_as(m), torch.cat(dc).view_as(m)
 
 
-def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
-                   q: Tensor) -> Tensor:
+def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor, q: Tensor) -> Tensor:
     x = as_dense(x)
     dy = in_layout_of(x, dy)
     m, a, p, q = (_over(x, t) for t in (m, a, p, q))
@@ -109,8 +129,23 @@ class Coefficients:
         keep (bool): whether `backward` will follow.
     """
 
-    def __init__(self, m, v, size, running, averages, w, b, sc_parameters, *, eps, bound,
-                 standardized, batch_shared, keep):
+    def __init__(
+        self,
+        m,
+        v,
+        size,
+        running,
+        averages,
+        w,
+        b,
+        sc_parameters,
+        *,
+        eps,
+        bound,
+        standardized,
+        batch_shared,
+        keep,
+    ):
         n, channels = m.shape
         self.training = running is None
         if self.training:
@@ -127,8 +162,9 @@ class Coefficients:
             inputs = torch.cat((mu, sigma))[None]
         else:
             s = (v + eps).sqrt_()
-            inputs = torch.cat((centred / sigma, (s / sigma).sub_(1)) if standardized
-                               else (m, s), 1)
+            inputs = torch.cat(
+                (centred / sigma, (s / sigma).sub_(1)) if standardized else (m, s), 1
+            )
         w_in, b_in, w_out, b_out = in_dtype_of(m, sc_parameters)
         with no_autocast(m.device.type):
             hidden = torch.addmm(b_in, inputs, w_in.t()).relu_()
@@ -174,11 +210,13 @@ class Coefficients:
             dw_in, db_in = du.t().mm(inputs), du.sum(0)
             dm, ds = du.mm(w_in).split(channels, 1)
         dper_sigma = torch.mul(da, scale).sum(0)
-        dw, db = (None, None) if w is None else (dper_sigma / sigma,
-                                                 torch.mul(dc, scale).sum(0))
-        parameters = [t if t is None or t.dtype == like.dtype else t.to(like.dtype) for t, like in
-                      zip((dw, db, dw_in, db_in, dw_out, db_out), (w, b, *sc_parameters),
-                          strict=True)]
+        dw, db = (None, None) if w is None else (dper_sigma / sigma, torch.mul(dc, scale).sum(0))
+        parameters = [
+            t if t is None or t.dtype == like.dtype else t.to(like.dtype)
+            for t, like in zip(
+                (dw, db, dw_in, db_in, dw_out, db_out), (w, b, *sc_parameters), strict=True
+            )
+        ]
         dsigma = (dper_sigma * per_sigma).div_(sigma).neg_() if self.training else None
         if self.batch_shared:
             if not self.training:
@@ -214,7 +252,8 @@ def _update_averages(running_mean, running_var, momentum, mu, var, count):
 def _reduce(dy, x, m):
     one, to_be_computed = torch.ones_like(m), m.new_empty(0)  # from m and one, in eval mode
     _, da, dc = torch.ops.aten.native_batch_norm_backward(
-        dy, x, one, m, one, to_be_computed, to_be_computed, False, 0., (False, True, True))
+        dy, x, one, m, one, to_be_computed, to_be_computed, False, 0.0, (False, True, True)
+    )
     return da, dc
 
 
@@ -237,7 +276,7 @@ def _blocks(part):
     They do so where channels are the innermost dimension.
     """
     if part.is_contiguous():
-        return (part, )
+        return (part,)
     return part.split(max(1, BLOCK // part[0, 0, 0].numel()), dim=2)
 
 
@@ -276,8 +315,11 @@ def _square_sum(x, wide):
 
 def as_dense(x):
     """x, or a contiguous copy where it is neither contiguous nor channels_last."""
-    return x if x.is_contiguous() or x.is_contiguous(
-        memory_format=_memory_format(x)) else x.contiguous()
+    return (
+        x
+        if x.is_contiguous() or x.is_contiguous(memory_format=_memory_format(x))
+        else x.contiguous()
+    )
 
 
 def in_layout_of(x, dy):
@@ -300,12 +342,14 @@ def _parts(x, *others):
     """
     if x.is_contiguous():
         planes = (1, x.shape[0] * x.shape[1], -1)
-        yield (x.view(planes), *(t.reshape(-1) if t.dim() == 2 else t.view(planes)
-                                 for t in others))
+        yield (
+            x.view(planes),
+            *(t.reshape(-1) if t.dim() == 2 else t.view(planes) for t in others),
+        )
     else:
         for i in range(len(x)):
-            yield (x[i:i + 1], *(t[i] if t.dim() == 2 else t[i:i + 1] for t in others))
+            yield (x[i : i + 1], *(t[i] if t.dim() == 2 else t[i : i + 1] for t in others))
 
 
 def _over(x, t):
-    return t.view(*t.shape, *(1, ) * (x.dim() - 2))
+    return t.view(*t.shape, *(1,) * (x.dim() - 2))

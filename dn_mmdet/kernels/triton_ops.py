@@ -5,6 +5,7 @@ costs 20 to 40 us of the host's time, more than most maps take a GPU, so that `h
 the same kernels from C++ where it was built; this module serves layers whose SC or statistics
 are not the plain ones, machines without the compiled host, and Triton's interpreter.
 """
+
 import os
 
 import numpy as np
@@ -21,8 +22,10 @@ ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 def check_runs_on(x: Tensor) -> None:
     """Raises ValueError where Triton has nothing to run kernels on x with."""
     if not (x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'):
-        raise ValueError(f"backend='triton': expected a tensor on a GPU, got one on "
-                         f"{x.device}; use backend='auto'")
+        raise ValueError(
+            f"backend='triton': expected a tensor on a GPU, got one on "
+            f"{x.device}; use backend='auto'"
+        )
 
 
 def shape_of(x: Tensor) -> plans.Shape:
@@ -63,8 +66,7 @@ def reduce(dy: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return da, dc
 
 
-def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor,
-                   q: Tensor) -> Tensor:
+def input_gradient(dy: Tensor, x: Tensor, m: Tensor, a: Tensor, p: Tensor, q: Tensor) -> Tensor:
     x = as_dense(x)
     dy = in_layout_of(x, dy)
     dx = torch.empty_like(x)
@@ -78,20 +80,45 @@ class Coefficients:
     Two launches forward, two backward.
     """
 
-    def __init__(self, m, v, size, running, averages, w, b, sc_parameters, *, eps, bound,
-                 standardized, batch_shared, keep):
+    def __init__(
+        self,
+        m,
+        v,
+        size,
+        running,
+        averages,
+        w,
+        b,
+        sc_parameters,
+        *,
+        eps,
+        bound,
+        standardized,
+        batch_shared,
+        keep,
+    ):
         shape = plans.Shape(*m.shape, size, False, m.dtype)
-        mean, var, momentum = averages or (*(running or (None, None)), 0.)
-        options = plans.Options(hidden=len(sc_parameters[1]), batch=running is None,
-                                update=averages is not None, cumulative=False,
-                                shared=batch_shared, standardized=standardized,
-                                bounded=bound is not None)
-        given = dict(w=w, b=b, running_mean=mean, running_var=var,
-                     **dict(zip(('w_in', 'b_in', 'w_out', 'b_out'), sc_parameters, strict=True)))
+        mean, var, momentum = averages or (*(running or (None, None)), 0.0)
+        options = plans.Options(
+            hidden=len(sc_parameters[1]),
+            batch=running is None,
+            update=averages is not None,
+            cumulative=False,
+            shared=batch_shared,
+            standardized=standardized,
+            bounded=bound is not None,
+        )
+        given = dict(
+            w=w,
+            b=b,
+            running_mean=mean,
+            running_var=var,
+            **dict(zip(('w_in', 'b_in', 'w_out', 'b_out'), sc_parameters, strict=True)),
+        )
         self.given = {name: t.contiguous() for name, t in given.items() if t is not None}
         missing = {name for name, t in given.items() if t is None} | {'tracked'}
         self.small = plans.SmallPart(shape, options, frozenset(missing))
-        self.scalars = dict(eps=eps, momentum=momentum, bound=bound or 0.)
+        self.scalars = dict(eps=eps, momentum=momentum, bound=bound or 0.0)
         self.m = m
         kept = self._allot('m', 'v', 'mu', 'sigma', 'r', 'a', 'c', 'g', 'h', 'up')
         self._run(self.small.statistics(1, size), dict(kept, m_part=m, v_part=v))
@@ -108,15 +135,26 @@ class Coefficients:
 
     def backward(self, da: Tensor, dc: Tensor):
         """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
-        gradients = {name: torch.empty_like(self.given[name]) for name in plans.PARAMETERS
-                     if name in self.given}
-        tensors = dict(self.kept, **{f'd{name}': t for name, t in gradients.items()},
-                       **self._allot('dmu', 'dsigma', 'dr', 'p', 'q'))
-        self._run(self.small.output_gradient(1), dict(
-            tensors, da_part=da.contiguous(), dc_part=dc.contiguous()))
+        gradients = {
+            name: torch.empty_like(self.given[name])
+            for name in plans.PARAMETERS
+            if name in self.given
+        }
+        tensors = dict(
+            self.kept,
+            **{f'd{name}': t for name, t in gradients.items()},
+            **self._allot('dmu', 'dsigma', 'dr', 'p', 'q'),
+        )
+        self._run(
+            self.small.output_gradient(1),
+            dict(tensors, da_part=da.contiguous(), dc_part=dc.contiguous()),
+        )
         self._run(self.small.moments_gradient(), tensors)
-        return (tensors['p'].view_as(self.m), tensors['q'].view_as(self.m),
-                *(gradients.get(name) for name in plans.PARAMETERS))
+        return (
+            tensors['p'].view_as(self.m),
+            tensors['q'].view_as(self.m),
+            *(gradients.get(name) for name in plans.PARAMETERS),
+        )
 
     def _allot(self, *names):
         sizes = self.small.sizes()
@@ -142,7 +180,7 @@ def run_launch(launch: plans.Launch, tensors: dict[str, Tensor], scalars=None) -
     first = next(t for t in arguments.values() if isinstance(t, Tensor))
     kernel = getattr(triton_kernels, launch.kernel)
     with torch.cuda.device_of(first):  # Triton launches on the current device
-        kernel[(launch.grid, )](**arguments, num_warps=launch.warps, num_stages=2)
+        kernel[(launch.grid,)](**arguments, num_warps=launch.warps, num_stages=2)
 
 
 def _scalar(value):
@@ -150,9 +188,9 @@ def _scalar(value):
     if os.environ.get('TRITON_INTERPRET') != '1':
         return float(value)
     from triton.runtime.interpreter import TensorHandle
+
     return tl.tensor(TensorHandle(np.array([value], np.float64), tl.float64), tl.float64)
 
 
 def _small(x, shape):
-    return torch.empty(shape, dtype=torch.promote_types(x.dtype, torch.float32),
-                       device=x.device)
+    return torch.empty(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

@@ -2,6 +2,7 @@
 
 Not imported by the package: a config names it in its custom_imports.
 """
+
 from pathlib import Path
 
 from ..environment import check_extra, check_mmdet
@@ -33,9 +34,12 @@ class StridedMobileNetV2(MobileNetV2):
     def __init__(self, strides, **kwargs):
         if len(strides) != 8 or not set(strides) <= {1, 2}:
             raise ValueError(f'strides: expected eight numbers, each 1 or 2, got {strides!r}')
-        self.arch_settings = [[expand, channels, blocks, stride] for
-                              (expand, channels, blocks, _), stride
-                              in zip(MobileNetV2.arch_settings, strides[1:], strict=True)]
+        self.arch_settings = [
+            [expand, channels, blocks, stride]
+            for (expand, channels, blocks, _), stride in zip(
+                MobileNetV2.arch_settings, strides[1:], strict=True
+            )
+        ]
         super().__init__(**kwargs)
         self.conv1.conv.stride = (strides[0], strides[0])
 
@@ -68,11 +72,12 @@ class ListedImageFolder(CustomDataset):
         samples = []
         for label, name in enumerate(self.metainfo['classes']):
             folder = Path(self.img_prefix, name)
-            found = sorted(path.name for path in folder.glob('*')
-                           if self.is_valid_file(path.name))
+            found = sorted(path.name for path in folder.glob('*') if self.is_valid_file(path.name))
             if not found:
-                raise ValueError(f'{folder}: expected images of class {name}, which '
-                                 f'{self.class_list} names, found none')
+                raise ValueError(
+                    f'{folder}: expected images of class {name}, which '
+                    f'{self.class_list} names, found none'
+                )
             samples += [(f'{name}/{image}', label) for image in found]
         return samples
 
@@ -82,6 +87,8 @@ def _read(path):
         raise ValueError(f'{path}: no such class list (current folder: {Path.cwd()})')
     names = Path(path).read_text().split()
     if not names or len(set(names)) < len(names):
-        raise ValueError(f'{path}: expected different names of sub-folders, one in each line, '
-                         f'got {len(names)}, {len(set(names))} of them different')
+        raise ValueError(
+            f'{path}: expected different names of sub-folders, one in each line, '
+            f'got {len(names)}, {len(set(names))} of them different'
+        )
     return tuple(names)

@@ -1,4 +1,5 @@
 """mmdet's SSD head, repaired so that it can be evaluated."""
+
 from ..environment import check_mmdet
 
 check_mmdet()

@@ -2,6 +2,7 @@
 
 The bar: whatever is built, trained and asked for a prediction with BatchNorm can be with DN-B.
 """
+
 import copy
 import enum
 import hashlib
@@ -50,6 +51,7 @@ TOLERANCE = 1e-3
 
 class Stage(enum.Enum):
     """What a check is doing, and the status of a detector whose check has to be ended there."""
+
     STARTING = 'starting', NOT_APPLICABLE
     BUILDING_WITH_BN = 'building with BatchNorm', NOT_APPLICABLE
     BUILDING_WITH_DN = 'building with DN-B', FAIL
@@ -65,8 +67,11 @@ class Stage(enum.Enum):
 
 def shipped_configs(root=SHIPPED) -> dict[str, Path]:
     """Configs of whole models by name, as in ``yolox/yolox_s_8xb8-300e_coco.py``."""
-    return {str(path.relative_to(root)): path for path in sorted(root.rglob('*.py'))
-            if '_base_' not in path.parts}
+    return {
+        str(path.relative_to(root)): path
+        for path in sorted(root.rglob('*.py'))
+        if '_base_' not in path.parts
+    }
 
 
 def distinct(configs: dict[str, Path], leave_out=lambda reason: None):
@@ -176,7 +181,7 @@ def check(cfg: Config, enter=lambda stage: None) -> dict:
     except Exception as error:
         traceback.print_exc()
         return _row(FAIL, in_words(error))
-    for size in IMAGE_SIZES[bool(NOT_THE_SMALLEST.search(str(cfg.model))):]:
+    for size in IMAGE_SIZES[bool(NOT_THE_SMALLEST.search(str(cfg.model))) :]:
         model.load_state_dict(with_bn.state_dict())
         row['image_size'] = size
         try:
@@ -243,8 +248,11 @@ def _exercise(model, with_bn, cfg, size, enter):
     found = dict(difference=difference(outputs(model, data), outputs(with_bn, data)))
     if not found['difference'] <= TOLERANCE:
         # A rounding can tip a comparison: SOLO keeps local maxima. Not so in float64.
-        found = dict(difference=difference(
-            *(outputs(copy.deepcopy(each).double(), data) for each in (model, with_bn))))
+        found = dict(
+            difference=difference(
+                *(outputs(copy.deepcopy(each).double(), data) for each in (model, with_bn))
+            )
+        )
     if not found['difference'] <= TOLERANCE:
         return dict(found, status=FAIL, reason='the output is not that of BatchNorm')
     enter(Stage.TRAINING_WITH_DN)
@@ -262,18 +270,30 @@ def _exercise(model, with_bn, cfg, size, enter):
 
 def example(model, cfg, size) -> dict:
     """Two random images with boxes, masks, and what else a model asks for in training."""
-    classes = [module.num_classes for module in model.modules()
-               if isinstance(getattr(module, 'num_classes', None), int)]
-    things = [module.num_things_classes for module in model.modules()
-              if isinstance(getattr(module, 'num_things_classes', None), int)]
+    classes = [
+        module.num_classes
+        for module in model.modules()
+        if isinstance(getattr(module, 'num_classes', None), int)
+    ]
+    things = [
+        module.num_things_classes
+        for module in model.modules()
+        if isinstance(getattr(module, 'num_things_classes', None), int)
+    ]
     num_classes = min(things or [number for number in classes if number > 1] or [1])
     pipelines = str(cfg)
     panoptic = 'LoadPanopticAnnotations' in pipelines
     segments = "'with_seg': True" in pipelines or panoptic
     data = demo_mm_inputs(
-        2, image_shapes=(3, size, size), num_items=[3, 2], num_classes=max(num_classes, 2),
-        with_mask="'with_mask': True" in pipelines or panoptic, with_semantic=segments,
-        sem_seg_output_strides=8 if 'SegRescale' in pipelines else 1, use_box_type=True)
+        2,
+        image_shapes=(3, size, size),
+        num_items=[3, 2],
+        num_classes=max(num_classes, 2),
+        with_mask="'with_mask': True" in pipelines or panoptic,
+        with_semantic=segments,
+        sem_seg_output_strides=8 if 'SegRescale' in pipelines else 1,
+        use_box_type=True,
+    )
     boxes = torch.tensor([[0, 0, size / 2, size / 2], [size / 4, size / 4, size, size]])
     for sample in data['data_samples']:
         sample.gt_instances.labels %= num_classes
@@ -285,9 +305,10 @@ def example(model, cfg, size) -> dict:
 
 def _branches(data):
     """The same images as a semi-supervised detector takes them: labelled, unlabelled twice."""
-    return {key: {branch: copy.deepcopy(value)
-                  for branch in ('sup', 'unsup_teacher', 'unsup_student')}
-            for key, value in data.items()}
+    return {
+        key: {branch: copy.deepcopy(value) for branch in ('sup', 'unsup_teacher', 'unsup_student')}
+        for key, value in data.items()
+    }
 
 
 def train_step(model, data) -> dict:

@@ -1,4 +1,5 @@
 """Checks of many configs, each in a process of its own, as rows of a csv file and a table."""
+
 import csv
 import multiprocessing
 import os
@@ -20,14 +21,27 @@ from ..files import replacing
 from ..version import __version__
 from .check import FAIL, NOT_APPLICABLE, PASS, Stage
 
-FIELDS = ('config', 'status', 'reason', 'replaced', 'left', 'difference', 'train_step',
-          'prediction', 'image_size', 'seconds', 'configs', 'versions')
+FIELDS = (
+    'config',
+    'status',
+    'reason',
+    'replaced',
+    'left',
+    'difference',
+    'train_step',
+    'prediction',
+    'image_size',
+    'seconds',
+    'configs',
+    'versions',
+)
 # Where a page holds the table of `by_architecture`.
 BEGIN, END = '<!-- written by tools/check_zoo.py -->', '<!-- end -->'
 
 
 class Ended(NamedTuple):
     """Why a check has no result, and what it was doing."""
+
     reason: str
     stage: Stage
 
@@ -48,8 +62,9 @@ def bounded(fn, seconds, gigabytes, log) -> dict | Ended:
     """
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(fn, sender, seconds, gigabytes, log),
-                              daemon=True)
+    process = context.Process(
+        target=_child, args=(fn, sender, seconds, gigabytes, log), daemon=True
+    )
     process.start()
     sender.close()
     end, stage = time.monotonic() + 20 * seconds, Stage.STARTING
@@ -73,7 +88,7 @@ def bounded(fn, seconds, gigabytes, log) -> dict | Ended:
 
 
 def _child(fn, sender, seconds, gigabytes, log):
-    memory = int(gigabytes * 2 ** 30)
+    memory = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     processor = max(int(seconds), 1)
     resource.setrlimit(resource.RLIMIT_CPU, (processor, processor + 1))
@@ -88,14 +103,22 @@ def row_of(name, result, seconds, configs) -> dict:
     """A row of the table. A check that had to be ended counts against what it was doing."""
     if isinstance(result, Ended):
         result = dict(status=result.stage.status, reason=result.reason)
-    return dict(dict.fromkeys(FIELDS, ''), **result, config=name, seconds=f'{seconds:.1f}',
-                configs=len(configs), versions=versions())
+    return dict(
+        dict.fromkeys(FIELDS, ''),
+        **result,
+        config=name,
+        seconds=f'{seconds:.1f}',
+        configs=len(configs),
+        versions=versions(),
+    )
 
 
 def versions() -> str:
-    return (f'dn_mmdet {__version__}, mmdet {mmdet.__version__}, mmcv {mmcv.__version__}, '
-            f'mmengine {mmengine.__version__}, torch {torch.__version__}, Python '
-            f'{platform.python_version()}')
+    return (
+        f'dn_mmdet {__version__}, mmdet {mmdet.__version__}, mmcv {mmcv.__version__}, '
+        f'mmengine {mmengine.__version__}, torch {torch.__version__}, Python '
+        f'{platform.python_version()}'
+    )
 
 
 def read_rows(path) -> dict[str, dict]:
@@ -106,8 +129,9 @@ def read_rows(path) -> dict[str, dict]:
     if not Path(path).is_file():
         return {}
     lines = Path(path).read_text().splitlines(keepends=True)
-    return {row['config']: row for row in csv.DictReader(
-        line for line in lines if line.endswith('\n'))}
+    return {
+        row['config']: row for row in csv.DictReader(line for line in lines if line.endswith('\n'))
+    }
 
 
 def append_row(path, row) -> None:
@@ -134,46 +158,73 @@ def report(rows, command, total, left_out=()) -> str:
         left_out: sentences on configs that have none.
     """
     rows = [rows[name] for name in sorted(rows)]
-    by_status = {status: [row for row in rows if row['status'] == status]
-                 for status in (PASS, FAIL, NOT_APPLICABLE)}
+    by_status = {
+        status: [row for row in rows if row['status'] == status]
+        for status in (PASS, FAIL, NOT_APPLICABLE)
+    }
     parts = [
         "# DN-B over MMDetection's model zoo",
         f'{len(rows)} of the {total} distinct detectors among the configs that mmdet ships '
         f'({sum(int(row["configs"]) for row in rows)} configs).'
         + (' The sweep is not finished; its order is random.' if len(rows) < total else ''),
-        "Each is built with BatchNorm and, by `swap_norm`, with DN-B in its place. The DN-B model "
+        'Each is built with BatchNorm and, by `swap_norm`, with DN-B in its place. The DN-B model '
         "takes the BatchNorm model's state and has to give its output; then it trains one step "
         'on two random images and predicts. The weights are random ones. Of a tracker its '
         'detector is checked, and SSD has the head that can predict (`SSDLiteHead`).',
         f'    {command}',
         *(f'- {text}' for text in sorted({row['versions'] for row in rows})),
         *(f'- {_cell(text)}' for text in left_out),
-        _table(('result', 'detectors'), [(status, len(by_status[status]))
-                                         for status in by_status]),
+        _table(
+            ('result', 'detectors'), [(status, len(by_status[status])) for status in by_status]
+        ),
         "**pass**: it is built, gives BatchNorm's output (the largest difference, over the "
         'largest value, is in the column "difference", in float64 where a rounding of float32 '
         'tips a comparison that the detector makes), trains one step with finite losses and an '
         'SC that moves, and predicts. **not applicable**: it has no BatchNorm, or fails with '
         'BatchNorm as well.',
-        '## fail', _by_reason(by_status[FAIL]),
-        '## not applicable', _by_reason(by_status[NOT_APPLICABLE]),
+        '## fail',
+        _by_reason(by_status[FAIL]),
+        '## not applicable',
+        _by_reason(by_status[NOT_APPLICABLE]),
         '## pass',
         "Norms left are BatchNorms that mmdet's classes create whatever the config says; "
         '`convert_norm` on the model reaches them. Seconds are processor time of the whole '
         'check.',
-        _table(('config', 'norms replaced', 'left', 'difference', 'image size', 'seconds'),
-               [(row['config'], row['replaced'], row['left'], f'{float(row["difference"]):.0e}',
-                 row['image_size'], row['seconds']) for row in by_status[PASS]]),
+        _table(
+            ('config', 'norms replaced', 'left', 'difference', 'image size', 'seconds'),
+            [
+                (
+                    row['config'],
+                    row['replaced'],
+                    row['left'],
+                    f'{float(row["difference"]):.0e}',
+                    row['image_size'],
+                    row['seconds'],
+                )
+                for row in by_status[PASS]
+            ],
+        ),
     ]
     return '\n\n'.join(parts) + '\n'
 
 
 def _by_reason(rows):
     reasons = Counter(row['reason'] for row in rows)
-    return _table(('reason', 'detectors', 'configs'), [
-        (_cell(reason), count, ', '.join(row['config'] for row in rows
-                                         if row['reason'] == reason))
-        for reason, count in reasons.most_common()]) if rows else 'None.'
+    return (
+        _table(
+            ('reason', 'detectors', 'configs'),
+            [
+                (
+                    _cell(reason),
+                    count,
+                    ', '.join(row['config'] for row in rows if row['reason'] == reason),
+                )
+                for reason, count in reasons.most_common()
+            ],
+        )
+        if rows
+        else 'None.'
+    )
 
 
 def by_architecture(rows) -> str:
@@ -185,11 +236,17 @@ def by_architecture(rows) -> str:
         count = Counter(row['status'] for row in mine)
         left = [int(row['left']) for row in mine if row['status'] == PASS]
         reasons = Counter(row['reason'] for row in mine if row['status'] != PASS)
-        lines.append((folder, count[PASS], count[FAIL], count[NOT_APPLICABLE],
-                      _range(left), _cell('; '.join(reason for reason, _ in
-                                                    reasons.most_common(2)))))
-    return _table(('configs in', 'pass', 'fail', 'not applicable', 'norms left', 'why not'),
-                  lines)
+        lines.append(
+            (
+                folder,
+                count[PASS],
+                count[FAIL],
+                count[NOT_APPLICABLE],
+                _range(left),
+                _cell('; '.join(reason for reason, _ in reasons.most_common(2))),
+            )
+        )
+    return _table(('configs in', 'pass', 'fail', 'not applicable', 'norms left', 'why not'), lines)
 
 
 def with_table(page: str, table: str) -> str:
