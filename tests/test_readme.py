@@ -351,31 +351,14 @@ def test_a_table_of_evidence_follows_the_runs():
         evidence.tables('Other')
 
 
+def finished_run(**changes):
+    """A row of runs.csv, of BN in some setting."""
+    values = ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40.0, 2, 0.1, 8, 9, 3.0, 'GPU', 'c', 'finished')
+    return dict(zip(results.COLUMNS, values, strict=True)) | changes
+
+
 def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            (
-                'q',
-                'd',
-                'mobilenetv2_bn_x',
-                'BN',
-                0,
-                'top1',
-                48.0,
-                2,
-                0.1,
-                8,
-                9,
-                3.0,
-                'GPU',
-                'c',
-                'finished',
-            ),
-            strict=True,
-        ),
-        folded=48.0,
-    )
+    row = finished_run(config='mobilenetv2_bn_x', value=48.0, folded=48.0)
     dnb = dict(row, config='dnb', value=50.0, folded=49.0)
     monkeypatch.setattr(results, 'read', lambda _: [results.Recorded(r) for r in (row, dnb)])
     assert '| dnb | 0.00 M | BN | 1 | 0 | 50 |' in evidence.tables('q')
@@ -388,12 +371,10 @@ def test_a_table_can_be_of_another_column_of_the_runs(monkeypatch):
 
 
 def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50.0, 2, 0.1, 8, 9, 3.0, 'GPU', 'c', 'finished'),
-            strict=True,
-        ),
+    row = finished_run(
+        config='dnb',
+        norm='DNB',
+        value=50.0,
         folded=49.0,
         folded_recalibrated=49.5,
         folded_most=50.0,
@@ -410,12 +391,11 @@ def test_what_folding_loses_is_taken_within_each_run(monkeypatch):
 
 
 def test_what_folding_costs_follows_the_runs_of_a_config_and_its_twin(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            ('q', 'd', 'dnb', 'DNB', 0, 'top1', 50.0, 2, 0.1, 8, 9, 3.0, 'CPU', 'c', 'finished'),
-            strict=True,
-        ),
+    row = finished_run(
+        config='dnb',
+        norm='DNB',
+        value=50.0,
+        hardware='CPU',
         folded=30.0,
         folded_recalibrated=40.0,
         folded_most=49.0,
@@ -479,15 +459,7 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
 
 
 def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40.0, 2, 0.1, 8, 9, 3.0, 'GPU', 'c', 'finished'),
-            strict=True,
-        ),
-        averaged=None,
-        train_loss=2.0,
-    )
+    row = finished_run(averaged=None, train_loss=2.0)
     rows = [
         row,
         dict(row, seed=1, value=43.0, averaged=44.0, train_loss=1.0),
@@ -502,13 +474,7 @@ def test_the_fit_is_shown_beside_what_averaged_weights_do(monkeypatch):
 
 
 def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            ('q', 'd', 'bn_x', 'BN', 0, 'top1', 40.0, 2, 0.1, 128, 9, 3.0, 'GPU', 'c', 'finished'),
-            strict=True,
-        )
-    )
+    row = finished_run(batch=128)
     rows = [
         dict(row, lr=0.4, value=None, status='diverged'),
         dict(row, lr=0.025, batch=32),
@@ -525,30 +491,7 @@ def test_settings_are_columns_and_a_diverged_run_is_seen(monkeypatch):
 
 
 def test_the_figure_has_the_differences_of_the_runs(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            (
-                'q',
-                'd',
-                'mobilenetv2_bn_x',
-                'BN',
-                0,
-                'top1',
-                40.0,
-                2,
-                0.1,
-                8,
-                9,
-                3.0,
-                'GPU',
-                'c',
-                'finished',
-            ),
-            strict=True,
-        ),
-        train_loss=2.0,
-    )
+    row = finished_run(config='mobilenetv2_bn_x', train_loss=2.0)
     rows = [
         row,
         dict(row, seed=1, value=43.0, train_loss=2.5),
@@ -568,29 +511,7 @@ def test_questions_that_are_planned_have_no_runs_yet():
 
 
 def test_a_summary_follows_the_runs_and_refuses_several_settings(monkeypatch):
-    row = dict(
-        zip(
-            results.COLUMNS,
-            (
-                'q',
-                'd',
-                'bn_x',
-                'BN',
-                0,
-                'accuracy/top1',
-                48.0,
-                2,
-                0.1,
-                8,
-                9,
-                3.0,
-                'GPU',
-                'c',
-                'finished',
-            ),
-            strict=True,
-        )
-    )
+    row = finished_run(metric='accuracy/top1', value=48.0)
     rows = [
         row,
         dict(row, seed=1, value=49.0),
