@@ -8,11 +8,19 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from mmdet.datasets import VOCDataset
+from mmengine.config import Config
 from pycocotools.coco import COCO
 
 ROOT = Path(__file__).parents[1]
 TOOL = runpy.run_path(str(ROOT / 'tools' / 'prepare_data.py'))
 SHARED = ROOT.parent / 'shared' / 'data'
+
+
+def test_the_classes_of_voc_are_the_configs_and_mmdets():
+    """The tool needs nothing but Python, and a base config holds its classes as text."""
+    written = Config.fromfile(ROOT / 'configs/_base_/datasets/voc07.py').voc07.metainfo.classes
+    assert TOOL['VOC_CLASSES'] == tuple(written) == VOCDataset.METAINFO['classes']
 
 
 def annotation(number, image_id, **fields):
