@@ -254,13 +254,16 @@ def difference(found, expected):
     return float(np.abs(found - expected).max() / scale)
 
 
+def batch_of(images: torch.Tensor) -> dict:
+    """What mmdet's detectors take from a data loader, of images that nothing has resized."""
+    size = tuple(images.shape[2:])
+    meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
+    samples = [DetDataSample(metainfo=dict(meta, img_id=i)) for i in range(len(images))]
+    return dict(inputs=list(images), data_samples=samples)
+
+
 def _mmdet_predictions(detector, images):
-    meta = dict(img_shape=detector.size, ori_shape=detector.size, scale_factor=(1.0, 1.0))
-    data = dict(
-        inputs=list(images),
-        data_samples=[DetDataSample(metainfo=dict(meta, img_id=i)) for i in range(len(images))],
-    )
-    return detector.model.test_step(data)
+    return detector.model.test_step(batch_of(images))
 
 
 def latency(session, image: np.ndarray, runs: int = 50, warm_up: int = 5) -> list[float]:
