@@ -244,7 +244,7 @@ class SmallPart:
         """missing: which of w, b and tracked the layer does not have."""
         n, c = shape.samples, shape.channels
         self.shape, self.options, self.tuning = shape, options, tuning
-        self.none = {f'{name}_ptr': None for name in missing}
+        self.missing = missing
         usual = 16 if c <= 512 else 32
         self.statistics_block = tuning.statistics_block or usual
         self.output_block = tuning.output_block or usual
@@ -260,6 +260,12 @@ class SmallPart:
         self.tile_samples = 16 if n <= 16 else 32
         self.padded = -(-options.hidden // 4) * 4
         self.rows = 1 if options.shared else n
+
+    def _absent(self, names, none):
+        """The arguments that a kernel is compiled without, of what the layer lacks and none."""
+        absent = {*self.missing, *none}
+        absent |= {f'd{name}' for name in absent & {'w', 'b'}}  # nor is there a gradient
+        return {name: None for name in names if name.removesuffix('_ptr') in absent}
 
     def _launch(self, kernel, block, programs=1, flags=(), none=(), **numbers):
         """programs: for each block of channels."""
@@ -288,11 +294,7 @@ class SmallPart:
             **dict(flags),
         )
         constants.update((name, value) for name, value in known.items() if name in names)
-        absent = dict(self.none, **{f'{name}_ptr': None for name in none})
-        for name in ('w', 'b'):  # nor is there a gradient
-            if f'{name}_ptr' in absent:
-                absent[f'd{name}_ptr'] = None
-        constants.update((name, None) for name in absent if name in names)
+        constants.update(self._absent(names, none))
         numbers = dict(
             numbers,
             n=s.samples,
@@ -380,8 +382,7 @@ class SmallPart:
             **dict(flags),
         )
         names = getattr(triton_kernels, kernel).arg_names
-        absent = dict(self.none, **{f'{name}_ptr': None for name in none})
-        constants.update((name, None) for name in absent if name in names)
+        constants.update(self._absent(names, none))
         return Launch(
             kernel,
             blocks * programs * s.samples,
