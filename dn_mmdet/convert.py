@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .config_tree import add_imports
-from .functional import is_torch_batch_norm
+from .inner_norm import is_torch_batch_norm
 from .layers import (
     BATCH_NORM_KEYS,
     DNB,

@@ -28,7 +28,7 @@ from .convert import (
     misfolded,
     norms_in_words,
 )
-from .functional import is_torch_batch_norm
+from .inner_norm import is_torch_batch_norm
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
 from .reference import call_sc

@@ -1,4 +1,4 @@
-"""Dynamic Normalization, fast: what to run on which input, and the state of the BatchNorm.
+"""Dynamic Normalization, fast: the fused passes, their backward, and where the reference runs.
 
 Equations (1) to (6) are `reference.dynamic_norm`. A fused pass reads x twice and writes y once.
 Between the two passes everything is (N, C) small, and makes the a and c of ::
@@ -11,37 +11,53 @@ and needs one more pass over dy and x, with S the values behind each m::
     dx = a dy + p (x - m) + q,       p = 2 dv / S,            q = (dm - a dc) / S         (8)
 """
 
-import functools
-import logging
-import os
-import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.nn.functional import all_reduce
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import reference
-from .kernels import Backend, operators, torch_ops  # noqa: F401 (operators are registered)
+from .inner_norm import (
+    PER_CHANNEL,
+    PLAIN,
+    SC_PARAMETERS,
+    check_eps,
+    check_map,
+    check_parts,
+    has_registered,
+    is_torch_batch_norm,
+    parts_of_norm,
+    parts_of_sc,
+)
+from .kernels import operators  # noqa: F401 (they are registered)
+from .kernels.choice import (
+    FUSED_DTYPES,
+    backend_for,
+    check_backend,
+    gpu_host,
+    kept_by_compile,
+)
 from .sc import SC
+from .statistics import (
+    Call,
+    check_count,
+    count_batch,
+    is_synchronised,
+    process_group,
+    running_statistics,
+    statistics,
+    steps,
+    update_running_averages,
+)
 
-BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
-FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 2**30  # the kernels' integers
-# What of a norm has one value per channel.
-PER_CHANNEL = ('weight', 'bias', 'running_mean', 'running_var')
-SC_PARAMETERS = ('w_in', 'b_in', 'w_out', 'b_out')
-PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def dynamic_norm(
@@ -96,19 +112,19 @@ def dynamic_norm(
         y = host and host.call(x, bn, sc, batch_shared, ndims)
         if y is not None:  # else a case that is not the plain one, or an error to be told
             return y
-    _check_map(x, sc.num_features, ndims)
+    check_map(x, sc.num_features, ndims)
     seen = _autograd_must_see(x)
     if not is_torch_batch_norm(bn) or has_registered(bn) or seen and _is_recorded(bn):
         return _around_the_inner_norm(x, bn, sc, batch_shared)
     check_eps(bn.eps)  # type: ignore[arg-type]
-    w, b, mean, var = norm_parts = _parts_of_norm(bn)
-    sc_parts = _parts_of_sc(sc)
-    plain = _check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
+    w, b, mean, var = norm_parts = parts_of_norm(bn)
+    sc_parts = parts_of_sc(sc)
+    plain = check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
     running = None if bn.training or mean is None else (mean, var)
-    call = _Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
-    _check_count(x, call)
+    call = Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
+    check_count(x, call)
     kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
-    ops = _backend_for(x, backend) if plain and not seen else None
+    ops = backend_for(x, backend) if plain and not seen else None
     if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
     planes = x if x.dim() > 2 else x.unsqueeze(2)
@@ -122,67 +138,6 @@ def dynamic_norm(
     else:
         y = _without_gradients(call, ops, planes.resolve_neg(), w, b)
     return y if x.dim() > 2 else y.squeeze(2)
-
-
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a backend that does not exist."""
-    if backend not in BACKENDS:
-        raise ValueError(f'backend: expected one of {BACKENDS}, got {backend!r}')
-
-
-def check_eps(eps: float) -> None:
-    """Raises ValueError where torch's BatchNorm would not run."""
-    try:
-        positive = eps > 0
-    except TypeError:  # no number
-        positive = False
-    if not positive:
-        raise ValueError(f'eps must be positive, but got {eps!r}')
-
-
-def is_torch_batch_norm(bn: nn.Module) -> bool:
-    """Whether bn computes what torch's (Sync)BatchNorm does, so that (1) to (3) hold.
-
-    Conversions replace the inner norm: mmengine's `revert_sync_batchnorm` by a
-    subclass without a forward of its own, mmdet's and torchvision's freezing by
-    another class.
-    """
-    cls = type(bn)
-    return (
-        cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        and cls.__call__ is nn.Module.__call__
-    )
-
-
-def has_registered(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward.
-
-    Hooks of every kind (which pruning, weight norm and FSDP2 are made of), parametrizations
-    (a child module), a forward of the instance's own, and hooks on all modules.
-    """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._modules
-        or 'forward' in module.__dict__
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-class _Call(NamedTuple):
-    """What a call read from the layer's modules, for a backward that comes later."""
-
-    bn: Any  # a BatchNorm, or what a conversion put in its place
-    running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
-    group: Any  # of processes over which to reduce batch statistics, or None
-    sc: nn.Module
-    sc_parts: tuple[Tensor, ...] | None  # of an SC as it is, None of one that is to be called
-    batch_shared: bool
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -325,7 +280,7 @@ def _coefficients_by_kernels(call, ops, m, v, x, parameters, keep):
     bn = call.bn
     averages = None
     if bn.training and bn.track_running_stats:
-        momentum = _count_batch(bn)
+        momentum = count_batch(bn)
         if bn.running_mean is not None:
             averages = bn.running_mean, bn.running_var, momentum
     return ops.Coefficients(
@@ -427,7 +382,7 @@ def replayed_backward(
     names = [name for name, _ in sc.named_parameters()]
     resolve = dist.distributed_c10d._resolve_process_group
     processes = resolve(group) if group else None  # type: ignore[arg-type]
-    call = _Call(
+    call = Call(
         SimpleNamespace(eps=eps),
         None if batch else (mu, sigma.square() - eps),
         processes,
@@ -457,129 +412,6 @@ def _gradients(outputs, output_gradients, inputs, create_graph=False):
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
-def _backend_for(x: Tensor, backend: str) -> Backend | None:
-    """What runs on x under this name, or None for the reference."""
-    if backend == 'reference' or x.numel() == 0:
-        return None
-    fits = x.dtype in FUSED_DTYPES and x.device.type in ('cpu', 'cuda')
-    if backend == 'auto':
-        if x.is_cpu:
-            return compiled_kernels() or torch_ops if fits else None
-        return _on_gpu(x.device.index) or torch_ops if fits else None
-    if not fits:
-        raise ValueError(
-            f'backend={backend!r}: expected a CPU or CUDA tensor of one of '
-            f'{FUSED_DTYPES}, got {x.dtype} on {x.device}; use '
-            f"backend='reference' or 'auto'"
-        )
-    if backend == 'torch':
-        return torch_ops
-    if backend == 'cpp' and x.is_cuda:
-        _gpu_host()  # says so where it cannot be imported
-        return _triton_ops()
-    ops = _triton_ops() if backend == 'triton' else _cpp_ops()
-    ops.check_runs_on(x)
-    return ops
-
-
-def _triton_ops():
-    """The module of Triton kernels, imported where they are asked for: it takes a second."""
-    try:
-        from .kernels import triton_ops
-    except ImportError as error:
-        raise ImportError(
-            f"backend='triton': Triton cannot be imported ({error}). It comes with "
-            f"torch on Linux (pip install triton); or use backend='auto'"
-        ) from error
-    return triton_ops
-
-
-def _cpp_ops():
-    try:
-        from .kernels import cpp_ops
-    except ImportError as error:
-        raise ImportError(
-            f"backend='cpp': the compiled kernels cannot be imported ({error}). "
-            f'With GCC on Linux, install this package against the torch in use: '
-            f"pip install --no-build-isolation; or use backend='auto'"
-        ) from error
-    return cpp_ops
-
-
-@functools.cache
-def compiled_kernels():
-    """The module of CPU kernels, or None where they were never built or fit another torch."""
-    try:
-        return _cpp_ops()
-    except ImportError as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError):
-            warnings.warn(f'{error}. Until then, DN layers on CPUs are slower', stacklevel=2)
-        return None
-
-
-def _gpu_host():
-    try:
-        from .kernels import host
-    except ImportError as error:
-        raise ImportError(
-            f"backend='cpp': the compiled host of the GPU kernels cannot be "
-            f'imported ({error}). With Triton and GCC on Linux, install this '
-            f'package against the torch in use: pip install '
-            f"--no-build-isolation; or use backend='auto'"
-        ) from error
-    return host
-
-
-@functools.cache
-def gpu_host():
-    """The module that launches the GPU kernels from C++, or None where it was not built."""
-    try:
-        return _gpu_host()
-    except ImportError as error:
-        print_log(
-            f'dn_mmdet: on GPUs DN layers are launched from Python, which is slower: {error}',
-            logger='current',
-            level=logging.WARNING,
-        )
-        return None
-
-
-def _on_gpu(index):
-    """The Triton kernels launched from Python, or None where they do not run on this GPU."""
-    host = gpu_host()
-    if host is not None and not host.kernels_run_on(index):  # which may turn out at any call
-        return None
-    return _triton_on_gpu(index)
-
-
-@functools.cache
-def _triton_on_gpu(index):
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        print_log(
-            f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
-            f'needs compute capability 8.0',
-            logger='current',
-            level=logging.WARNING,
-        )
-        return None
-    try:
-        return _triton_ops()
-    except ImportError as error:
-        print_log(
-            f"dn_mmdet: on GPUs DN layers run on torch's own operators: {error}",
-            logger='current',
-            level=logging.WARNING,
-        )
-        return None
-
-
-def fused_backends(device: str) -> tuple[str, ...]:
-    """Those that run on 'cpu' or 'cuda' here: what to hold against the reference, and to time."""
-    if device == 'cuda':
-        return ('torch', 'triton', 'cpp') if gpu_host() else ('torch', 'triton')
-    return ('torch', 'cpp') if compiled_kernels() else ('torch',)
-
-
 def _autograd_must_see(x):
     """Whether something looks at, or transforms, the operations one by one."""
     return (
@@ -603,7 +435,7 @@ def _is_recorded(bn):
     """
     if torch.compiler.is_compiling():  # sizes are symbols
         return False
-    return (torch.jit.is_tracing() or get_proxy_mode() is not None) and not _is_synchronised(bn)
+    return (torch.jit.is_tracing() or get_proxy_mode() is not None) and not is_synchronised(bn)
 
 
 def _reference(call, x, w, b, sc_parameters=None, step=False):
@@ -632,7 +464,7 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
 
 
 def coefficients(
-    call: _Call,
+    call: Call,
     m: Tensor,
     v: Tensor,
     x: Tensor,
@@ -656,206 +488,6 @@ def coefficients(
     return a.expand_as(m), c, mu, var, count
 
 
-def statistics(call: _Call, m: Tensor, v: Tensor, x: Tensor) -> tuple:
-    """mu, var (C,) that the inner BatchNorm uses, and the number of values behind them.
-
-    The count is None where the statistics are the running ones, and a tensor
-    where they were reduced over processes.
-    """
-    if call.running is not None:
-        return *(t.to(m.dtype) for t in call.running), None
-    count = _values_per_channel(x)
-    if call.group is not None:
-        return synchronized_statistics(m, v, count, call.group)
-    return *reference.batch_statistics(m, v), count
-
-
-def synchronized_statistics(
-    m: Tensor, v: Tensor, count: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations (1) and (2) over all processes of a group, weighted by their counts.
-
-    Every process writes (count, mean, variance) into its own row of a table of
-    zeros; one differentiable all-reduce of the table then tells all of them.
-    Combining variances about the common mean keeps channels with |mean| >> std
-    accurate, which a sum of squares would not. A process with an empty batch takes
-    part with weight 0.
-
-    Returns:
-        mu (C,), var (C,), count (0-d tensor).
-    """
-    row = torch.cat((m.new_full((1,), count), *reference.batch_statistics(m, v)))
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    table = torch.zeros(world_size, len(row), dtype=row.dtype, device=row.device)
-    table = torch.cat((table[:rank], row[None], table[rank + 1 :]))
-    counts, means, variances = all_reduce(table, group=group).split(
-        (1, m.shape[1], m.shape[1]), dim=1
-    )
-    total = counts.sum().detach()
-    share = counts.detach() / total.clamp(min=1)
-    mu = (share * means).sum(0)
-    return mu, (share * (variances + (means - mu).square())).sum(0), total
-
-
-def update_running_averages(bn: Any, mu: Tensor, var: Tensor, count: Any) -> None:
-    """One step of bn's running averages, by torch's rule: the unbiased variance."""
-    if not _steps(bn):
-        return  # before no_grad, which in eval mode would be a region of its own to torch.export
-    with torch.no_grad():
-        momentum = _count_batch(bn)
-        if bn.running_mean is None:
-            return
-        if isinstance(count, Tensor):  # no process had a value: leave the averages
-            momentum = momentum * (count > 0).to(count.dtype)  # a bool tensor would round it
-            unbiased = var * count / (count - 1).clamp(min=1)
-        elif count == 0:
-            return
-        else:
-            unbiased = var * (count / (count - 1))
-        for running, value in ((bn.running_mean, mu), (bn.running_var, unbiased)):
-            running.copy_(running + momentum * (value - running))
-
-
-def _steps(bn):
-    return bn.training and bn.track_running_stats
-
-
-def _count_batch(bn):
-    """Counts a batch, if bn has a counter, and gives the step of the running averages."""
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if bn.momentum is not None:
-        return bn.momentum
-    if bn.num_batches_tracked is None:
-        return 0.0  # torch's rule
-    return 1 / bn.num_batches_tracked.item()  # cumulative average
-
-
-def _check_map(x, num_features, ndims):
-    if x.dim() < 2 or (ndims and x.dim() not in ndims):
-        expected = ' or '.join(f'{n}D' for n in ndims) or 'at least 2D'
-        raise ValueError(
-            f'expected {expected} input (got {x.dim()}D input of size {tuple(x.shape)})'
-        )
-    if x.shape[1] != num_features:
-        raise ValueError(
-            f'expected {num_features} channels in dimension 1 (got {x.shape[1]} '
-            f'channels, input size {tuple(x.shape)}); num_features is set '
-            f'where the layer is built'
-        )
-    if not x.is_floating_point():
-        raise TypeError(
-            f'expected a floating-point map, got one of {x.dtype}; convert it, as by x.float()'
-        )
-
-
-def _parts_of_norm(bn):
-    """What of a torch BatchNorm kernels read; see `PER_CHANNEL`."""
-    parameters, buffers = bn._parameters, bn._buffers
-    try:  # the attributes cost eight times as much
-        return (
-            parameters['weight'],
-            parameters['bias'],
-            buffers['running_mean'],
-            buffers['running_var'],
-        )
-    except KeyError:  # replaced by plain attributes, as in nn.DataParallel's replicas
-        return tuple(getattr(bn, name) for name in PER_CHANNEL)
-
-
-def _parts_of_sc(sc):
-    """SC's four parameters, or None where sc is more than an SC, or another module."""
-    if (
-        type(sc).forward is SC.forward
-        and not has_registered(sc)
-        and tuple(sc._parameters) == SC_PARAMETERS
-    ):
-        return (*sc._parameters.values(),)
-    return None
-
-
-def _check_parts(x, sc, norm_parts, sc_parts, fast=False):
-    """Raises, in torch's words, where something that will be read does not fit x.
-
-    In every backend, so that nothing is broadcast and no kernel reads past the end. With
-    ``fast``, by the compiled kernels' own check, if they are there.
-
-    Returns:
-        whether kernels can read all of them. A tensor of a subclass has memory of its own, or
-        none; attributes instead of parameters, in nn.DataParallel's replicas and inside FSDP,
-        need autograd's graph as it is.
-    """
-    mean, var = norm_parts[2:]
-    if (mean is None) != (var is None):
-        raise ValueError('running_mean, running_var: expected both or neither, got only one')
-    channels, kernels = sc.num_features, compiled_kernels() if fast else None
-    if kernels and sc_parts and kernels.fits(x, channels, norm_parts, sc_parts):
-        return True
-    names, shapes = PER_CHANNEL, ((channels,),) * 4
-    if sc_parts:
-        hidden = tuple(sc_parts[0].shape[:1])
-        names += SC_PARAMETERS
-        shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels,)
-    for name, t, shape in zip(names, (*norm_parts, *(sc_parts or ())), shapes, strict=True):
-        if t is not None and (
-            t.shape != shape or t.device != x.device or not t.dtype.is_floating_point
-        ):
-            raise RuntimeError(_misfit(name, t, shape, x))
-    parameters = sc_parts or tuple(sc.parameters())
-    return len(parameters) > 0 and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
-
-
-def _misfit(name, tensor, shape, x):
-    """What of a parameter or buffer does not fit the map x."""
-    if tensor.device != x.device:
-        return (
-            f'Expected all tensors to be on the same device, but {name} is on '
-            f'{tensor.device} and the input on {x.device}; move one of them with .to()'
-        )
-    if tensor.shape == shape:
-        return f'{name}: expected a floating-point dtype, got {tensor.dtype}'
-    if len(shape) == 1 and tensor.numel() != shape[0]:
-        return f'{name} should contain {shape[0]} elements not {tensor.numel()}'
-    return f'{name} should have the shape {shape} not {tuple(tensor.shape)}'
-
-
-def _check_count(x, call):
-    if call.running is None and call.group is None and _values_per_channel(x) == 1:
-        raise ValueError(
-            f'Expected more than 1 value per channel when training, got input '
-            f'size {tuple(x.shape)}; use larger batches or inputs, or eval()'
-        )
-
-
-def _values_per_channel(x):
-    return x.numel() // x.shape[1]
-
-
-def _running_statistics(bn):
-    """The running mean and variance where bn normalises by them, or None."""
-    never_updates = not hasattr(bn, 'momentum')  # mmdet's and torchvision's FrozenBatchNorm2d
-    if getattr(bn, 'running_mean', None) is None or (bn.training and not never_updates):
-        return None
-    return bn.running_mean, bn.running_var
-
-
-def _is_synchronised(bn):
-    return (
-        isinstance(bn, nn.SyncBatchNorm)
-        and bn.training
-        and dist.is_available()
-        and dist.is_initialized()
-    )
-
-
-def process_group(bn: Any) -> dist.ProcessGroup | None:
-    """The group over which bn's batch statistics are to be reduced, or None."""
-    if not _is_synchronised(bn):
-        return None
-    group = bn.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
 def _kernels_of_operator(call, x, w, b, backend):
     """Which kernels torch.compile is to keep this layer for as one operator, or ''.
 
@@ -874,34 +506,14 @@ def _kernels_of_operator(call, x, w, b, backend):
         or call.sc_parts is None
         or len(call.sc_parts[1]) == 0
         or (w is None) != (b is None)
-        or (_steps(call.bn) and call.bn.running_mean is None)
+        or (steps(call.bn) and call.bn.running_mean is None)
         or not all(t.is_contiguous() and t.device == x.device for t in state)
         or x.numel() == 0
         or x.shape[0] * x.shape[1] >= LARGEST
         or x.numel() >= x.shape[0] * x.shape[1] * LARGEST
     ):
         return ''
-    return _kept_by_compile(backend, x.device.type, x.device.index)
-
-
-@torch.compiler.assume_constant_result  # nothing in it is for Dynamo to trace
-def _kept_by_compile(backend, device, index):
-    """'triton' or 'cpp', the kernels of an operator; '' for the reference.
-
-    That goes into what torch.export makes, which is to run where this package is not installed.
-    """
-    if (
-        torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or backend in ('reference', 'torch')
-    ):
-        return ''
-    if device == 'cpu' and backend == 'triton':
-        return 'triton' if os.environ.get('TRITON_INTERPRET') == '1' else ''
-    if device == 'cpu':
-        return 'cpp' if compiled_kernels() else ''
-    return 'triton' if device == 'cuda' and _on_gpu(index) else ''
+    return kept_by_compile(backend, x.device.type, x.device.index)
 
 
 def _by_operator(kernels, call, x, w, b):
@@ -916,7 +528,7 @@ def _by_operator(kernels, call, x, w, b):
         torch.is_grad_enabled(),
         kernels,
     )
-    if not _steps(bn):
+    if not steps(bn):
         return torch.ops.dn_mmdet.dynamic_norm(*parts, *options)[0]
     momentum = bn.momentum
     if momentum is not None:
@@ -938,7 +550,7 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
         )
     if not torch.jit.is_tracing():  # where sizes are no numbers
         _check_called(x, norm, sc)
-    z, x, running = _call(norm, x)
+    z, x, running = _watched_call(norm, x)
     if not isinstance(z, Tensor):
         raise TypeError(
             f'expected the inner {type(norm).__name__} to give a tensor, got a '
@@ -949,7 +561,7 @@ def _around_the_inner_norm(x, norm, sc, batch_shared):
             f'expected the inner {type(norm).__name__} to keep the shape '
             f'{tuple(x.shape)} of its input, got {tuple(z.shape)} from it'
         )
-    call = _Call(norm, running, process_group(norm), sc, None, batch_shared)
+    call = Call(norm, running, process_group(norm), sc, None, batch_shared)
     m, v = reference.moments(x)
     mu, var, _ = statistics(call, m, v, x)
     eps = getattr(norm, 'eps', 1e-5)
@@ -962,15 +574,15 @@ def _check_called(x, norm, sc):
     parts = [getattr(norm, name, None) for name in PER_CHANNEL[2:]]
     own = not is_torch_batch_norm(norm) and parts[0] is not None
     affine = [getattr(norm, name, None) for name in PER_CHANNEL[:2]] if own else [None, None]
-    _check_parts(x, sc, (*affine, *parts), _parts_of_sc(sc))
+    check_parts(x, sc, (*affine, *parts), parts_of_sc(sc))
 
 
-def _call(norm, x):
+def _watched_call(norm, x):
     """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
     seen = []
 
     def look(norm, args, keywords):
-        running = _running_statistics(norm)
+        running = running_statistics(norm)
         given = [*args, *keywords.values()][0]  # a hook may give it by name
         seen[:] = given, running and tuple(t.clone() for t in running)
 

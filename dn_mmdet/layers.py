@@ -10,7 +10,9 @@ import torch.fx
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .functional import check_backend, check_eps, dynamic_norm
+from .functional import dynamic_norm
+from .inner_norm import check_eps
+from .kernels.choice import check_backend
 from .sc import SC
 
 # A graph traced by torch.fx holds one call per layer: the shape checks and the

@@ -22,7 +22,7 @@ from tiny_detector import make_coco, write_config
 from dn_mmdet.checks import preflight
 from dn_mmdet.checks.preflight import ConfigError, reserved
 from dn_mmdet.experiments import compare
-from dn_mmdet.experiments.compare import Point, Variant, configured, differences, plan, product
+from dn_mmdet.experiments.compare import NamedConfig, Point, configured, differences, plan, product
 from dn_mmdet.experiments.recording import read_log
 from dn_mmdet.experiments.results import FOLDED, read_rows
 from dn_mmdet.provenance import commit_of
@@ -54,7 +54,7 @@ def config(**changes):
 
 
 def point(cfg=None, name='some', **values):
-    return Point(Variant(name, f'{name}.py', cfg or config()), **{'seed': 0, **values})
+    return Point(NamedConfig(name, f'{name}.py', cfg or config()), **{'seed': 0, **values})
 
 
 def test_a_point_at_the_configs_own_values_changes_no_schedule():
@@ -158,7 +158,7 @@ def test_a_config_that_no_grid_can_be_made_of_is_told(changes):
 
 
 def test_a_grid_that_is_cut_short_has_whole_comparisons():
-    variants = [Variant(name, name, config()) for name in 'ab']
+    variants = [NamedConfig(name, name, config()) for name in 'ab']
     points = product(variants, [0, 1], [1.0, 4.0], [None, 16], 3)
     assert len(points) == len(set(points)) == 2 * 2 * 2 * 2
     assert [(p.seed, p.variant.name) for p in points[:2]] == [(0, 'a'), (0, 'b')]
@@ -184,7 +184,7 @@ def test_configs_that_differ_in_more_than_the_norm_go_on_only_if_allowed(tmp_pat
     (tmp_path / 'images').mkdir()
     make_coco(tmp_path)
     cfgs = [Config.fromfile(write_config(tmp_path, norm)) for norm in ('BN', 'DNB')]
-    variants = [Variant(name, name, cfg) for name, cfg in zip('ab', cfgs, strict=True)]
+    variants = [NamedConfig(name, name, cfg) for name, cfg in zip('ab', cfgs, strict=True)]
     points = product(variants, [0])
     assert compare.check(points) == points
     cfgs[1].optim_wrapper.optimizer.lr = 0.5
@@ -250,7 +250,7 @@ def trainer(tmp_path, monkeypatch):
 
 def runs_of(folder, *names, seeds=(0,)):
     return plan(
-        product([Variant(name, f'{name}.py', config()) for name in names], seeds),
+        product([NamedConfig(name, f'{name}.py', config()) for name in names], seeds),
         folder,
         '',
         'abc',

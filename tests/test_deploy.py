@@ -306,7 +306,7 @@ def folding():
     """Six layers, of which the first varies most; each one's map costs the same."""
     model = nn.Sequential(*(awake(DNB(3), std) for std in (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)))
     folding = deploy.Folding.__new__(deploy.Folding)
-    folding.model, folding.values, folding.say = model.eval(), {}, lambda text: None
+    folding.model, folding.values, folding.log = model.eval(), {}, lambda text: None
     folding.calibration, folding.outputs = Images(), deploy.calibrate(model, [X])
     folding.report, folding.halves = deploy.measure(model, folding.outputs), [folding.outputs]
     folding.values_per_image = lambda: dict.fromkeys('012345', 1)

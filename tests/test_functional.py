@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, functional, kernels
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, kernels
+from dn_mmdet.inner_norm import SC_PARAMETERS
+from dn_mmdet.kernels import choice
 
 FUSED = ('torch', 'auto')
 LAYERS = {
@@ -134,7 +136,7 @@ def test_auto_on_a_gpu_is_the_fastest_backend_that_runs_there():
     layer = trained(DNB(3)).cuda()
     x = torch.randn(2, 3, 4, 4, device='cuda')
     auto = layer.eval()(x)
-    layer.backend = functional.fused_backends('cuda')[-1]
+    layer.backend = choice.fused_backends('cuda')[-1]
     assert torch.equal(auto, layer(x))
     assert auto.grad_fn.name() == layer(x).grad_fn.name()
 
@@ -150,7 +152,7 @@ def shortened(part):
 
     def make(backend):
         layer = DNB(CHANNELS, backend=backend)
-        owner = layer.sc if part in functional.SC_PARAMETERS else layer.bn
+        owner = layer.sc if part in SC_PARAMETERS else layer.bn
         t = getattr(owner, part)
         short = t.detach()[:1].clone() if part != 'w_in' else t.detach()[:, :1].clone()
         setattr(owner, part, nn.Parameter(short) if part in owner._parameters else short)
@@ -542,7 +544,7 @@ def flipped(t):
 def test_views_with_a_flipped_sign(kind, training, backend, close):
     cls, kwargs = LAYERS[kind]
     layer, expected = twins(cls, 5, backend=backend, **kwargs)
-    for owner, names in ((layer.bn, ('weight', 'bias')), (layer.sc, functional.SC_PARAMETERS)):
+    for owner, names in ((layer.bn, ('weight', 'bias')), (layer.sc, SC_PARAMETERS)):
         for name in names:
             setattr(owner, name, nn.Parameter(flipped(getattr(owner, name).detach())))
     layer.bn.running_mean = flipped(layer.bn.running_mean)

@@ -24,7 +24,7 @@ from tool_process import succeed  # noqa: E402
 from dn_mmdet.checks.preflight import ConfigError, check_model  # noqa: E402
 from dn_mmdet.convert import dn_layers  # noqa: E402
 from dn_mmdet.experiments import gpu_plan, gpu_training, results  # noqa: E402
-from dn_mmdet.experiments.compare import Variant  # noqa: E402
+from dn_mmdet.experiments.compare import NamedConfig  # noqa: E402
 from dn_mmdet.experiments.gpu_training import Classifier, Grid, Training, build  # noqa: E402
 from dn_mmdet.experiments.presets import causes  # noqa: E402
 
@@ -110,7 +110,7 @@ NAMES = [
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_model_is_that_of_the_config(name, close):
-    bn = Variant('bn', str(CONFIG), Config.fromfile(CONFIG))
+    bn = NamedConfig('bn', str(CONFIG), Config.fromfile(CONFIG))
     cfg = {p.variant.name: p.variant.cfg for p in causes(bn, [0], None, None, None)}[name]
     theirs = awake(check_model(cfg).double())
     ours = Classifier(recipe_of(CONFIG, name)).double()
@@ -344,7 +344,7 @@ def test_rows_of_a_grid_and_what_is_left_for_a_second_call(config, images, tmp_p
     plan = planned(config, 'bn,dnb,static,dnc:0', 'bn:1')
     path, said = tmp_path / 'rows.csv', []
     first = dict(plan, runs=plan['runs'][:4])
-    assert Grid(first, images, path, parallel=3, say=said.append).train()
+    assert Grid(first, images, path, parallel=3, log=said.append).train()
     rows = {row['config']: row for row in results.read_rows(path)}
     assert set(rows) == {
         'mobilenetv2_bn_tinyin100',
@@ -361,10 +361,10 @@ def test_rows_of_a_grid_and_what_is_left_for_a_second_call(config, images, tmp_p
     assert rows['mobilenetv2_dnb_tinyin100']['backend'] == 'auto'
     before = path.read_text()
 
-    assert Grid(plan, images, path, say=said.append).train()
+    assert Grid(plan, images, path, log=said.append).train()
     assert path.read_text().startswith(before) and len(results.read_rows(path)) == 5
     assert '5 runs, 4 of them ended before' in said
-    assert Grid(plan, images, path, say=said.append).train()  # nothing is left
+    assert Grid(plan, images, path, log=said.append).train()  # nothing is left
     assert len(results.read_rows(path)) == 5
 
 
@@ -381,7 +381,7 @@ def test_it_learns(config, images):
 
 def test_a_diverged_run_is_a_row_and_the_others_go_on(config, images, tmp_path):
     plan = planned(config, 'bn:0@lr100000000', 'bn:0')
-    assert Grid(plan, images, tmp_path / 'rows.csv', parallel=1, say=lambda _: None).train()
+    assert Grid(plan, images, tmp_path / 'rows.csv', parallel=1, log=lambda _: None).train()
     first, second = results.read_rows(tmp_path / 'rows.csv')
     assert first['status'] == 'diverged' and first['value'] is None
     assert second['status'] == 'finished' and second['value'] is not None
@@ -389,7 +389,7 @@ def test_a_diverged_run_is_a_row_and_the_others_go_on(config, images, tmp_path):
 
 def test_a_run_that_would_not_end_in_time_is_not_started(config, images, tmp_path):
     plan, said = planned(config, 'bn:0', 'bn:1@epochs40000', 'bn:2'), []
-    grid = Grid(plan, images, tmp_path / 'rows.csv', parallel=1, seconds=60, say=said.append)
+    grid = Grid(plan, images, tmp_path / 'rows.csv', parallel=1, seconds=60, log=said.append)
     assert not grid.train()
     assert [row['seed'] for row in results.read_rows(tmp_path / 'rows.csv')] == [0, 2]
     assert 'left: bn:1 (lr 0.1, batch 8, 40000 epochs)' in said[-1]
@@ -409,11 +409,11 @@ def test_a_backend_that_computes_wrong_values_is_not_trained_with(
     right = torch_ops.affine
     monkeypatch.setattr(torch_ops, 'affine', lambda x, m, a, c: right(x, m, 1.1 * a, c))
     plan, said, path = planned(config, 'dnb:0', 'bn:0', epochs=1), [], tmp_path / 'rows.csv'
-    assert not Grid(plan, images, path, backends=('torch',), say=said.append).train()
+    assert not Grid(plan, images, path, backends=('torch',), log=said.append).train()
     assert [row['norm'] for row in results.read_rows(path)] == ['BN']
     assert 'dnb was refused: torch: ' in said[-1] and 'y is off by' in said[-1]
 
-    assert Grid(plan, images, path, backends=('torch', 'reference'), say=said.append).train()
+    assert Grid(plan, images, path, backends=('torch', 'reference'), log=said.append).train()
     assert [row['backend'] for row in results.read_rows(path)] == ['-', 'reference']
 
 

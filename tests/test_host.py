@@ -24,10 +24,11 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC, functional
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
+from dn_mmdet.kernels import choice
 
 pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
-if functional.gpu_host() is None:
+if choice.gpu_host() is None:
     pytest.skip('the compiled host was not built', allow_module_level=True)
 from dn_mmdet.kernels import _host, host  # noqa: E402
 
@@ -1382,7 +1383,7 @@ if INTERPRETED:
         monkeypatch.setattr(host, 'compile_kernel', compiled)
         monkeypatch.setattr(host, 'print_log', lambda text, **kwargs: logged.append(text))
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-        assert functional._on_gpu(0) is not None  # nothing is known against it yet
+        assert choice.on_gpu(0) is not None  # nothing is known against it yet
         refusing(209)
         for shape in ((2, 3, 1, 13), (2, 3, 1, 15)):  # nobody else's
             for layer, twin in (pair('cpu'), pair('cpu', DNC)):
@@ -1390,7 +1391,7 @@ if INTERPRETED:
         assert len(logged) == 1 and 'slower' in logged[0]
         assert ('another version' if error == 'abi' else 'CUDA error 209') in logged[0]
         assert host.kernels_run_on(0) == by_python and host.kernels_run_on(1)
-        assert (functional._on_gpu(0) is not None) == by_python
+        assert (choice.on_gpu(0) is not None) == by_python
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
 

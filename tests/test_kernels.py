@@ -22,8 +22,9 @@ from parity import (
 )
 
 import dn_mmdet.kernels
-from dn_mmdet import DNB, functional
-from dn_mmdet.kernels import torch_ops
+from dn_mmdet import DNB
+from dn_mmdet.inner_norm import SC_PARAMETERS
+from dn_mmdet.kernels import choice, torch_ops
 
 try:
     from dn_mmdet.kernels import _cpp, cpp_ops
@@ -330,7 +331,7 @@ def calls_of_the_kernels():
 def run_kernel(name, arguments):
     arguments = dict(arguments)
     if 'w_in' in arguments:
-        sc = [arguments.pop(part) for part in functional.SC_PARAMETERS]
+        sc = [arguments.pop(part) for part in SC_PARAMETERS]
         before = list(arguments).index('b') + 1
         values = list(arguments.values())
         return getattr(_cpp, name)(*values[:before], sc, *values[before:])
@@ -406,9 +407,9 @@ def test_an_outlier_in_the_middle_costs_no_accuracy(close):
 
 @pytest.fixture
 def forgets_the_kernels():
-    functional.compiled_kernels.cache_clear()
+    choice.compiled_kernels.cache_clear()
     yield
-    functional.compiled_kernels.cache_clear()
+    choice.compiled_kernels.cache_clear()
 
 
 @pytest.mark.usefixtures('forgets_the_kernels')
@@ -431,7 +432,7 @@ def test_kernels_of_another_torch_are_said_once(monkeypatch):
         except ImportError as error:
             raise ImportError("backend='cpp': undefined symbol: _ZN2at4") from error
 
-    monkeypatch.setattr(functional, '_cpp_ops', broken)
+    monkeypatch.setattr(choice, '_cpp_ops', broken)
     x = torch.randn(2, 3, 4, 4)
     with pytest.warns(UserWarning, match='undefined symbol.*slower') as caught:
         assert torch.equal(DNB(3)(x), DNB(3, backend='torch')(x))

@@ -13,8 +13,8 @@ from conftest import TOLERANCE, awake
 from parity import INTERPRETED, MODES, assert_interpreted_tests_pass
 from torch import nn
 
-from dn_mmdet import DNB, DNC, DNB1d, DNC1d, SyncDNB, functional
-from dn_mmdet.kernels import operators
+from dn_mmdet import DNB, DNC, DNB1d, DNC1d, SyncDNB
+from dn_mmdet.kernels import choice, operators
 
 if INTERPRETED:
     KERNELS, DEVICE = 'triton', 'cpu'
@@ -23,7 +23,7 @@ elif torch.cuda.is_available():
 else:
     KERNELS, DEVICE = 'cpp', 'cpu'
 BACKEND = 'triton' if KERNELS == 'triton' else 'auto'
-if KERNELS == 'cpp' and functional.compiled_kernels() is None:
+if KERNELS == 'cpp' and choice.compiled_kernels() is None:
     pytest.skip('the compiled kernels were not built', allow_module_level=True)
 # the interpreter's own, of numpy
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE == 'cuda' else []),
 ]
 slow = pytest.mark.slow
-LAUNCHERS = ['C++', 'Python'] if KERNELS == 'triton' and functional.gpu_host() else ['Python']
+LAUNCHERS = ['C++', 'Python'] if KERNELS == 'triton' and choice.gpu_host() else ['Python']
 if 'C++' in LAUNCHERS:
     from dn_mmdet.kernels import host, triton_ops
 

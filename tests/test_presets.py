@@ -9,11 +9,11 @@ from torch import nn
 from dn_mmdet import DNB, DNC
 from dn_mmdet.checks.preflight import ConfigError, check_model
 from dn_mmdet.convert import batch_norms, dn_layers
-from dn_mmdet.experiments.compare import Variant, check, configured, differences
+from dn_mmdet.experiments.compare import NamedConfig, check, configured, differences
 from dn_mmdet.experiments.controls import BNSE, ScaledBN, StaticDN
 from dn_mmdet.experiments.presets import CONTROLS, PRESETS, SC_FACTORS, widened
 from dn_mmdet.experiments.recording import norm_counts
-from dn_mmdet.functional import compiled_kernels
+from dn_mmdet.kernels.choice import compiled_kernels
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +22,7 @@ def bn(tmp_path_factory):
     (root / 'images').mkdir()
     make_coco(root)
     path = write_config(root)
-    return Variant('tiny_bn', str(path), Config.fromfile(path))
+    return NamedConfig('tiny_bn', str(path), Config.fromfile(path))
 
 
 def grid(name, bn, seeds=(0, 1), lr=None, batch=None, epochs=None):
@@ -223,7 +223,7 @@ def test_a_backbone_without_a_width_cannot_be_widened(bn):
         )
     )
     with pytest.raises(ConfigError, match='ResNet: has no widen_factor'):
-        widened(Variant('r', 'r.py', cfg), 10**7)
+        widened(NamedConfig('r', 'r.py', cfg), 10**7)
 
 
 def test_the_se_control_starts_as_batch_norm_and_then_gates(close):

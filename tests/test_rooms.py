@@ -17,12 +17,12 @@ ROOMS = {
     'checks': set(),
     'cli': {'checks'},
     'benchmark': {'kernels'},
-    'experiments': {'checks', 'cli'},
+    'experiments': {'checks', 'cli', 'kernels'},
     'deploy': {'checks', 'cli', 'experiments'},
     'zoo': {'models'},
 }
-# The maths chooses among the backends in kernels/, and these read its modules.
-CORE = {'functional': {'kernels'}}
+# The core runs the backends of kernels/, and these read its modules.
+CORE = {name: {'kernels'} for name in ('functional', 'inner_norm', 'layers')}
 
 
 def imported(path):

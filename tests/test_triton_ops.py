@@ -32,12 +32,12 @@ from parity import (
     step,
 )
 
-from dn_mmdet import functional
+from dn_mmdet.kernels import choice
 
 triton = pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
 from dn_mmdet.kernels import plans, triton_kernels  # noqa: E402
 
-HOST = functional.gpu_host() is not None
+HOST = choice.gpu_host() is not None
 if INTERPRETED and HOST:
     import emulated_gpu
 
@@ -354,7 +354,7 @@ if not INTERPRETED:
         compiled = set()
         for plan in PLANS:
             for launch in plan.launches():
-                host = functional.gpu_host()
+                host = choice.gpu_host()
                 binary = host.compile_kernel(host.Signature.of(plan, launch), capability)
                 registers, spilled = resources(binary)
                 print(

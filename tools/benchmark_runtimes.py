@@ -2,6 +2,7 @@
 """Measures a detector's head outputs in inference runtimes, against the same with BatchNorm.
 
 Each runtime that is installed runs on one thread. The file gets a line for each model in it.
+Where a runtime fails, the tool says why, goes on with the others and ends with exit code 1.
 """
 
 import argparse
@@ -62,13 +63,21 @@ def run(args):
     coarse = torch.rand(8, 3, *(side // 8 for side in args.size), generator=generator)
     images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
     models = runtimes.models_of(model, tuple(args.size), images.numpy())
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.runtimes:
             missing = runtimes.RUNTIMES[name].missing()
             if missing:
                 print(f'{name}: left out, not installed: {", ".join(missing)}')
                 continue
-            found = runtimes.measured(name, models, images[:1].numpy(), Path(folder), args.rounds)
+            try:
+                found = runtimes.measured(
+                    name, models, images[:1].numpy(), Path(folder), args.rounds
+                )
+            except Exception as error:  # of any kind: each runtime has its own
+                failed.append(name)
+                print(f'{name}: failed: {type(error).__name__}: {error}', flush=True)
+                continue
             rows = [row for row in rows if row['runtime'] != name]
             for row in found:
                 print(
@@ -85,6 +94,7 @@ def run(args):
                     )
                 )
             write(out, rows)
+    return 1 if failed else 0
 
 
 def write(path, rows):
@@ -104,7 +114,7 @@ def read(path):
 def main(argv=None):
     parser, args = parse(argv)
     with command_line.one_message(parser):
-        run(args)
+        return run(args)
 
 
 if __name__ == '__main__':

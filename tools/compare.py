@@ -139,7 +139,9 @@ def _positive(text):
 def grid(args):
     """The points that the options mean, checked before anything is written."""
     variants = [
-        compare.Variant(Path(path).stem, path, command_line.load_config(path, args.cfg_options))
+        compare.NamedConfig(
+            Path(path).stem, path, command_line.load_config(path, args.cfg_options)
+        )
         for path in args.configs
     ]
     names = [variant.name for variant in variants]

@@ -45,7 +45,8 @@ def train(configs, out, seed, console):
     """Runs both trainings at once, from the start; returns their runs."""
     shutil.rmtree(out / 'runs', ignore_errors=True)
     variants = [
-        compare.Variant(path.stem, str(path), command_line.load_config(path)) for path in configs
+        compare.NamedConfig(path.stem, str(path), command_line.load_config(path))
+        for path in configs
     ]
     points = compare.check(compare.product(variants, [seed]))
     runs = compare.plan(points, out / 'runs', 'demo', commit_of())
@@ -155,7 +156,7 @@ def fold(runs, out):
         models.append(folding.built(cfg).eval())
         checkpoints.append(open_checkpoint(path))
         check_fits(models[-1], checkpoints[-1], path)
-    result = folding.fold(configs[-1], models[-1], curve=False, say=lambda text: None)
+    result = folding.fold(configs[-1], models[-1], curve=False, log=lambda text: None)
     folding.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
     with folding.quiet():
         evaluation = folding.Evaluation(configs[0], result.metric)

@@ -77,7 +77,7 @@ def measure_tunings(setting: Setting, batch: int, shapes=None) -> list[dict]:
         RuntimeError: the kernels are not launched by the compiled host here.
         ParityError: a layer's output is not the reference's.
     """
-    from ..functional import gpu_host
+    from ..kernels.choice import gpu_host
 
     host = gpu_host()
     if setting.device != 'cuda' or host is None:

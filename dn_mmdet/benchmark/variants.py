@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..functional import fused_backends
+from ..kernels.choice import fused_backends
 from ..layers import DNB, DNC
 from ..sc import SC
 

@@ -296,12 +296,12 @@ class Folding:
         calibration (Calibration): the images.
         evaluation (Evaluation): gives a model's metric.
         changed (Evaluation | None): on changed images, which calibration does not see.
-        say: called with a line of text about what goes on.
+        log: called with a line of text about what goes on.
     """
 
-    def __init__(self, model, calibration, evaluation, say=print, changed=None):
+    def __init__(self, model, calibration, evaluation, log=print, changed=None):
         self.model, self.calibration = model.eval(), calibration
-        self.evaluation, self.changed, self.say = evaluation, changed, say
+        self.evaluation, self.changed, self.log = evaluation, changed, log
         self.values = {}
         nothing = measure(model, {})
         self.halves = None
@@ -337,7 +337,7 @@ class Folding:
         key = kept, False
         if key not in self.values:
             self.values[key] = self.evaluation(self.folded(kept))
-            self.say(f'{len(kept)} layers dynamic: {self.values[key]:.4g}')
+            self.log(f'{len(kept)} layers dynamic: {self.values[key]:.4g}')
         value = self.values[key]
         exact = self.halves is None or len(kept) == len(self.report)
         if exact or enough is not None and value >= enough:
@@ -482,7 +482,7 @@ def fold(
     max_drop=None,
     metric=None,
     curve=True,
-    say=print,
+    log=print,
     changed=None,
 ) -> Result:
     """Folds a trained model of a config as tools/fold.py is asked to; nothing is written.
@@ -504,7 +504,7 @@ def fold(
         evaluation = Evaluation(cfg, metric)
         calibration = Calibration(cfg, images, evaluation.loader.collate_fn)
         on_changed = changed and Evaluation(changed, metric, prepare=True)
-    folding = Folding(model, calibration, evaluation, say, on_changed)
+    folding = Folding(model, calibration, evaluation, log, on_changed)
     names = folding.names()
     if max_drop is not None:
         kept = folding.search(max_drop)

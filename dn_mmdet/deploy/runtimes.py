@@ -191,8 +191,31 @@ class LiteRT(Runtime):
         return run
 
 
+class ExecuTorch(Runtime):
+    package, needs = 'executorch', ('executorch',)
+
+    def prepare(self, detector, folder):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime as Loader
+
+        x = torch.zeros(1, 3, *detector.size)
+        simple = simplify.simplified(_Levels(detector), x)
+        program = to_edge_transform_and_lower(
+            torch.export.export(simple.model, (x,)), partitioner=[XnnpackPartitioner()]
+        )
+        method = Loader.get().load_program(program.to_executorch().buffer).load_method('forward')
+
+        def run(images):
+            return [output.numpy() for output in method.execute([torch.from_numpy(images)])]
+
+        run.levels = True
+        return run
+
+
 RUNTIMES = {
-    runtime.__name__.lower(): runtime for runtime in (Onnxruntime, OpenVINO, LiteRT, Ncnn, MNN)
+    runtime.__name__.lower(): runtime
+    for runtime in (Onnxruntime, OpenVINO, LiteRT, Ncnn, MNN, ExecuTorch)
 }
 
 

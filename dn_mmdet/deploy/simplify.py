@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..convert import DNBAct, DNCAct, batch_norms, dn_layers, is_frozen_batch_norm
 from ..fold import RewrittenBN, affine_of, batch_norm_of, constant, foldable, put
-from ..functional import has_registered, is_torch_batch_norm
+from ..inner_norm import has_registered, is_torch_batch_norm
 from ..layers import _DynamicNorm
 from ..sc import SC
 

@@ -62,7 +62,7 @@ TAIL = 15  # lines of a failed run's output that are shown
 
 
 @dataclass(frozen=True)
-class Variant:
+class NamedConfig:
     """A config of the comparison, under the name that tables call it by."""
 
     name: str
@@ -75,7 +75,7 @@ class Variant:
 class Point:
     """Where in the grid a run is; None leaves the config's own value."""
 
-    variant: Variant
+    variant: NamedConfig
     seed: int
     lr_factor: float = 1.0
     batch: int | None = None

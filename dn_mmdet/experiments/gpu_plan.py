@@ -62,7 +62,7 @@ def plan(config, runs, epochs, question, commit) -> list[dict]:
     """A dict per run: its row as far as it is known, and its recipe."""
     cfg = load_config(config)
     name = Path(config).stem
-    bn = compare.Variant(name, str(config), cfg)
+    bn = compare.NamedConfig(name, str(config), cfg)
     variants = {
         point.variant.name: point.variant for point in presets.causes(bn, [0], None, None, None)
     }

@@ -737,15 +737,15 @@ class Grid:
         parallel (int): trainings at once.
         seconds (float): limit, from now on.
         backends: see `BACKENDS`.
-        say: called with a line of text about what goes on.
+        log: called with a line of text about what goes on.
     """
 
     def __init__(
-        self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS, say=print
+        self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS, log=print
     ):
         self.columns, self.runs = plan['columns'], plan['runs']
         self.images, self.path, self.parallel = images, Path(path), parallel
-        self.say, self.backends = say, backends
+        self.log, self.backends = log, backends
         self.begin = time.perf_counter()
         self.seconds = seconds
         self.slots = []  # trainings with their graphs, at work or idle
@@ -761,7 +761,7 @@ class Grid:
         """Returns whether every run of the plan has a row now."""
         ended = [_key(row) for row in read_rows(self.path)]
         todo = [run for run in self.runs if _key(run['row']) not in ended]
-        self.say(f'{len(self.runs)} runs, {len(self.runs) - len(todo)} of them ended before')
+        self.log(f'{len(self.runs)} runs, {len(self.runs) - len(todo)} of them ended before')
         while todo or self.running:
             while todo and len(self.running) < self.parallel:
                 self._begin(todo.pop(0))
@@ -776,11 +776,11 @@ class Grid:
         ]
         if left:
             more = f' and {len(left) - 8} more' if len(left) > 8 else ''
-            self.say(
+            self.log(
                 f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left[:8])}{more}'
             )
         for name, why in self.refused.items():
-            self.say(f'{name} was refused: {why}')
+            self.log(f'{name} was refused: {why}')
         return not left and not self.refused
 
     def _begin(self, run):
@@ -793,7 +793,7 @@ class Grid:
             training = self._slot(run)
         except Refused as error:
             self.refused[run['name']] = str(error)
-            self.say(f'{run["name"]} is not trained: {error}')
+            self.log(f'{run["name"]} is not trained: {error}')
             return
         training.start(run['row']['seed'])
         self.running[training] = run, time.perf_counter()
@@ -827,7 +827,7 @@ class Grid:
         begin = time.perf_counter()
         slot = self._captured(run, *same)
         self.slots.append(slot)
-        self.say(
+        self.log(
             f'{self.elapsed():.0f} s: {_title(run)}: ready in '
             f'{time.perf_counter() - begin:.1f} s, backend {slot.backend}'
         )
@@ -843,7 +843,7 @@ class Grid:
             try:
                 if not known and has_dn:
                     worst = check_layers(recipe, backend, device, size, min(batch, 128))
-                    self.say(
+                    self.log(
                         f'{run["name"]}, backend {backend}: errors at most {worst:.2f} of '
                         f'what is allowed'
                     )
@@ -853,7 +853,7 @@ class Grid:
                     training.check_graph()
             except (Refused, ImportError, RuntimeError, ValueError) as error:
                 reasons.append(f'{backend}: {error}')
-                self.say(f'{run["name"]}, backend {backend}: {error}')
+                self.log(f'{run["name"]}, backend {backend}: {error}')
                 continue
             self.good_backend[run['name']] = backend
             return training
@@ -888,7 +888,7 @@ class Grid:
             row.update(training.results(), status='finished')
         append_row(self.path, row, self.columns)
         measured = ', '.join(f'{key} {row[key]:.4g}' for key in MEASURED if key in row)
-        self.say(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
+        self.log(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
 
 
 def _title(run):
@@ -952,14 +952,14 @@ def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=
         raise ValueError(f'{folder / PLAN}: expected runs with the same to_rgb')
     images = load_images(folder / ARCHIVE, to_rgb.pop(), device)
 
-    def say(text):
+    def log(text):
         print(text, flush=True)
 
-    say(
+    log(
         f'{hardware()}, torch {torch.__version__}; images decoded in '
         f'{time.perf_counter() - begin:.1f} s'
     )
     grid = Grid(
-        plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends, say
+        plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends, log
     )
     return grid.train()

@@ -12,8 +12,8 @@ import torch
 from ..checks.preflight import ConfigError, check_model
 from ..config_tree import add_imports
 from ..convert import batch_norm_cfgs, batch_norms, in_scope_of, swap_norm
-from ..functional import fused_backends
-from .compare import Variant, product
+from ..kernels.choice import fused_backends
+from .compare import NamedConfig, product
 
 
 def variant_sc(**choices) -> dict:
@@ -147,7 +147,7 @@ def causes(bn, seeds, lr_factors, batches, epochs):
     variants += [_in_places(bn, name, pattern) for name, pattern in PLACES.items()]
     for name, factor in WIDTHS.items():
         cfg = _widen(bn.cfg, bn.cfg.model.backbone.get('widen_factor', 1.0) * factor)
-        variants.append(Variant(name, bn.file, cfg))
+        variants.append(NamedConfig(name, bn.file, cfg))
     return product(variants, seeds, lr_factors or [1.0], batches or [None], epochs)
 
 
@@ -171,7 +171,7 @@ PRESETS = {
 
 
 def _swapped(bn, name, norm, **args):
-    return Variant(name, bn.file, swap_norm(bn.cfg, norm, **args))
+    return NamedConfig(name, bn.file, swap_norm(bn.cfg, norm, **args))
 
 
 def _group_norm(bn):
@@ -192,7 +192,7 @@ def _with_norm(bn, name, swap, imports=()):
             node.update(new)
     if imports:
         add_imports(cfg, *imports)
-    return Variant(name, bn.file, cfg)
+    return NamedConfig(name, bn.file, cfg)
 
 
 def _without_decay(bn):
@@ -200,7 +200,7 @@ def _without_decay(bn):
     cfg = copy.deepcopy(bn.cfg)
     paramwise = dict(cfg.optim_wrapper.get('paramwise_cfg') or {}, norm_decay_mult=0.0)
     cfg.optim_wrapper.paramwise_cfg = paramwise
-    return Variant('bn-no-decay', bn.file, cfg)
+    return NamedConfig('bn-no-decay', bn.file, cfg)
 
 
 def _in_places(bn, name, pattern):
@@ -222,10 +222,10 @@ def _in_places(bn, name, pattern):
             only=pattern.removeprefix(f'{part}.'),
         )
     add_imports(cfg, 'dn_mmdet', 'dn_mmdet.experiments.controls')
-    return Variant(name, bn.file, cfg)
+    return NamedConfig(name, bn.file, cfg)
 
 
-def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
+def widened(bn: NamedConfig, parameters: int, tolerance=0.02) -> NamedConfig:
     """The BN model with a wider backbone, of about that many parameters.
 
     Channels of neck and heads that are those of the backbone's outputs follow.
@@ -251,7 +251,7 @@ def widened(bn: Variant, parameters: int, tolerance=0.02) -> Variant:
             f'parameters within {tolerance:.0%}; the nearest, {factor:.4f}, gives '
             f'{found}'
         )
-    return Variant('bn-wide', bn.file, cfg)
+    return NamedConfig('bn-wide', bn.file, cfg)
 
 
 def _widen(cfg, factor):

@@ -83,9 +83,11 @@ def interval(values) -> Interval:
     values = np.asarray(values, float)
     if len(values) < 2:
         return Interval(len(values), float(values[0]) if len(values) else None, None, None)
-    mean, error = values.mean(), stats.sem(values)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * error)
-    return Interval(len(values), float(mean), float(mean - half), float(mean + half))
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return Interval(len(values), mean, mean, mean)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return Interval(len(values), mean, float(low), float(high))
 
 
 def paired(values: dict, baseline: dict) -> tuple[Interval, float | None]:

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
 from dn_mmdet.sc import SC
+from dn_mmdet.statistics import process_group
 
 from . import _host, plans, triton_kernels
 
@@ -353,8 +354,6 @@ def _kind_of_type(cls: type) -> int:
 
 def _group_of(bn):
     """(name, world size, rank) of the processes that reduce bn's statistics, or None."""
-    from dn_mmdet.functional import process_group
-
     group = process_group(bn)
     if group is None:
         return None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
 
+from .choice import gpu_host
 from .torch_ops import as_dense, in_layout_of
 
 PARAMETERS = ('w', 'b', 'w_in', 'b_in', 'w_out', 'b_out')
@@ -142,8 +143,6 @@ def _host_for(kernels, device):
     """The module that launches the kernels from C++, or None."""
     if kernels != 'triton' or device != 'cuda':
         return None
-    from dn_mmdet.functional import gpu_host
-
     return gpu_host()
 
 

@@ -208,9 +208,8 @@ OptionalTensor as(const OptionalTensor& t, const char* name, at::IntArrayRef siz
   return t ? OptionalTensor(as(*t, name, sizes, dtype)) : t;
 }
 
-// functional.py's check of a layer's tensors, at a tenth of the time: whether those of the norm
-// (each may be None) and of SC (or none) are plain tensors of the map's device that have the
-// sizes for so many channels.
+// inner_norm.check_parts at a tenth of the time: whether a norm's tensors (each may be None) and
+// SC's (or none) are plain tensors of the map's device that have the sizes for so many channels.
 bool fits(const Tensor& x, int64_t channels, const py::tuple& norm, const py::tuple& sc) {
   const auto device = x.device();
   const auto plain = [device](PyObject* object, at::IntArrayRef sizes) {
