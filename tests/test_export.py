@@ -162,7 +162,7 @@ def test_the_module_gives_mmdets_detections(build, tmp_path, close):
 def test_pixels_are_normalised_as_the_detector_does(tmp_path, close):
     detector = export.Detector(ssdlite(tmp_path), (64, 64))
     preprocessor = detector.model.data_preprocessor
-    assert detector.swap_channels and detector.normalize
+    assert preprocessor._channel_conversion and preprocessor._enable_normalize
     images = torch.from_numpy(pixels(1))
     inputs = preprocessor(dict(inputs=[images[0]], data_samples=None))['inputs']
     with torch.no_grad():

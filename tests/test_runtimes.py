@@ -39,8 +39,8 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.setitem(runtimes.RUNTIMES, 'absent', Absent)
     out = tmp_path / 'rows.csv'
 
-    def run(*names):
-        arguments = [config, checkpoint, '--size', 64, 64, '--rounds', 2, '--out', out]
+    def run(*names, weights=(checkpoint,)):
+        arguments = [config, *weights, '--size', 64, 64, '--rounds', 2, '--out', out]
         code = main([*map(str, arguments), '--runtimes', *names])
         with open(out, newline='') as file:
             return code, list(csv.DictReader(file))
@@ -60,3 +60,10 @@ def test_a_runtime_that_fails_is_named_and_the_others_are_measured(measure, caps
     assert dynamic['model'] == 'dynamic'
     assert half['model'].endswith('folded') and whole['model'].split(' of ')[0] in whole['model']
     assert all(float(row['error']) < 1e-4 and float(row['ms']) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_the_weights_are_random(measure):
+    code, rows = measure('onnxruntime-detections', weights=())
+    assert code == 0 and len(rows) == 4
+    assert all(float(row['error']) < 1e-3 for row in rows)  # roundings grow in random weights

@@ -13,17 +13,24 @@ from pathlib import Path
 
 import torch
 
+from dn_mmdet.benchmark.variants import wake
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.deploy import export, runtimes
 from dn_mmdet.files import replacing
+from dn_mmdet.fold import recalibrate
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of a detector with DN-B')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file; without one the weights are random, and the statistics of the '
+        "norms are those of the tool's own images",
+    )
     parser.add_argument(
         '--size',
         type=int,
@@ -53,15 +60,18 @@ def run(args):
     export.check_installed()
     torch.set_num_threads(1)
     cfg = command_line.load_config(args.config, args.cfg_options)
+    torch.manual_seed(0)
     model = preflight.check_model(cfg)
-    checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
-    check_fits(model, checkpoint, args.checkpoint)
+    coarse = torch.rand(8, 3, *(side // 8 for side in args.size))
+    images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
+    if args.checkpoint:
+        checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+        check_fits(model, checkpoint, args.checkpoint)
+    else:
+        recalibrate(wake(model), [export.batch_of(images)])
     out = Path(args.out)
     preflight.make_folder(out.parent, '--out')
     rows = read(out)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(8, 3, *(side // 8 for side in args.size), generator=generator)
-    images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
     models = runtimes.models_of(model, tuple(args.size), images.numpy())
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

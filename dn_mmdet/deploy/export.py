@@ -79,8 +79,6 @@ class Detector(nn.Module):
                 f'--size: expected multiples of {divisor}, to which this detector '
                 f'pads its images, got {tuple(size)}'
             )
-        self.swap_channels = preprocessor._channel_conversion
-        self.normalize = preprocessor._enable_normalize
         self.head = kind(model, self.size)
         self.outputs = OUTPUTS if self.head.detect else ()
         self.raw_names = self.head.raw_names
@@ -91,15 +89,16 @@ class Detector(nn.Module):
         return *detections, *raw
 
     def raw(self, images):
-        return self.head.raw(self.normalised(images))
+        return self.head.raw(normalised(images, self.model.data_preprocessor))
 
-    def normalised(self, images):
-        preprocessor = self.model.data_preprocessor
-        if self.swap_channels:  # by slices: indexing would be an operator that few runtimes have
-            images = torch.cat((images[:, 2:], images[:, 1:2], images[:, :1]), dim=1)
-        if self.normalize:
-            images = (images - preprocessor.mean) / preprocessor.std
-        return images
+
+def normalised(images: Tensor, preprocessor: Any) -> Tensor:
+    """Images (N, 3, H, W) of pixels as mmdet's preprocessor hands them to the backbone."""
+    if preprocessor._channel_conversion:  # by slices: few runtimes have indexing
+        images = torch.cat((images[:, 2:], images[:, 1:2], images[:, :1]), dim=1)
+    if preprocessor._enable_normalize:
+        images = (images - preprocessor.mean) / preprocessor.std
+    return images
 
 
 class RawDetector(nn.Module):

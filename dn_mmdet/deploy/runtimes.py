@@ -8,6 +8,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import io
+import random
 import statistics
 import time
 from pathlib import Path
@@ -73,6 +74,17 @@ class Onnxruntime(Runtime):
     def prepare(self, detector, folder):
         session = export.open_session(self.onnx(detector, folder))
         return lambda images: session.run(None, dict(images=images))
+
+
+class OnnxruntimeDetections(Onnxruntime):
+    """The whole detector, suppression and all; its head's outputs are what is compared."""
+
+    def onnx(self, detector, folder):
+        return super().onnx(detector.detector, folder.with_name(f'{folder.name}_detections'))
+
+    def prepare(self, detector, folder):
+        session = export.open_session(self.onnx(detector, folder))
+        return lambda images: session.run(None, dict(images=images))[len(export.OUTPUTS) :]
 
 
 class OpenVINO(Runtime):
@@ -201,35 +213,44 @@ class ExecuTorch(Runtime):
 
         x = torch.zeros(1, 3, *detector.size)
         simple = simplify.simplified(_Levels(detector), x)
-        program = to_edge_transform_and_lower(
+        lowered = to_edge_transform_and_lower(
             torch.export.export(simple.model, (x,)), partitioner=[XnnpackPartitioner()]
         )
-        method = Loader.get().load_program(program.to_executorch().buffer).load_method('forward')
+        buffer = lowered.to_executorch().buffer
+        program = Loader.get().load_program(buffer)
+        method = program.load_method('forward')
 
         def run(images):
             return [output.numpy() for output in method.execute([torch.from_numpy(images)])]
 
-        run.levels = True
+        run.levels, run.alive = True, (buffer, program)  # a method keeps neither
         return run
 
 
-RUNTIMES = {
-    runtime.__name__.lower(): runtime
-    for runtime in (Onnxruntime, OpenVINO, LiteRT, Ncnn, MNN, ExecuTorch)
+RUNTIMES: dict[str, type[Runtime]] = {
+    'onnxruntime': Onnxruntime,
+    'onnxruntime-detections': OnnxruntimeDetections,
+    'openvino': OpenVINO,
+    'litert': LiteRT,
+    'ncnn': Ncnn,
+    'mnn': MNN,
+    'executorch': ExecuTorch,
 }
 
 
 class _Levels(nn.Module):
-    """A detector's head outputs level by level, before they are joined."""
+    """A detector's head outputs level by level, before they are joined.
+
+    It holds mmdet's model alone: pnnx loses convolutions that two children have.
+    """
 
     def __init__(self, detector):
         super().__init__()
-        self.detector = detector
+        self.model = detector.detector.model
 
     def forward(self, images):
-        whole = self.detector.detector
-        outputs = whole.model(whole.normalised(images), mode='tensor')
-        return tuple(level for output in outputs for level in output)
+        images = export.normalised(images, self.model.data_preprocessor)
+        return tuple(level for output in self.model(images, mode='tensor') for level in output)
 
 
 @contextlib.contextmanager
@@ -276,7 +297,7 @@ def measured(
     folder: Path,
     rounds: int = 40,
 ) -> list[Row]:
-    """The rows of one runtime: every model in turn, round by round, on one thread.
+    """The rows of one runtime: every model once a round, in an order of chance, on one thread.
 
     CPU time and not the clock's is taken, so that other work on the machine counts less.
     """
@@ -296,8 +317,9 @@ def measured(
         )
         calls[label] = call
     times = {label: [] for label in calls}
+    order = random.Random(0)
     for round_ in range(rounds + 3):
-        for label, call in calls.items():
+        for label, call in order.sample(list(calls.items()), len(calls)):
             start = time.process_time()
             call(images)
             if round_ >= 3:
