@@ -42,7 +42,7 @@ def check_mmdet() -> None:
             f'--no-deps --no-build-isolation {_mmcv_requirement()}`'
         ) from None
     try:
-        with _without_notes_on_optional_parts():
+        with without_notes_on_optional_parts():
             importlib.import_module('mmdet')
             importlib.import_module('mmdet.datasets')
             importlib.import_module('mmdet.evaluation')
@@ -55,10 +55,10 @@ def check_mmdet() -> None:
 
 
 @contextlib.contextmanager
-def _without_notes_on_optional_parts():
-    """Drops what mmdet says on import about parts that no config here uses.
+def without_notes_on_optional_parts():
+    """Drops what mmdet and mmpretrain say on import about parts that no config here uses.
 
-    That it has no OneDL data sets is printed twice; that faster_coco_eval is missing is a
+    That they have no OneDL data sets is printed; that faster_coco_eval is missing is a
     warning, which reads as if no metric would be computed.
     """
     said = io.StringIO()

@@ -1,6 +1,8 @@
 """The classification configs: twins but for the norm, and a backbone that detectors load."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +196,13 @@ def test_the_tools_train_and_test_and_a_detector_starts_from_the_backbone(folder
     assert len(shared) > 100
     for key in shared:
         assert torch.equal(after[key], before[key]), key
+
+
+def test_the_import_prints_nothing():
+    found = subprocess.run(
+        [sys.executable, '-c', 'import dn_mmdet.models.classification'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == ''

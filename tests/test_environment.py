@@ -142,7 +142,7 @@ def test_a_tool_says_nothing_of_parts_that_no_config_needs(tool):
 
 
 def test_what_else_is_printed_on_import_is_shown(capsys):
-    with pytest.raises(ImportError), environment._without_notes_on_optional_parts():
+    with pytest.raises(ImportError), environment.without_notes_on_optional_parts():
         print('Could not import OneDL. Skipping OneDL datasets.')
         print('this machine has no disk')
         raise ImportError

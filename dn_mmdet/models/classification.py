@@ -5,14 +5,16 @@ Not imported by the package: a config names it in its custom_imports.
 
 from pathlib import Path
 
-from ..environment import check_extra, check_mmdet
+from ..environment import check_extra, check_mmdet, without_notes_on_optional_parts
 
 check_mmdet()
 check_extra('cls', 'mmpretrain')
 
 from mmdet.models.backbones import MobileNetV2  # noqa: E402
-from mmpretrain.datasets import CustomDataset  # noqa: E402
-from mmpretrain.registry import DATASETS, MODELS  # noqa: E402
+
+with without_notes_on_optional_parts():
+    from mmpretrain.datasets import CustomDataset
+    from mmpretrain.registry import DATASETS, MODELS
 
 
 @MODELS.register_module()
