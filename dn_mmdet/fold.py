@@ -57,12 +57,12 @@ MOST = 0.75  # of the layers are 'most of them': those that vary least
 
 
 class LayerReport(NamedTuple):
-    """What became of a layer; g_std, h_std and share are means over its channels."""
+    """What was done with a layer; g_std, h_std and share are means over its channels."""
 
     name: str
     kind: str  # as DNB
     images: int  # samples behind g and h; 0 where they are constants, or never seen
-    g_std: float  # standard deviation of g over images
+    g_std: float  # standard deviation of g over the images
     h_std: float
     share: float  # of the output's variance that folding takes away; 0 where it is exact
     folded: bool
@@ -130,33 +130,35 @@ def fold_norm(
     keep: int | Sequence[str] | None = None,
     max_change: float | None = None,
 ) -> list[LayerReport]:
-    """Turns DN layers into BatchNorms, g and h frozen at their mean over some images.
+    """Turns DN layers into BatchNorms, with g and h frozen at their mean over some images.
 
-    A BatchNorm takes the layer's name and is of the kind of its inner norm (1d, 2d, 3d,
-    synchronised, frozen), with the same eps, momentum, running statistics, dtype, device,
-    mode and ``requires_grad``. Exact where g and h are constants, and then no images are
-    needed: in DN-C, in layers whose SC is not trained, and in the controls `StaticDN` and
-    `ScaledBN`. The more they vary, the more folding changes; ask a test set by how much.
-    The images have to be like those that the model will see. Optimizers and DDP that hold
-    the old parameters have to be made again.
+    Each BatchNorm takes the name of a layer. It is of the same kind as the layer's inner
+    norm (1d, 2d, 3d, synchronised, frozen), and has the same eps, momentum, running
+    statistics, dtype, device, mode and ``requires_grad``.
+
+    Folding is exact where g and h are constants: in DN-C, in layers with an SC that is not
+    trained, and in the controls `StaticDN` and `ScaledBN`. No images are needed for these.
+    The more g and h vary, the more folding changes; measure on a test set by how much. The
+    images have to be like those that the model will see. If an optimizer or DDP holds the
+    old parameters, make it again.
 
     Args:
-        model: is changed in place.
-        batches: inputs of the model's forward (a tensor; a tuple or dict of arguments), or
-            for a model of mmengine what its data loader gives.
-        keep: what stays dynamic: patterns of names as in :func:`convert_norm`, or the
-            number of layers, which are then those that vary most.
-        max_change: layers whose `LayerReport.share` is above it stay dynamic.
+        model: the model; it is changed in place.
+        batches: inputs of the model's forward (each a tensor, or a tuple or dict of
+            arguments). For a model of mmengine, what its data loader gives.
+        keep: the layers that stay dynamic: patterns of names as in :func:`convert_norm`, or
+            a number of layers. A number keeps the layers that vary most.
+        max_change: layers with a `LayerReport.share` above this number stay dynamic.
 
     Returns:
-        a report of each layer, in the model's order. Layers that no batch reached stay
+        a report for each layer, in the order of the model. Layers that no batch reached stay
         dynamic, with ``images=0``.
 
     Raises:
-        TypeError: one batch in place of several.
-        ValueError: no DN layer; no batches where they are needed; a batch that the model
-            cannot take or that holds NaN; a pattern that matches nothing; or a layer that
-            is more than a DN layer. Nothing was changed then.
+        TypeError: batches is a single batch and not several.
+        ValueError: there is no DN layer; batches are needed but missing; the model cannot
+            take a batch, or a batch holds NaN; a pattern matches nothing; or a layer is
+            more than a DN layer. Nothing was changed then.
 
     Example:
         >>> from dn_mmdet.convert import convert_norm
@@ -174,9 +176,9 @@ def fold_norm(
         outputs = calibrate(model, batches)
     elif set(varying) - set(by_name):
         raise ValueError(
-            f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
-            f'shift from each image: give some hundred images like those that the '
-            f'model will see'
+            f'batches: expected images, got none: {len(varying)} layers (such as {varying[0]}) '
+            f'make their scale and shift from each image. Give some hundred images like '
+            f'those that the model will see'
         )
     report = measure(model, outputs)
     kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
@@ -205,7 +207,7 @@ def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
         )
     if model in found:
         raise ValueError(
-            f'expected a model that holds DN layers, got one {type(model).__name__}, '
+            f'expected a model that holds DN layers, got a single {type(model).__name__}, '
             f'which cannot replace itself: put it into nn.Sequential'
         )
     for layer, (name, *_) in found.items():
@@ -217,8 +219,8 @@ def _check_foldable(name, layer):
     bn = layer.bn
     if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
         raise ValueError(
-            f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
-            f'{type(bn).__qualname__}: leave this layer in a model of its own'
+            f'{name}: expected a BatchNorm inside the layer, got {type(bn).__module__}.'
+            f'{type(bn).__qualname__}, which cannot be folded'
         )
     own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
@@ -285,8 +287,8 @@ def calibrate(
         def hook(sc, statistics, outputs):
             if not all(t.isfinite().all() for t in outputs):
                 raise ValueError(
-                    f'batch {at}: the statistics in {name} are not finite: it holds '
-                    f'NaN or infinity, or the model makes them of it'
+                    f'batch {at}: the statistics in {name} are not finite: the batch holds '
+                    f'NaN or infinity, or the model makes them from it'
                 )
             if len(outputs[0]):
                 more = Outputs.of(*outputs)
@@ -328,8 +330,8 @@ def _run(model, batch, at, forward):
             raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f'batch {at}: the model cannot take it: {reason}. Expected what its '
-            f'forward takes, or its own data loader gives'
+            f'batch {at}: the model cannot take it: {reason}. Expected what the forward '
+            f'of the model takes, or what its data loader gives'
         ) from error
 
 

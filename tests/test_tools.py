@@ -319,7 +319,7 @@ def test_a_folder_in_which_a_training_runs_is_refused(user):
         (['tiny_dnb.py', '--launcher', 'pytorch'], 'tools/dist_train.sh'),
         (['tiny_dnb.py', '--launcher', 'slurm'], '--launcher slurm: needs a GPU'),
         (['tiny_dnb.py', '--resume', 'truncated.pth'], 'truncated.pth: cannot be read'),
-        (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, it lacks meta'),
+        (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, because it lacks meta'),
         (['tiny_bn.py', '--resume', 'work/epoch_1.pth'], 'trained with Dynamic Normalization'),
         (
             [
