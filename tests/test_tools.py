@@ -646,7 +646,7 @@ def test_a_test_leaves_the_training_folder_as_it_is(user, unchanged):
         (['tiny_bn.py', 'work/epoch_1.pth'], 'trained with Dynamic Normalization in 66 layers'),
         (
             ['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'boxes.txt'],
-            'expected a file name in .pkl',
+            'expected a file name that ends in .pkl',
         ),
         (
             [
