@@ -1,4 +1,4 @@
-"""Dynamic Normalization -> BatchNorm, after training: layers whose g and h hardly vary.
+"""Dynamic Normalization -> BatchNorm, after training, for layers in which g and h hardly vary.
 
 With ``g, h`` constant, ``y = (1 + g) z + h`` is a BatchNorm of weight ``w (1 + g)`` and bias
 ``b (1 + g) + h``. In a trained model most layers make nearly the same g and h of every image.
@@ -35,7 +35,7 @@ from .reference import call_sc
 
 
 class RewrittenBN(nn.Module):
-    """A BatchNorm whose scale and shift are made from other parameters, not from the input.
+    """A BatchNorm with a scale and a shift that come from other parameters, not from the input.
 
     ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
     are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
@@ -348,10 +348,10 @@ def _modes_kept(model):
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = None) -> None:
-    """New running statistics, as their mean over some batches.
+    """Estimates the running statistics again, as their mean over some batches.
 
-    Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
-    ``momentum=0`` keep theirs.
+    Meanwhile BatchNorms, also those inside DN layers, use batch statistics. BatchNorms with
+    ``momentum=0`` keep their statistics.
     """
     norms = [
         module
@@ -400,10 +400,10 @@ def most_varying(report: list[LayerReport], number: int) -> list[str]:
 
 
 def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> list[str]:
-    """The first names of the layers that `fold_norm` is to keep, as far as ``keep`` has names.
+    """The first name of each layer that ``keep`` names. If ``keep`` is a number, none.
 
     Raises:
-        ValueError: a pattern matches nothing, or a number is larger than that of the layers.
+        ValueError: a pattern matches nothing, or a number is larger than the number of layers.
     """
     if isinstance(keep, int) and not 0 <= keep <= len(layers):
         raise ValueError(f'keep: expected 0 to {len(layers)} layers, got {keep}')
@@ -427,7 +427,7 @@ def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> lis
 def replace_layers(
     model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport], kept: Collection[str]
 ) -> list[LayerReport]:
-    """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
+    """Replaces all layers with BatchNorms, except those with their first name in ``kept``.
 
     Returns:
         the report, with what was folded.
@@ -498,7 +498,7 @@ def _with_affine(layer, weight, bias):
 
 
 def _with_activation(layer, bn):
-    """timm's BatchNormAct2d, whose place the layer has taken."""
+    """The BatchNormAct2d of timm that the layer has replaced."""
     from timm.layers import BatchNormAct2d
 
     norm_act = BatchNormAct2d(
@@ -513,20 +513,20 @@ def _with_activation(layer, bn):
 
 @MODELS.register_module()
 def PartlyFolded(part, dynamic, **more):
-    """A part of a model (backbone, neck, head) whose DN layers are BatchNorms, but for some.
+    """A part of a model (backbone, neck, head) with BatchNorms in place of most DN layers.
 
-    For a checkpoint of `tools/fold.py`, which has the weights.
+    It is made for a checkpoint of `tools/fold.py`, which has the weights.
 
     Args:
         part (dict): the config of that part, with Dynamic Normalization.
         dynamic (list[str]): the names of the layers, in the part, that stay dynamic.
-        **more: options that the model around it hands to the part.
+        **more: options that the model around it passes to the part.
 
     Returns:
         nn.Module: the part itself, so that its parameters keep their names.
 
     Raises:
-        ValueError: it has no DN layer of such a name.
+        ValueError: the part has no DN layer with such a name.
     """
     model = MODELS.build(dict(part, **more))
     layers = foldable(model)
