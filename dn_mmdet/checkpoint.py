@@ -34,7 +34,7 @@ REMEDY = 'If you trust its author as you trust a program that you run, pass --tr
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, refused, or of another model."""
+    """A checkpoint that is missing, damaged or refused, or that belongs to another model."""
 
 
 # The functions that mmengine's logs and its one-cycle schedule store with their state.
@@ -108,7 +108,7 @@ def open_checkpoint(path: str | Path, map_location: Any = 'cpu', trust: bool = F
         raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
-            f'{path}: expected a checkpoint (a dict), it holds a {type(checkpoint).__name__}'
+            f'{path}: expected a checkpoint (a dict), but it holds a {type(checkpoint).__name__}'
         )
     if not trust and isinstance(checkpoint.get('meta'), dict):
         checkpoint['meta'].pop('config', None)
@@ -119,8 +119,8 @@ def _damaged(path, error):
     size = path.stat().st_size
     return (
         f'{path}: cannot be read as a checkpoint ({size:,} bytes; '
-        f'{_first_sentence(error)}): truncated, damaged or something else. Copy it again or '
-        f'use an earlier one'
+        f'{_first_sentence(error)}): it is truncated, damaged or no checkpoint. Copy it again '
+        f'or use an earlier one'
     )
 
 
@@ -130,8 +130,8 @@ def _refused(path, error):
         return _damaged(path, error)
     named = next(group for group in match.groups() if group)
     return (
-        f'{path}: refused and not executed: it holds more than weights and logs, namely '
-        f'{named}. {REMEDY}'
+        f'{path}: refused and not executed, because it holds more than weights and logs, '
+        f'namely {named}. {REMEDY}'
     )
 
 
@@ -165,8 +165,8 @@ def safe_loading(trust=False):
 
     def load_from_elsewhere(filename, map_location=None):
         raise CheckpointError(
-            f'{filename}: this scheme has no safe loader: download the file '
-            f'and name it by its path'
+            f'{filename}: there is no safe loader for this kind of address: download the '
+            f'file and give its path'
         )
 
     schemes = (
@@ -206,7 +206,7 @@ def is_remote(filename: str | Path) -> bool:
 def _look_up(filename, urls):
     name = filename.split('://', 1)[1]
     if not is_remote(urls.get(name, '')):
-        raise CheckpointError(f'{filename}: mmengine knows no web address of that name')
+        raise CheckpointError(f'{filename}: mmengine knows no web address for this name')
     return urls[name]
 
 
@@ -228,16 +228,16 @@ def _fetch(url, path):
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
         raise CheckpointError(
-            f'{url}: cannot be fetched: {error}. Download it elsewhere and '
-            f'name the file, or leave it out'
+            f'{url}: cannot be fetched: {error}. Download it on another machine and '
+            f'give the path of the file, or leave the option out'
         ) from error
 
 
 def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
-    """The state dict in a checkpoint, ``module.`` stripped as mmengine does.
+    """The state dict in a checkpoint, without the prefix ``module.``, as in mmengine.
 
     Raises:
-        CheckpointError: it holds none.
+        CheckpointError: the checkpoint holds no weights.
     """
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
@@ -259,8 +259,8 @@ def check_resumable(checkpoint: dict, path: str | Path) -> None:
     ]
     if missing:
         raise CheckpointError(
-            f'{path}: cannot be resumed, it lacks {", ".join(missing)}. To '
-            f'start a new training from its weights: --cfg-options '
+            f'{path}: cannot be resumed, because it lacks {", ".join(missing)}. To '
+            f'start a new training from its weights, use --cfg-options '
             f'load_from={path}'
         )
 
@@ -268,12 +268,12 @@ def check_resumable(checkpoint: dict, path: str | Path) -> None:
 def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool = True) -> None:
     """Loads the weights into ``model`` and raises CheckpointError where they do not fit.
 
-    A BatchNorm checkpoint fits a DN model of the same shape; that is said in the log.
+    A BatchNorm checkpoint fits a DN model of the same shape, and the log says so.
 
     Args:
-        whole (bool): every weight has to find its place, as testing, predicting
-            and resuming need. Otherwise some are enough, as when a detector is
-            trained on from another's weights.
+        whole (bool): True if every weight has to fit, as for testing, predicting
+            and resuming. False if some are enough, as for a detector that starts
+            from the weights of another.
     """
     state = weights(checkpoint, path)
     ours = {
@@ -307,10 +307,10 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool
             )
             if keys
         ]
-        found = '; '.join(f'{count} {what} (as {key})' for count, what, key in kinds)
+        found = '; '.join(f'{count} {what} (such as {key})' for count, what, key in kinds)
         raise CheckpointError(
-            f'{path}: the weights are not of the model that the config '
-            f'builds, which has {len(ours)}: {found}. Use the config it was '
+            f'{path}: the weights are not of the model that the config builds, which has '
+            f'{len(ours)} of them: {found}. Use the config that the checkpoint was '
             f'trained with{_experiment(checkpoint)}'
         )
 
@@ -324,23 +324,24 @@ def _check_norms(model, checkpoint, state, path, whole):
     if plain:
         raise CheckpointError(
             f'{path}: trained with Dynamic Normalization in {len(theirs)} layers, but the config '
-            f'builds {type(modules[plain[0]]).__name__} in {len(plain)} of them, as {plain[0]}. '
-            f"Set their norm_cfg to type='DNB' (or what it was trained with), or use its own "
-            f'config{_experiment(checkpoint)}'
+            f'builds {type(modules[plain[0]]).__name__} in {len(plain)} of them, such as '
+            f"{plain[0]}. Set their norm_cfg to type='DNB' (or the norm that it was trained "
+            f'with), or use the config of that training{_experiment(checkpoint)}'
         )
     folded = (checkpoint.get('meta') or {}).get('folded')
     if ours - theirs and folded and whole:
         print_log(
-            f'{path} was written by tools/fold.py: {len(ours - theirs)} layers in which it '
-            f'has a BatchNorm compute that and nothing dynamic. The config beside it builds '
-            f'them as BatchNorms',
+            f'{path} was written by tools/fold.py: {len(ours - theirs)} layers are BatchNorms '
+            f'in the checkpoint and DN layers in this config. They compute the BatchNorm and '
+            f'do not adapt to the input. The config beside the checkpoint builds them as '
+            f'BatchNorms',
             logger='current',
             level=30,
         )
     elif ours and not theirs and whole:
         print_log(
             f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
-            f'compute what BatchNorm does',
+            f'compute the same as BatchNorm',
             logger='current',
             level=30,
         )
@@ -349,8 +350,9 @@ def _check_norms(model, checkpoint, state, path, whole):
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
-            f'{" and DN-".join(sorted(built))}: the weights have the same names and another '
-            f'meaning. Use the config it was trained with{_experiment(checkpoint)}'
+            f'{" and DN-".join(sorted(built))}. The weights have the same names in both, but '
+            f'another meaning. Use the config that the checkpoint was trained '
+            f'with{_experiment(checkpoint)}'
         )
 
 

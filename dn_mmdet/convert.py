@@ -61,7 +61,7 @@ _FOLDING_METHOD = re.compile(
 
 
 class NoBatchNormInConfig(ValueError):
-    """A model has BatchNorms, all of which its classes make whatever the config says."""
+    """A model has BatchNorms, but its classes create all of them whatever the config says."""
 
 
 class DNBAct(DNB):
@@ -89,32 +89,35 @@ def convert_norm(
 ) -> nn.Module:
     """Puts Dynamic Normalization in the place of every BatchNorm of a model.
 
-    The layer takes the BatchNorm's name and holds the BatchNorm itself: weights,
+    Each layer takes the name of a BatchNorm and contains this BatchNorm: weights,
     running statistics, eps, momentum, mode, device, dtype and ``requires_grad``
-    are kept, a module used twice stays one, and the model's output is unchanged.
-    1d, 2d, 3d and synchronised norms each get their kind; frozen ones
-    (FrozenBatchNorm2d) stay frozen inside. Convert before an optimizer or DDP
-    takes the parameters, else they miss the new ones. Where a module can fold its
-    BatchNorms into convolutions (``fuse``, ``reparameterize``, ``switch_to_deploy``),
-    a warning says so: that has to come before the conversion.
+    are kept. A module that is used twice stays one module. The output of the model does
+    not change. 1d, 2d, 3d and synchronised norms get a layer of the same kind. Frozen
+    norms (FrozenBatchNorm2d) stay frozen inside their layer.
+
+    Convert a model before an optimizer or DDP takes its parameters. Otherwise these miss
+    the new parameters. If a module can fold its BatchNorms into convolutions (``fuse``,
+    ``reparameterize``, ``switch_to_deploy``), there is a warning, because folding has to
+    come before the conversion.
 
     Args:
         model: any torch model, or a BatchNorm.
         norm: ``'DNB'`` or ``'DNC'``.
-        only, skip: patterns (one string or several) of the norms to convert and
-            to leave, as in file names: ``'backbone.*'``, ``'*.bn3'``. A pattern
-            that matches a module's name stands for all inside it: ``'neck'``.
-        sc_requires_grad: False leaves SC at identity until it is thawed.
-        **args: ``reduction, min_channels, inputs, bound``, see `DNB`, and
-            ``bn_requires_grad`` to freeze or thaw all inner norms.
+        only: patterns of the norms to convert (one string or several), as for file
+            names: ``'backbone.*'``, ``'*.bn3'``. A pattern that matches the name of a
+            module stands for everything inside it: ``'neck'``.
+        skip: patterns of the norms to leave as they are.
+        sc_requires_grad: False freezes SC, so that g = h = 0 until it is unfrozen.
+        **args: other arguments of the layers, such as ``reduction`` and ``bound`` (see
+            `DNB`); ``bn_requires_grad`` freezes or unfreezes all inner norms.
 
     Returns:
-        the model, changed in place (the new layer, if it was a BatchNorm itself).
+        the model, changed in place (or the new layer, if the model is a BatchNorm).
 
     Raises:
         ValueError: an unknown norm, a pattern that matches nothing, no BatchNorm
-            at all, or one that cannot be converted: with a forward of its own,
-            with forward or backward hooks, or lazy. Nothing was changed then.
+            at all, or one that cannot be converted: it has a forward of its own or
+            forward or backward hooks, or is lazy. Nothing was changed then.
         TypeError: an argument that does not exist.
 
     Example:
@@ -167,7 +170,7 @@ def convert_norm(
     folding = _folding_methods(model, chosen)
     if folding:
         warnings.warn(
-            f'{folding} can fold BatchNorms, and converted ones cannot be folded: '
+            f'{folding} can fold BatchNorms, but converted ones cannot be folded: '
             f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
             stacklevel=2,
         )
@@ -196,21 +199,22 @@ def dn_layers(model: nn.Module) -> dict[str, _DynamicNorm]:
 def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
     """Puts Dynamic Normalization in the place of BatchNorm in a config of MMDetection.
 
-    Every dict of the model whose ``type`` is a BatchNorm is changed, and where a
-    model's class has one for a default that the config leaves out (ResNet, most
-    YOLO necks), it is written out and changed. eps, momentum and the like are
-    kept. ``requires_grad=False`` would freeze SC at identity for ever, so it
-    becomes ``bn_requires_grad=False``. The model is built once to count what came
-    of it; BatchNorms that mmdet's classes create whatever the config says stay,
-    and are named in the log.
+    It changes every dict of the model with a BatchNorm as its ``type``. Some classes
+    (ResNet, most YOLO necks) have a BatchNorm as the default of an argument that the
+    config leaves out. This default is written into the config and changed too. eps,
+    momentum and similar arguments are kept. ``requires_grad=False`` would freeze SC
+    with g = h = 0 for ever, so it becomes ``bn_requires_grad=False``.
+
+    The model is built once, to count the layers. Some classes of mmdet create BatchNorms
+    whatever the config says. These stay, and the log names them.
 
     Args:
-        cfg: a whole config; left as it is.
+        cfg: a whole config; it is not changed.
         norm: ``'DNB'`` or ``'DNC'``.
-        **args: as in `convert_norm`, for every norm.
+        **args: arguments of the layers as in `convert_norm`, for every norm.
 
     Returns:
-        a new config, complete in itself, which imports dn_mmdet when loaded.
+        a new and complete config, which imports dn_mmdet when it is loaded.
 
     Raises:
         ValueError: an unknown norm, no model, or no BatchNorm that a config reaches.
@@ -303,7 +307,7 @@ def _report(model, norm, found, model_cfg):
     owners = [_config_path(name, model_cfg) for name in left]
     hard_coded = '; '.join(
         f'{owners.count(owner)} in {type(model.get_submodule(owner)).__name__} '
-        f'(as {left[owners.index(owner)]})'
+        f'(such as {left[owners.index(owner)]})'
         for owner in dict.fromkeys(owners)
     )
     if not found and layers:
@@ -321,7 +325,7 @@ def _report(model, norm, found, model_cfg):
         raise ValueError(f'{message} in {type(model).__name__}{norms_in_words(model)}')
     else:
         print_log(
-            f'{norm} in place of BatchNorm in {len(layers)} layers, by '
+            f'{norm} in place of BatchNorm in {len(layers)} layers, set by '
             f'{", ".join(path for path, _ in found)}',
             logger='current',
         )
@@ -329,19 +333,20 @@ def _report(model, norm, found, model_cfg):
     if frozen:
         print_log(
             f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
-            f'frozen, SC trains',
+            f'frozen, and SC is trained',
             logger='current',
         )
     folding = _folding_methods(model, layers)
     if folding:
         print_log(
-            f'{folding} can fold BatchNorms, and DN layers cannot be folded: call it only '
+            f'{folding} can fold BatchNorms, but DN layers cannot be folded: call it only '
             f'after dn_mmdet.fold.fold_norm',
             logger='current',
         )
     if left:
         print_log(
-            f'{len(left)} BatchNorms stay, which no config reaches: {hard_coded}', logger='current'
+            f'{len(left)} BatchNorms stay, because no config reaches them: {hard_coded}',
+            logger='current',
         )
 
 
@@ -361,23 +366,23 @@ def convert_checkpoint(
 ) -> dict:
     """Turns the checkpoint of a BatchNorm model into one of the same model with DN layers.
 
-    Works on keys alone, so it takes detectors as well as the backbones of
-    torchvision and mmpretrain; DN-B and DN-C have the same keys. What is stored
-    beside the weights is kept, except the state of optimizer and schedulers, which
-    knows nothing of SC's parameters.
+    It looks only at the keys, so it works for detectors as well as for the backbones of
+    torchvision and mmpretrain. DN-B and DN-C have the same keys. What is stored beside
+    the weights is kept, except for the state of the optimizer and schedulers, because
+    it does not include SC's parameters.
 
     Args:
-        checkpoint: as `torch.load` gives it: weights, or a dict with them under
+        checkpoint: what `torch.load` returns: weights, or a dict with them under
             ``state_dict`` (and an average of them under ``ema_state_dict``).
-        model: with DN layers; says which BatchNorms to convert and what their SC
-            is like. Without one all are converted,
-        reduction, min_channels: with SCs of this kind; see `SC`.
+        model: a model with DN layers. It determines which BatchNorms are converted,
+            and their SC. Without a model, all are converted.
+        reduction, min_channels: arguments of `SC`, if there is no model.
 
     Returns:
         a new checkpoint; the tensors are shared.
 
     Raises:
-        ValueError: it holds no weights, no BatchNorm, or DN layers already.
+        ValueError: it holds no weights or no BatchNorm, or it holds DN layers already.
     """
     args = dict(reduction=reduction, min_channels=min_channels)
     sc = {} if model is None else {name: layer.sc for name, layer in dn_layers(model).items()}
@@ -403,9 +408,9 @@ def _convert_state(state, sc, args, everywhere):
         )
     if any(f'.{key}'.endswith('.sc.w_in') for key in state):
         raise ValueError(
-            'this checkpoint holds Dynamic Normalization already. From the weights alone there is '
-            'no way back to BatchNorm: the scale and shift that a trained SC makes differ from '
-            'image to image. tools/fold.py freezes them at their mean over images'
+            'this checkpoint already has Dynamic Normalization. The weights alone are not enough '
+            'to go back to BatchNorm, because the scale and shift that a trained SC makes differ '
+            'from image to image. tools/fold.py freezes them at their mean over images'
         )
     new, metadata = OrderedDict(), dict(getattr(state, '_metadata', {}))
     started = set()
@@ -426,7 +431,8 @@ def _convert_state(state, sc, args, everywhere):
         new[f'{prefix}.bn.{leaf}'] = value
     if not started:
         raise ValueError(
-            f'found no BatchNorm to convert among {len(state)} weights (as {next(iter(state))})'
+            f'found no BatchNorm to convert among {len(state)} weights (such as '
+            f'{next(iter(state))})'
         )
     if metadata:
         new._metadata = metadata
@@ -442,7 +448,7 @@ def _is_batch_norm(module):
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """torchvision's, mmdet's and detectron2's classes share the name alone."""
+    """The classes of torchvision, mmdet and detectron2 have only the name in common."""
     return type(module).__name__ == 'FrozenBatchNorm2d'
 
 
@@ -454,8 +460,8 @@ def _is_timm_norm_act(module):
 def _family(norm):
     if norm not in FAMILIES:
         raise ValueError(
-            f'norm: expected one of {tuple(FAMILIES)} (dimension and '
-            f'synchronisation follow each BatchNorm), got {norm!r}'
+            f'norm: expected one of {tuple(FAMILIES)} (each BatchNorm decides whether its '
+            f'layer is 1d, 2d, 3d or synchronised), got {norm!r}'
         )
     return FAMILIES[norm]
 
@@ -464,8 +470,8 @@ def _check_arguments(args):
     for name in args:
         if name not in ARGUMENTS:
             raise TypeError(
-                f'{name}: no such argument; expected some of {ARGUMENTS}, all '
-                f'else is kept from each BatchNorm'
+                f'{name}: no such argument; expected some of {ARGUMENTS}. The other '
+                f'arguments are those of each BatchNorm'
             )
 
 
@@ -490,12 +496,12 @@ def _choose(found, layers, only, skip):
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of `convert_norm` means the norm of this name."""
+    """Whether a pattern of `convert_norm` matches the norm of this name."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f'{pattern}.*')
 
 
 def norms_in_words(model):
-    """', which holds 12 LayerNorm': why there is nothing to convert."""
+    """', which holds 12 LayerNorm': this says why there is nothing to convert."""
     kinds = [
         type(module).__name__
         for module in model.modules()
@@ -510,8 +516,8 @@ def _check_convertible(name, bn):
     instead = f'leave it out with skip={name!r}'
     if isinstance(bn, LazyModuleMixin):
         raise ValueError(
-            f'{what} does not know its channels yet: run the model once on an '
-            f'input before converting it, or {instead}'
+            f'{what} does not know its number of channels yet: run the model once on an '
+            f'input before you convert it, or {instead}'
         )
     own_forward = not (
         is_torch_batch_norm(bn) or is_frozen_batch_norm(bn) or _is_timm_norm_act(bn)
@@ -523,10 +529,9 @@ def _check_convertible(name, bn):
         )
     if bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks:
         raise ValueError(
-            f'{what} has hooks on its forward or backward, which inside a DN layer '
-            f'would see what the BatchNorm gives and not what the layer does: '
-            f'remove them and register them on the converted layer or on its .bn, '
-            f'or {instead}'
+            f'{what} has hooks on its forward or backward. Inside a DN layer they would '
+            f'see the output of the BatchNorm and not of the layer. Remove them, and '
+            f'register them on the converted layer or on its .bn, or {instead}'
         )
 
 

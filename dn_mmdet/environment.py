@@ -1,6 +1,6 @@
-"""What has to be installed around this package, and the command if it is not.
+"""What this package needs to be installed, and the command that installs what is missing.
 
-requirements/ has the tested versions; docs/install.md tells the two stacks apart.
+requirements/ has the tested versions. docs/install.md explains the two stacks.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ def check_mmengine() -> None:
             if error.name != module:
                 raise
             raise ImportError(
-                f'dn_mmdet needs {module}, which is not installed here. In a clone of dn_mmdet '
-                f'`make setup` installs everything; into an environment of your own: install '
-                f"torch and torchvision, then `pip install -e '.[onedl]'` (maintained forks) or "
-                f"`pip install -e '.[openmmlab]'`, then MMCV as docs/install.md says"
+                f'dn_mmdet needs {module}, which is not installed here. In a clone of dn_mmdet, '
+                f'`make setup` installs everything. In your own environment, install torch and '
+                f"torchvision, then run `pip install --no-build-isolation -e '.[onedl]'` "
+                f"(maintained forks) or `pip install --no-build-isolation -e '.[openmmlab]'`, "
+                f'then install MMCV as in docs/install.md'
             ) from None
 
 
@@ -37,8 +38,8 @@ def check_mmdet() -> None:
         importlib.import_module('mmcv.ops')
     except (ImportError, OSError, RuntimeError) as error:  # absent, or of another torch
         raise ImportError(
-            f"MMCV's compiled operators cannot be imported ({error}). Build them against the "
-            f'torch that is installed: `pip cache remove "*mmcv*"; pip install --force-reinstall '
+            f"MMCV's compiled operators cannot be imported ({error}). Compile them for the "
+            f'installed torch: `pip cache remove "*mmcv*"; pip install --force-reinstall '
             f'--no-deps --no-build-isolation {_mmcv_requirement()}`'
         ) from None
     try:
@@ -49,8 +50,9 @@ def check_mmdet() -> None:
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         # mmdet asserts its MMCV versions; torchvision needs the torch it was built for
         raise ImportError(
-            f"MMDetection cannot be imported ({error}). Install it: `pip install -e '.[onedl]'` "
-            f"or `pip install -e '.[openmmlab]'`"
+            f'MMDetection cannot be imported ({error}). Install it: '
+            f"`pip install --no-build-isolation -e '.[onedl]'` or "
+            f"`pip install --no-build-isolation -e '.[openmmlab]'`"
         ) from None
 
 
@@ -82,8 +84,8 @@ def check_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f'expected {" and ".join(missing)}, not installed here: in a clone of '
-            f"dn_mmdet run `pip install -e '.[{extra}]'`"
+            f'expected {" and ".join(missing)} to be installed: in a clone of dn_mmdet, run '
+            f"`pip install --no-build-isolation -e '.[{extra}]'`"
         )
 
 

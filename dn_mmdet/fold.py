@@ -1,4 +1,4 @@
-"""Dynamic Normalization -> BatchNorm, after training: layers whose g and h hardly vary.
+"""Dynamic Normalization -> BatchNorm, after training, for layers in which g and h hardly vary.
 
 With ``g, h`` constant, ``y = (1 + g) z + h`` is a BatchNorm of weight ``w (1 + g)`` and bias
 ``b (1 + g) + h``. In a trained model most layers make nearly the same g and h of every image.
@@ -35,7 +35,7 @@ from .reference import call_sc
 
 
 class RewrittenBN(nn.Module):
-    """A BatchNorm whose scale and shift are made from other parameters, not from the input.
+    """A BatchNorm with a scale and a shift that come from other parameters, not from the input.
 
     ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
     are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
@@ -57,12 +57,12 @@ MOST = 0.75  # of the layers are 'most of them': those that vary least
 
 
 class LayerReport(NamedTuple):
-    """What became of a layer; g_std, h_std and share are means over its channels."""
+    """What was done with a layer; g_std, h_std and share are means over its channels."""
 
     name: str
     kind: str  # as DNB
     images: int  # samples behind g and h; 0 where they are constants, or never seen
-    g_std: float  # standard deviation of g over images
+    g_std: float  # standard deviation of g over the images
     h_std: float
     share: float  # of the output's variance that folding takes away; 0 where it is exact
     folded: bool
@@ -130,33 +130,35 @@ def fold_norm(
     keep: int | Sequence[str] | None = None,
     max_change: float | None = None,
 ) -> list[LayerReport]:
-    """Turns DN layers into BatchNorms, g and h frozen at their mean over some images.
+    """Turns DN layers into BatchNorms, with g and h frozen at their mean over some images.
 
-    A BatchNorm takes the layer's name and is of the kind of its inner norm (1d, 2d, 3d,
-    synchronised, frozen), with the same eps, momentum, running statistics, dtype, device,
-    mode and ``requires_grad``. Exact where g and h are constants, and then no images are
-    needed: in DN-C, in layers whose SC is not trained, and in the controls `StaticDN` and
-    `ScaledBN`. The more they vary, the more folding changes; ask a test set by how much.
-    The images have to be like those that the model will see. Optimizers and DDP that hold
-    the old parameters have to be made again.
+    Each BatchNorm takes the name of a layer. It is of the same kind as the layer's inner
+    norm (1d, 2d, 3d, synchronised, frozen), and has the same eps, momentum, running
+    statistics, dtype, device, mode and ``requires_grad``.
+
+    Folding is exact where g and h are constants: in DN-C, in layers with an SC that is not
+    trained, and in the controls `StaticDN` and `ScaledBN`. No images are needed for these.
+    The more g and h vary, the more folding changes; measure on a test set by how much. The
+    images have to be like those that the model will see. If an optimizer or DDP holds the
+    old parameters, make it again.
 
     Args:
-        model: is changed in place.
-        batches: inputs of the model's forward (a tensor; a tuple or dict of arguments), or
-            for a model of mmengine what its data loader gives.
-        keep: what stays dynamic: patterns of names as in :func:`convert_norm`, or the
-            number of layers, which are then those that vary most.
-        max_change: layers whose `LayerReport.share` is above it stay dynamic.
+        model: the model; it is changed in place.
+        batches: inputs of the model's forward (each a tensor, or a tuple or dict of
+            arguments). For a model of mmengine, what its data loader gives.
+        keep: the layers that stay dynamic: patterns of names as in :func:`convert_norm`, or
+            a number of layers. A number keeps the layers that vary most.
+        max_change: layers with a `LayerReport.share` above this number stay dynamic.
 
     Returns:
-        a report of each layer, in the model's order. Layers that no batch reached stay
+        a report for each layer, in the order of the model. Layers that no batch reached stay
         dynamic, with ``images=0``.
 
     Raises:
-        TypeError: one batch in place of several.
-        ValueError: no DN layer; no batches where they are needed; a batch that the model
-            cannot take or that holds NaN; a pattern that matches nothing; or a layer that
-            is more than a DN layer. Nothing was changed then.
+        TypeError: batches is a single batch and not several.
+        ValueError: there is no DN layer; batches are needed but missing; the model cannot
+            take a batch, or a batch holds NaN; a pattern matches nothing; or a layer is
+            more than a DN layer. Nothing was changed then.
 
     Example:
         >>> from dn_mmdet.convert import convert_norm
@@ -174,9 +176,9 @@ def fold_norm(
         outputs = calibrate(model, batches)
     elif set(varying) - set(by_name):
         raise ValueError(
-            f'batches: {len(varying)} layers (as {varying[0]}) make their scale and '
-            f'shift from each image: give some hundred images like those that the '
-            f'model will see'
+            f'batches: expected images, got none: {len(varying)} layers (such as {varying[0]}) '
+            f'make their scale and shift from each image. Give some hundred images like '
+            f'those that the model will see'
         )
     report = measure(model, outputs)
     kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
@@ -205,7 +207,7 @@ def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
         )
     if model in found:
         raise ValueError(
-            f'expected a model that holds DN layers, got one {type(model).__name__}, '
+            f'expected a model that holds DN layers, got a single {type(model).__name__}, '
             f'which cannot replace itself: put it into nn.Sequential'
         )
     for layer, (name, *_) in found.items():
@@ -217,8 +219,8 @@ def _check_foldable(name, layer):
     bn = layer.bn
     if not (is_torch_batch_norm(bn) or is_frozen_batch_norm(bn)):
         raise ValueError(
-            f'{name}: expected a BatchNorm inside, got {type(bn).__module__}.'
-            f'{type(bn).__qualname__}: leave this layer in a model of its own'
+            f'{name}: expected a BatchNorm inside the layer, got {type(bn).__module__}.'
+            f'{type(bn).__qualname__}, which cannot be folded'
         )
     own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
@@ -285,8 +287,8 @@ def calibrate(
         def hook(sc, statistics, outputs):
             if not all(t.isfinite().all() for t in outputs):
                 raise ValueError(
-                    f'batch {at}: the statistics in {name} are not finite: it holds '
-                    f'NaN or infinity, or the model makes them of it'
+                    f'batch {at}: the statistics in {name} are not finite: the batch holds '
+                    f'NaN or infinity, or the model makes them from it'
                 )
             if len(outputs[0]):
                 more = Outputs.of(*outputs)
@@ -328,8 +330,8 @@ def _run(model, batch, at, forward):
             raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
-            f'batch {at}: the model cannot take it: {reason}. Expected what its '
-            f'forward takes, or its own data loader gives'
+            f'batch {at}: the model cannot take it: {reason}. Expected what the forward '
+            f'of the model takes, or what its data loader gives'
         ) from error
 
 
@@ -346,10 +348,10 @@ def _modes_kept(model):
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = None) -> None:
-    """New running statistics, as their mean over some batches.
+    """Estimates the running statistics again, as their mean over some batches.
 
-    Only BatchNorms (those inside DN layers too) use batch statistics meanwhile; those with
-    ``momentum=0`` keep theirs.
+    Meanwhile BatchNorms, also those inside DN layers, use batch statistics. BatchNorms with
+    ``momentum=0`` keep their statistics.
     """
     norms = [
         module
@@ -398,10 +400,10 @@ def most_varying(report: list[LayerReport], number: int) -> list[str]:
 
 
 def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> list[str]:
-    """The first names of the layers that `fold_norm` is to keep, as far as ``keep`` has names.
+    """The first name of each layer that ``keep`` names. If ``keep`` is a number, none.
 
     Raises:
-        ValueError: a pattern matches nothing, or a number is larger than that of the layers.
+        ValueError: a pattern matches nothing, or a number is larger than the number of layers.
     """
     if isinstance(keep, int) and not 0 <= keep <= len(layers):
         raise ValueError(f'keep: expected 0 to {len(layers)} layers, got {keep}')
@@ -425,7 +427,7 @@ def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> lis
 def replace_layers(
     model: nn.Module, outputs: dict[str, Outputs], report: list[LayerReport], kept: Collection[str]
 ) -> list[LayerReport]:
-    """Puts BatchNorms in the place of all layers but those whose first name is in ``kept``.
+    """Replaces all layers with BatchNorms, except those with their first name in ``kept``.
 
     Returns:
         the report, with what was folded.
@@ -496,7 +498,7 @@ def _with_affine(layer, weight, bias):
 
 
 def _with_activation(layer, bn):
-    """timm's BatchNormAct2d, whose place the layer has taken."""
+    """The BatchNormAct2d of timm that the layer has replaced."""
     from timm.layers import BatchNormAct2d
 
     norm_act = BatchNormAct2d(
@@ -511,20 +513,20 @@ def _with_activation(layer, bn):
 
 @MODELS.register_module()
 def PartlyFolded(part, dynamic, **more):
-    """A part of a model (backbone, neck, head) whose DN layers are BatchNorms, but for some.
+    """A part of a model (backbone, neck, head) with BatchNorms in place of most DN layers.
 
-    For a checkpoint of `tools/fold.py`, which has the weights.
+    It is made for a checkpoint of `tools/fold.py`, which has the weights.
 
     Args:
         part (dict): the config of that part, with Dynamic Normalization.
         dynamic (list[str]): the names of the layers, in the part, that stay dynamic.
-        **more: options that the model around it hands to the part.
+        **more: options that the model around it passes to the part.
 
     Returns:
         nn.Module: the part itself, so that its parameters keep their names.
 
     Raises:
-        ValueError: it has no DN layer of such a name.
+        ValueError: the part has no DN layer with such a name.
     """
     model = MODELS.build(dict(part, **more))
     layers = foldable(model)

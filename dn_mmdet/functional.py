@@ -71,40 +71,45 @@ def dynamic_norm(
 ) -> Tensor:
     """Normalises x by equations (1) to (6) and updates bn's running averages.
 
-    Every backend computes the same. The fused ones keep only x for the backward
-    pass and read it as often as BatchNorm does. `torch.compile` keeps them as one
-    operator each way. The reference runs in their place wherever autograd has to
-    see each operation (tracing, export, `torch.func` transforms, double backward),
-    and is what `torch.compile` takes with backend ``'torch'``. The inner norm is called for
-    equation (3) where it is not a torch BatchNorm, where something is registered
-    on it (hooks, pruning, parametrizations, a forward of its own), and where
-    `torch.jit.trace` or `make_fx` records what is called.
+    The equations are in `dn_mmdet.reference.dynamic_norm`. Every backend computes the
+    same. The fused backends keep only x for the backward pass, and read it as often as
+    BatchNorm does. `torch.compile` keeps each of them as one operator in the forward
+    pass and one in the backward pass.
+
+    The reference runs instead of a fused backend wherever autograd has to see each
+    operation: in tracing, export, `torch.func` transforms and double backward.
+    `torch.compile` also uses the reference with backend ``'torch'``.
+
+    The inner norm is called as a module, for equation (3), if it is not a torch
+    BatchNorm, if something is registered on it (hooks, pruning, parametrizations, a
+    forward of its own), or if `torch.jit.trace` or `make_fx` records the calls.
 
     Args:
         x: the feature map, of any floating-point dtype.
-        bn: the inner norm. A torch BatchNorm, synchronised or not, keeps torch's
-            meaning of its mode, buffers, eps and momentum.
+        bn: the inner norm. In a torch BatchNorm, synchronised or not, the mode, buffers,
+            eps and momentum have the same meaning as in torch.
         sc: the SC module.
         batch_shared: False for DN-B (4), True for DN-C (5).
         ndims: the numbers of dimensions that x may have; empty for any.
         backend: ``'reference'`` (plain autograd), ``'torch'`` (fused, from stock
-            operators), ``'cpp'`` (fused, compiled: kernels for CPUs, and on a GPU the
-            Triton kernels launched from C++), ``'triton'`` (the same kernels, launched from
-            Python) or ``'auto'``, which chooses by device and by what is installed.
+            operators), ``'cpp'`` (fused and compiled: kernels for CPUs; on a GPU, the
+            Triton kernels launched from C++), ``'triton'`` (the same Triton kernels,
+            launched from Python) or ``'auto'``, which chooses by the device and by what
+            is installed.
 
     Shape:
         - x: (N, C, ...)
         - output: the same shape and dtype
 
     Raises:
-        ValueError: x has a wrong number of dimensions or of channels, or one
+        ValueError: x has a wrong number of dimensions or channels, or only one
             value per channel where batch statistics are needed; eps is not above
             zero; or backend is unknown or cannot run on x.
         TypeError: x is not of a floating-point dtype.
-        RuntimeError: a parameter or buffer of bn or sc does not fit x: its size, its
-            dtype or its device.
-        ImportError: backend is ``'triton'``, which is not installed, or ``'cpp'``,
-            which was not compiled.
+        RuntimeError: the size, dtype or device of a parameter or buffer of bn or sc
+            does not fit x.
+        ImportError: backend is ``'triton'`` and Triton is not installed, or backend is
+            ``'cpp'`` and was not compiled.
     """
     check_backend(backend)
     if x.is_cuda and backend in ('auto', 'cpp') and not torch.compiler.is_compiling():

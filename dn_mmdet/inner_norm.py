@@ -91,12 +91,12 @@ def check_map(x, num_features, ndims):
     if x.shape[1] != num_features:
         raise ValueError(
             f'expected {num_features} channels in dimension 1 (got {x.shape[1]} '
-            f'channels, input size {tuple(x.shape)}); num_features is set '
-            f'where the layer is built'
+            f'channels, input size {tuple(x.shape)}); to change that, build the layer with '
+            f'another num_features'
         )
     if not x.is_floating_point():
         raise TypeError(
-            f'expected a floating-point map, got one of {x.dtype}; convert it, as by x.float()'
+            f'expected a floating-point map, got one of {x.dtype}: convert it with x.float()'
         )
 
 

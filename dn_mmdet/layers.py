@@ -41,11 +41,10 @@ def _build_sc(cfg, arguments):
 
 
 class _DynamicNorm(nn.Module):
-    """What DN-B and DN-C share, of which `DNB` has the documentation.
+    """What DN-B and DN-C share. `DNB` documents it.
 
-    The layer contains a BatchNorm instead of being one, because frameworks fold,
-    convert and bypass subclasses of ``_BatchNorm`` without regard to what a
-    subclass adds.
+    The layer contains a BatchNorm and is not a subclass of it, because frameworks fold,
+    convert and bypass subclasses of ``_BatchNorm``, and would drop what a subclass adds.
     """
 
     _abbr_ = 'bn'  # mmcv names the attribute after it: BN checkpoints keep their keys
@@ -77,9 +76,9 @@ class _DynamicNorm(nn.Module):
         check_eps(eps)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(
-                f'inputs: {type(self).__name__} makes its scale and shift from '
-                f"the batch statistics themselves: expected 'raw', got "
-                f'{inputs!r}'
+                f"inputs: expected 'raw', got {inputs!r}: {type(self).__name__} makes its "
+                f'scale and shift from the batch statistics, which cannot be relative to '
+                f'themselves'
             )
         self.sc = _build_sc(
             sc,
@@ -120,23 +119,24 @@ class _DynamicNorm(nn.Module):
         )
 
     def parameters(self, recurse=True):
-        """As in torch, but without those that ``bn_requires_grad=False`` froze.
+        """As in torch, but without the parameters that ``bn_requires_grad=False`` froze.
 
-        mmcv's `build_norm_layer` sets ``requires_grad`` on all that this yields,
-        after the layer is made, and would thaw them. A model's own ``parameters()``
-        does not come through here and misses none; nor does this any longer, once
-        they were thawed (``layer.bn.requires_grad_()``, ``model.requires_grad_()``).
+        mmcv's `build_norm_layer` makes the layer and then sets ``requires_grad`` on all
+        parameters that this method yields, which would unfreeze them. A model's own
+        ``parameters()`` does not use this method, so it yields all of them. Once they are
+        unfrozen (``layer.bn.requires_grad_()``, ``model.requires_grad_()``), this method
+        yields them too.
         """
         for name, parameter in self.named_parameters(recurse=recurse):
             if self.bn_requires_grad or parameter.requires_grad or not name.startswith('bn.'):
                 yield parameter
 
     def reset_running_stats(self):
-        """As in torch: the inner norm's averages as at the start."""
+        """As in torch: resets the running averages of the inner norm."""
         self.bn.reset_running_stats()
 
     def reset_parameters(self):
-        """As in torch: the inner norm as at the start, and SC as at identity."""
+        """As in torch: resets the inner norm, and SC so that g = h = 0."""
         self.bn.reset_parameters()
         self.sc.reset_parameters()
 
@@ -159,8 +159,8 @@ class _DynamicNorm(nn.Module):
 
     def __prepare_scriptable__(self):
         raise TypeError(
-            f'{type(self).__name__} cannot be scripted, its forward chooses by device '
-            f'and mode: use torch.jit.trace or torch.export instead'
+            f'{type(self).__name__} cannot be scripted, because its forward depends on '
+            f'device and mode: use torch.jit.trace or torch.export instead'
         )
 
     def extra_repr(self):
@@ -180,7 +180,10 @@ class _DynamicNorm(nn.Module):
 
     @property
     def running_var(self):
-        """The inner norm's. Code that would fold it, and so lose SC, is told or refused."""
+        """The running variance of the inner norm.
+
+        Code that would fold the norm, and so lose SC, gets an error or a warning.
+        """
         if not torch.compiler.is_compiling():
             self._refuse_to_be_folded(sys._getframe(1))
         return self.bn.running_var
@@ -196,18 +199,17 @@ class _DynamicNorm(nn.Module):
             return
         kind = type(self).__name__
         remedy = (
-            'make BatchNorms of the layers first, by dn_mmdet.fold.fold_norm, or leave this '
-            'one as it is. Code that only reads it finds the inner BatchNorm as .bn'
+            'turn the layers into BatchNorms first, with dn_mmdet.fold.fold_norm, or do not '
+            'fold this one. Code that only reads the norm can use the inner BatchNorm, .bn'
         )
         if named:
             raise TypeError(
-                f'{name}: expected a BatchNorm to fold, got {kind}, whose scale and '
-                f'shift follow the input and would be lost: {remedy}'
+                f'{name}: expected a BatchNorm to fold, got {kind}. Its scale and shift '
+                f'follow the input and would be lost: {remedy}'
             )
         warnings.warn(
-            f'{name} reads what functions read that fuse a BatchNorm into a '
-            f'convolution. Of a {kind} they would lose the scale and shift that follow '
-            f'the input: {remedy}',
+            f'{name} seems to fold a BatchNorm into a convolution. With a {kind}, the '
+            f'scale and shift that follow the input would be lost: {remedy}',
             stacklevel=3,
         )
 
@@ -238,9 +240,10 @@ class _DynamicNorm(nn.Module):
 
 
 def _seems_to_fold(code):
-    """Whether a function that reads a norm's attributes takes the root of its variance and eps.
+    """Whether a function that reads a norm's attributes seems to fold the norm.
 
-    Or hands both to a function that folds. One that knows of ``sc`` computes the layer.
+    It does if it takes the square root of variance and eps, or passes both to a function
+    that folds. A function that uses ``sc`` computes the whole layer and does not fold.
     """
     called = code.co_names + code.co_freevars
     names = {*called, *code.co_consts}
@@ -253,10 +256,10 @@ def _seems_to_fold(code):
 
 
 def _register(cls):
-    """Registers in mmengine's root registry, which every OpenMMLab scope falls back to.
+    """Registers in mmengine's root registry, in which every OpenMMLab scope looks last.
 
-    Importing this file again replaces its own classes; a class of the same name
-    from elsewhere is left in place and mmengine's error names it.
+    Importing this file again replaces its own classes. A class of the same name from
+    another package stays, and mmengine's error names it.
     """
     existing = MODELS.module_dict.get(cls.__name__)
     own = existing is not None and existing.__module__ == cls.__module__
@@ -277,39 +280,41 @@ class _DNC(_DynamicNorm):
 
 @_register
 class DNB(_DNB):
-    """DN-B over (N, C, H, W): a BatchNorm whose scale and shift follow each sample.
+    """DN-B over (N, C, H, W): BatchNorm with a scale and a shift that follow each sample.
 
     Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. The paper's
     public text leaves the layers of the SC module open; see `SC`.
 
         y = (1 + g) z + h,    z = w (x - mu) / sqrt(var + eps) + b
 
-    ``z`` is the output of the inner norm ``bn``. The module ``sc`` makes ``g`` and
-    ``h`` for each sample and channel, from the mean and std of that sample's
-    channel. A new layer has ``g = h = 0`` and computes what BatchNorm does. A
-    BatchNorm checkpoint loads by name and leaves it so.
+    ``z`` is the output of the BatchNorm ``bn`` inside the layer, the inner norm. The
+    module ``sc`` makes ``g`` and ``h`` for each sample and channel, from the mean and
+    std of that sample's channel. A new layer has ``g = h = 0`` and computes the same as
+    BatchNorm. It still does so after a BatchNorm checkpoint is loaded, which loads by
+    name.
 
-    In training ``mu, var`` are batch statistics, in eval mode the running ones. The
-    mode that counts is that of ``bn``, so that frozen statistics (``norm_eval``,
-    ``momentum=0``, ``track_running_stats=False``) mean what they mean in torch. SC
+    In training, ``mu, var`` are batch statistics; in eval mode they are running ones.
+    The layer uses the mode of ``bn``, so frozen statistics (``norm_eval``,
+    ``momentum=0``, ``track_running_stats=False``) have the same meaning as in torch. SC
     adapts to each input in both modes.
 
     Args:
         num_features (int): channels C of the input.
         eps (float): added to variances before the square root.
-        momentum (float | None): step of the running averages; None averages
-            cumulatively.
+        momentum (float | None): step of the running averages; None for a cumulative
+            average.
         affine (bool): whether the inner norm has ``w`` and ``b``.
         track_running_stats (bool): whether it keeps running averages.
         reduction (int): SC's hidden layer has ``C // reduction`` units,
         min_channels (int): but never fewer than this.
-        inputs (str): ``'raw'`` or ``'standardized'`` statistics for SC. DN-C has
-            no batch to be relative to and takes only ``'raw'``.
+        inputs (str): which statistics SC gets. ``'raw'``: mean and std as they are.
+            ``'standardized'``: relative to those of the batch. DN-C takes only
+            ``'raw'``, because its statistics are those of the batch.
         bound (float | None): ``g`` and ``h`` lie in (-bound, bound); None for no
-            bound, which diverges at high learning rates.
-        sc (dict | None): the config of a registered module in the place of `SC`, as
-            ``dict(type='MySC', depth=2)``. It is given SC's arguments, those of this
-            layer, unless the config has others; see `SC` for what it has to do.
+            bound, with which DN-B hardly trained.
+        sc (dict | None): the config of a registered module to use in place of `SC`,
+            such as ``dict(type='MySC', depth=2)``. It gets the arguments that SC would
+            get, unless the config sets them. `SC` says what such a module needs.
         bn_requires_grad (bool): False freezes ``w`` and ``b`` and leaves SC
             trainable. (mmcv's own ``requires_grad=False`` freezes both.)
         backend (str): which implementation runs; see `dynamic_norm`. All
@@ -318,7 +323,7 @@ class DNB(_DNB):
         dtype: of all parameters and buffers.
 
     Raises:
-        ValueError: an argument out of range, or an input of wrong shape.
+        ValueError: an argument is out of range, or an input has a wrong shape.
         TypeError: an argument that does not exist.
 
     Example:
@@ -346,18 +351,18 @@ class DNB3d(_DNB):
 
 @_register
 class SyncDNB(_DNB):
-    """DN-B over (N, C, ...), with batch statistics over all processes; else as `DNB`."""
+    """DN-B over (N, C, ...), with batch statistics over all processes; otherwise as `DNB`."""
 
     bn_type, ndims = nn.SyncBatchNorm, ()
 
 
 @_register
 class DNC(_DNC):
-    """DN-C over (N, C, H, W): a BatchNorm whose scale and shift follow the batch.
+    """DN-C over (N, C, H, W): BatchNorm with a scale and a shift that follow the batch.
 
-    As `DNB`, with its arguments, but there is one ``g`` and one ``h`` for each
-    channel, made from ``mu`` and ``sqrt(var + eps)``. In eval mode these are the running
-    averages, so that ``g`` and ``h`` are constants. ``inputs`` has to be ``'raw'``.
+    It is like `DNB` and has the same arguments, but makes one ``g`` and one ``h`` for
+    each channel, from ``mu`` and ``sqrt(var + eps)``. In eval mode these are running
+    averages, so ``g`` and ``h`` are constants. ``inputs`` has to be ``'raw'``.
 
     Example:
         >>> layer = DNC(16)
@@ -384,6 +389,6 @@ class DNC3d(_DNC):
 
 @_register
 class SyncDNC(_DNC):
-    """DN-C over (N, C, ...), with batch statistics over all processes; else as `DNC`."""
+    """DN-C over (N, C, ...), with batch statistics over all processes; otherwise as `DNC`."""
 
     bn_type, ndims = nn.SyncBatchNorm, ()

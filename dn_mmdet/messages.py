@@ -1,4 +1,4 @@
-"""What messages of the tools are made of: an error class, suggestions, short lists."""
+"""Parts of the tools' messages: an error class, suggestions, short lists."""
 
 import difflib
 import logging
@@ -8,17 +8,17 @@ from mmengine.logging import print_log
 
 
 class UserError(ValueError):
-    """What the user can put right; a tool says it in one message."""
+    """An error that the user can correct. A tool reports it in one message."""
 
     exit_code = 2  # of the tool
 
 
 class ConfigError(UserError):
-    """A config, an option or a folder that a tool cannot go on with."""
+    """A config, an option or a folder is wrong, and the tool cannot go on."""
 
 
 def did_you_mean(wrong, names) -> str:
-    """The end of a message about a name that does not exist: the nearest, and all there are."""
+    """The end of a message about a name that does not exist: similar names, and all names."""
     lower = {name.lower(): name for name in names}
     plain = re.sub(r'[^a-z0-9]|2d$', '', str(wrong).lower().rpartition('.')[2])
     swapped = [name for name in lower if sorted(name) == sorted(plain)]  # DBN
@@ -29,16 +29,16 @@ def did_you_mean(wrong, names) -> str:
 
 
 def some(names) -> str:
-    """The first of many names."""
+    """The first names of a list, as text."""
     names = [str(name) for name in names]
     return ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
 
 
 def reason(error) -> str:
-    """What an exception says, without the quotes of a KeyError."""
+    """The message of an exception, without the quotes of a KeyError."""
     return str(error.args[0] if len(error.args) == 1 else error)
 
 
 def tell(text) -> None:
-    """Logs a warning: something that the user should know, and that stops nothing."""
+    """Logs a warning: something that the user should know, but that does not stop the tool."""
     print_log(text, logger='current', level=logging.WARNING)

@@ -1,10 +1,11 @@
 """Dynamic Normalization in plain PyTorch: the specification.
 
 Source: Liu, Gao, Lv, "Dynamic Normalization", arXiv 2101.06073. Only its abstract is public
-as text; what it leaves open is this project's own design.
+as text. Where it leaves something open, this is this project's own design.
 
-`dynamic_norm` here is all of it. Never optimised. Every backend is tested against it, and it
-runs wherever autograd has to see each operation (export, transforms, double backward).
+The function `dynamic_norm` is the whole specification, and is never optimised. Every backend is
+tested against it. It runs wherever autograd has to see each operation (export, transforms,
+double backward).
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def batch_statistics(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """mu, var (C,) by equations (1) and (2); zeros, not NaN, of an empty batch."""
+    """mu, var (C,) by equations (1) and (2); for an empty batch, zeros and not NaN."""
     if m.numel() == 0:
         return m.sum(0), v.sum(0)
     mu = m.mean(0)
@@ -54,9 +55,9 @@ def dynamic_norm(
         w, b: (C,), BatchNorm's weight and bias; None for ones and zeros.
         sc: the SC module.
         batch_shared: False for DN-B (4), True for DN-C (5).
-        statistics: what gives mu and var (C,) for m and v. Where a BatchNorm uses its running
-            statistics, or those of several processes, it gives these.
-        sc_parameters: stand in for SC's own, where given.
+        statistics: a function that returns mu and var (C,) for m and v. If a BatchNorm uses
+            its running statistics, or those of several processes, it returns these.
+        sc_parameters: used instead of SC's own parameters, if given.
 
     Shape: x (N, C, ...) -> the same, in the dtype of x.
     """
@@ -72,7 +73,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each sample's channel, in float32 at least.
 
     Shape: x (N, C, ...) -> m, v (N, C). A 2-d x has one value per channel, so
-    its variance is zero; of no value at all, both are zero.
+    its variance is zero. If x has no values, both are zero.
     """
     x = widen(x)
     if x.dim() == 2:
@@ -84,7 +85,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x: Tensor, mu: Tensor, sigma: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """``z = w (x - mu) / sigma + b`` (3): BatchNorm, given its statistics (C,)."""
+    """``z = w (x - mu) / sigma + b`` (3): BatchNorm with the given statistics (C,)."""
     mu, sigma, w, b = (_over(x, t) for t in (mu, sigma, w, b))
     return w * (widen(x) - mu) / sigma + b
 
@@ -101,10 +102,10 @@ def call_sc(
 ) -> tuple[Tensor, Tensor]:
     """g, h by equation (4), (N, C) each, or (5), (1, C) each.
 
-    ``parameters``, where given, stand in for SC's own.
+    ``parameters``, if given, are used instead of SC's own.
 
     Raises:
-        RuntimeError: sc gave other shapes, which would be broadcast.
+        RuntimeError: the outputs of sc have a wrong shape, and would be broadcast.
     """
     if batch_shared:
         inputs = mu[None], sigma[None]
@@ -136,7 +137,7 @@ def affine_parameters(w: Tensor | None, b: Tensor | None, like: Tensor) -> tuple
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in float32 at least: float16 and bfloat16 lose the statistics."""
+    """x in float32 at least, because float16 and bfloat16 lose the statistics."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -51,34 +51,35 @@ class SC(nn.Module):
 
         (g, h) = bound tanh(W_out relu(W_in [m', s'] + b_in) + b_out)
 
-    The paper (Liu, Gao, Lv, arXiv 2101.06073) names this module and its two
-    inputs; its layers and its initialisation are this project's own design.
-    ``W_out`` and ``b_out`` start at zero, so that a fresh module gives
-    ``g = h = 0`` and the layer around it is plain BatchNorm.
+    ``m', s'`` are the mean and std of the features, as they are or standardized
+    (see ``inputs``). The paper (Liu, Gao, Lv, arXiv 2101.06073) names this module
+    and its two inputs. Its layers and its initialisation are this project's own
+    design. ``W_out`` and ``b_out`` start at zero, so a new module gives
+    ``g = h = 0``, and the layer around it is plain BatchNorm.
 
-    The parameters are plain ``nn.Parameter`` and none is called ``weight`` or
-    ``bias``: the initialisers of mmengine and mmdet walk over ``Linear`` and
-    ``Conv2d`` modules and over children's ``weight`` and ``bias``, and would
-    overwrite the zero start.
+    The parameters are plain ``nn.Parameter`` and none has the name ``weight`` or
+    ``bias``. The initialisers of mmengine and mmdet change ``Linear`` and ``Conv2d``
+    modules and parameters named ``weight`` and ``bias``, and would overwrite the
+    zeros.
 
     Args:
         num_features (int): channels C of the normalised feature map.
         reduction (int): the hidden layer has ``C // reduction`` units, but
         min_channels (int): never fewer than this.
-        inputs (str): ``'raw'``, the mean and std themselves (the abstract's
-            words), or ``'standardized'``, relative to the batch statistics.
-            Stored here; the caller prepares what it passes.
+        inputs (str): ``'raw'``, the mean and std as they are (as in the paper's
+            abstract), or ``'standardized'``, relative to the batch statistics.
+            This module only stores it. The caller prepares the inputs.
         bound (float | None): outputs lie in (-bound, bound); ``None`` leaves
-            them unbounded, which diverges at high learning rates.
+            them unbounded, with which DN-B hardly trained.
 
     Shape:
         - mean, std: (N, C), floating point of one dtype (float32 or wider)
         - output: two tensors (N, C) of that dtype
 
-    A layer takes another module in its place (its argument ``sc``). Such a module is
-    given the same arguments, has the attributes ``num_features`` and ``inputs``, and the
+    A layer can use another module in place of SC (its argument ``sc``). Such a module gets
+    the same arguments. It needs the attributes ``num_features`` and ``inputs``, and the
     methods `reset_parameters`, `is_identity` and `identity_state_dict`. A subclass of SC has
-    them; one with a ``forward`` of its own is called in every backend.
+    them. If it has a ``forward`` of its own, every backend calls that.
 
     Raises:
         ValueError: an argument is out of range.
@@ -125,7 +126,7 @@ class SC(nn.Module):
         self.b_out = nn.Parameter(torch.empty(made * self.num_features, **factory))
 
     def reset_parameters(self):
-        """He initialisation of the first linear, zero for the last."""
+        """He initialisation for the first linear layer, zeros for the last."""
         nn.init.kaiming_normal_(self.w_in, nonlinearity='relu')
         for zero in (self.b_in, self.w_out, self.b_out):
             nn.init.zeros_(zero)
@@ -143,18 +144,19 @@ class SC(nn.Module):
         return g, h
 
     def is_identity(self) -> bool:
-        """Whether g = h = 0 whatever the input: not trained yet, or reset."""
+        """Whether g = h = 0 for every input: the module is not trained yet, or was reset."""
         return not any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS)
 
     def identity_state_dict(
         self, prefix: str = '', device: torch.device | None = None
     ) -> dict[str, Tensor]:
-        """This module's state with ``W_out`` and ``b_out`` zero: g = h = 0.
+        """The state of this module with ``W_out`` and ``b_out`` set to zero, so g = h = 0.
 
-        Where it has no values, on meta, those of a fresh module on ``device``, if given.
+        A module on the meta device has no values. If ``device`` is given, the state is then
+        that of a new module on ``device``.
 
         Raises:
-            ValueError: a parametrization computes one of them.
+            ValueError: a parametrization computes ``W_out`` or ``b_out``.
         """
         sc = self
         if device is not None and any(p.is_meta for p in self.parameters()):
@@ -165,8 +167,8 @@ class SC(nn.Module):
             pruned = f'{prefix}{name}_orig'
             if prefix + name not in state and pruned not in state:
                 raise ValueError(
-                    f'{prefix}{name} is computed from other parameters, which cannot '
-                    f'be set so that g = h = 0: remove its parametrization first, by '
+                    f'{prefix}{name} is computed from other parameters, so it cannot be '
+                    f'set to zero for g = h = 0: remove its parametrization first, with '
                     f'torch.nn.utils.parametrize.remove_parametrizations'
                 )
             state[pruned if pruned in state else prefix + name].zero_()

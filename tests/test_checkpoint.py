@@ -373,7 +373,7 @@ def test_the_config_in_a_checkpoint_is_never_executed(tmp_path, monkeypatch):
     'other, message',
     [
         (nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9)), r'6 of another size'),
-        (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(as 1.bias\)'),
+        (nn.Sequential(nn.Conv2d(3, 8, 1)), r'5 missing \(such as 1.bias\)'),
         (nn.Sequential(*net(nn.BatchNorm2d), nn.Conv2d(8, 8, 1)), r'2 not in the model'),
     ],
     ids=['size', 'missing', 'unexpected'],

@@ -303,7 +303,7 @@ class ScaledNorm(nn.BatchNorm2d):
     'norm, message',
     [
         (ScaledNorm(6), r'2\.1: test_convert\.ScaledNorm has a forward of its own'),
-        (nn.LazyBatchNorm2d(), r'2\.1: .*LazyBatchNorm2d does not know its channels yet'),
+        (nn.LazyBatchNorm2d(), r'2\.1: .*LazyBatchNorm2d does not know its number of channels'),
     ],
 )
 @pytest.mark.filterwarnings('ignore:Lazy modules')
@@ -340,9 +340,9 @@ def test_hooks_that_would_fall_silent_are_refused(register):
         ),
         (dict(skip=['1', '7']), ValueError, "skip: '7' matches none"),
         (dict(reductoin=4), TypeError, r'reductoin: no such argument; expected some of'),
-        (dict(eps=1e-3), TypeError, 'eps: no such argument.*kept from each BatchNorm'),
+        (dict(eps=1e-3), TypeError, 'eps: no such argument.*are those of each BatchNorm'),
         (dict(reduction=0), ValueError, 'reduction: expected an integer of at least 1'),
-        (dict(norm='DNC', inputs='standardized'), ValueError, "inputs: DNC .* expected 'raw'"),
+        (dict(norm='DNC', inputs='standardized'), ValueError, "inputs: expected 'raw', .*: DNC "),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_changed(args, error, message):
@@ -500,7 +500,7 @@ def test_norms_that_no_config_reaches_are_counted_and_named(log):
     swap_norm(zoo('yolof/yolof_r50-c5_8xb8-1x_coco'), 'DNB')
     assert 'DNB in place of BatchNorm in 59 layers' in log()
     assert (
-        '14 BatchNorms stay, which no config reaches: 14 in DilatedEncoder (as '
+        '14 BatchNorms stay, because no config reaches them: 14 in DilatedEncoder (such as '
         'neck.lateral_norm)' in log()
     )
 
@@ -627,7 +627,7 @@ def test_only_the_layers_of_a_given_model_are_converted():
             'no BatchNorm to convert among 2 weights',
         ),
         (dict(meta=1, model=2), 'expected weights.*found meta, model'),
-        (DNB(4).state_dict(), 'already. From the weights alone there is no way back to BatchNorm'),
+        (DNB(4).state_dict(), 'weights alone are not enough to go back to BatchNorm'),
     ],
 )
 def test_checkpoints_that_cannot_be_converted_say_why(checkpoint, message):

@@ -37,7 +37,7 @@ def as_tool(name):
 def test_a_missing_torch_or_mmengine_is_named(module):
     *_, last = run(hide(module, 'import dn_mmdet')).strip().splitlines()
     assert last.startswith(f'ImportError: dn_mmdet needs {module}, which is not installed')
-    assert 'make setup' in last and "pip install -e '.[onedl]'" in last
+    assert 'make setup' in last and "pip install --no-build-isolation -e '.[onedl]'" in last
 
 
 def test_the_makefile_has_the_target_that_the_message_names():

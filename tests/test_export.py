@@ -319,7 +319,7 @@ def test_without_the_extra_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, 'PACKAGES', ('onnx_of_nobody',))
     message = refused(tmp_path, capsys, 'no_config.py', 'no_checkpoint.pth')
     assert 'needs onnx_of_nobody, not installed here: in a clone' in message
-    assert "pip install -e '.[export]'" in message
+    assert "pip install --no-build-isolation -e '.[export]'" in message
 
 
 @with_extra
@@ -367,7 +367,7 @@ def test_the_size_is_that_of_the_test_pipeline():
         assert image_size(cfg, None) == (320, 320)
     cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=dataset)
     assert image_size(cfg, None) == (320, 320)
-    with pytest.raises(preflight.ConfigError, match='name the size'):
+    with pytest.raises(preflight.ConfigError, match='give the size'):
         image_size({}, None)
 
 

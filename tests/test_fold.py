@@ -303,7 +303,7 @@ def broken(value):
 @pytest.mark.parametrize(
     'batches,message',
     [
-        (None, '20 layers .as bn1. make their scale and shift from each image'),
+        (None, '20 layers .such as bn1. make their scale and shift from each image'),
         ([], 'expected images that reach the DN layers, got none'),
         ([IMAGES[:0]], 'got none|batch 0: the model cannot take it'),
         ([IMAGES, IMAGES[:, :2]], 'batch 1: the model cannot take it: .*3 channels'),
@@ -312,7 +312,7 @@ def broken(value):
         ([broken(float('inf'))], 'batch 0: the statistics in bn1 are not finite'),
         (
             ['images'],
-            r'batch 0: the model cannot take it: [^\n]*\. Expected what its forward takes',
+            r'batch 0: the model cannot take it: [^\n]*\. Expected what the forward of the model',
         ),
         (IMAGES, r'batch 0: the model cannot take it: expected 4D input \(got 3D'),
         (dict(inputs=IMAGES), 'expected a list or a loader of batches, got dict'),

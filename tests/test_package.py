@@ -160,6 +160,6 @@ def test_a_missing_package_of_an_extra_is_named_with_the_command():
     with pytest.raises(ImportError) as error:
         environment.check_extra('demo', 'sklearn_of_nobody', 'json')
     assert str(error.value) == (
-        'expected sklearn_of_nobody, not installed here: in a clone of dn_mmdet run '
-        "`pip install -e '.[demo]'`"
+        'expected sklearn_of_nobody to be installed: in a clone of dn_mmdet, run '
+        "`pip install --no-build-isolation -e '.[demo]'`"
     )

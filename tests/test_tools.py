@@ -319,7 +319,7 @@ def test_a_folder_in_which_a_training_runs_is_refused(user):
         (['tiny_dnb.py', '--launcher', 'pytorch'], 'tools/dist_train.sh'),
         (['tiny_dnb.py', '--launcher', 'slurm'], '--launcher slurm: needs a GPU'),
         (['tiny_dnb.py', '--resume', 'truncated.pth'], 'truncated.pth: cannot be read'),
-        (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, it lacks meta'),
+        (['tiny_dnb.py', '--resume', 'weights.pth'], 'cannot be resumed, because it lacks meta'),
         (['tiny_bn.py', '--resume', 'work/epoch_1.pth'], 'trained with Dynamic Normalization'),
         (
             [
@@ -646,7 +646,7 @@ def test_a_test_leaves_the_training_folder_as_it_is(user, unchanged):
         (['tiny_bn.py', 'work/epoch_1.pth'], 'trained with Dynamic Normalization in 66 layers'),
         (
             ['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'boxes.txt'],
-            'expected a file name in .pkl',
+            'expected a file name that ends in .pkl',
         ),
         (
             [

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Times DN-B and DN-C against BatchNorm and GroupNorm, once parity with the reference is shown.
+"""Times DN-B and DN-C against BatchNorm and GroupNorm, after it checked them with the reference.
 
     tools/benchmark.py --device cpu --csv benchmark.csv --plot benchmark.png
     tools/benchmark.py --device cuda --amp --csv gpu.csv --norms BN DNB:auto
     tools/benchmark.py --bars gpu.csv --plot gpu.png
 
-All parts but the detector need torch and mmengine alone; the detector needs MMDetection as well.
+The part 'detector' needs MMDetection. All other parts need only torch and mmengine.
 """
 
 import argparse
@@ -23,25 +23,35 @@ PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument(
+        '--device',
+        choices=['cpu', 'cuda'],
+        default='cpu',
+        help='device to measure on (default: %(default)s)',
+    )
     parser.add_argument(
         '--parts',
         nargs='+',
         choices=PARTS,
-        help='what to measure: layers one '
-        'by one; all layers in one training step; the host time of one call; '
-        'SSDLite; nine layers under torch.compile; tile sizes of the GPU kernels '
-        '(default: layers detector; on a GPU all but the last two)',
+        help='what to measure. layers: the layers one by one; step: all layers in one training '
+        'step; host: the host time of one call; detector: SSDLite; compiled: nine layers '
+        'under torch.compile; tuning: tile sizes of the GPU kernels (default: layers detector; '
+        'on a GPU all except the last two)',
     )
     parser.add_argument(
         '--norms',
         nargs='+',
         type=variant,
         metavar='NORM',
-        help="BN, GN, and DN layers with their backends, such as 'DNB:auto' "
+        help="norms to measure: BN, GN, and DN layers with their backends, such as 'DNB:auto' "
         '(default: BN, GN, and both DN layers with every backend)',
     )
-    parser.add_argument('--batch', type=int, default=8, help='batch size of layers and training')
+    parser.add_argument(
+        '--batch',
+        type=int,
+        default=8,
+        help='batch size of the layers and of training (default: %(default)s)',
+    )
     parser.add_argument(
         '--inference-batch',
         type=int,
@@ -54,43 +64,54 @@ def parse(argv):
         nargs='?',
         const='float16',
         choices=['float16', 'bfloat16'],
-        help='dtype of the feature maps, under autocast',
-    )
-    parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument(
-        '--pairs', type=int, default=15, help='measurements, each beside one of BatchNorm'
+        help='run under autocast, with feature maps of this dtype (default: float32; --amp '
+        'alone: float16)',
     )
     parser.add_argument(
-        '--size', type=int, default=320, help='height and width of the images in pixels'
+        '--channels-last', action='store_true', help='use the memory format channels_last'
+    )
+    parser.add_argument(
+        '--pairs',
+        type=int,
+        default=15,
+        help='number of measurements, each next to one of BatchNorm (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=320,
+        help='height and width of the images in pixels (default: %(default)s)',
     )
     parser.add_argument(
         '--compiled',
         type=int,
         metavar='N',
-        help='time the torch.compiled reference on the N largest shapes; each '
-        'compiles for some seconds (default: 3, and 0 with --norms)',
+        help='also time the reference under torch.compile, on the N largest shapes. Each '
+        'takes some seconds to compile (default: 3, or 0 with --norms)',
     )
     parser.add_argument(
         '--seconds',
         type=float,
         metavar='S',
-        help='start no measurement after this time, and list what is left out (default: no limit)',
+        help='start no measurement after S seconds, and list what is left out (default: no limit)',
     )
     parser.add_argument(
         '--compile-only',
         metavar='I/N',
-        help='measure nothing, but compile and cache the kernels: run each layer '
-        'once in float16 and float32, contiguous and channels_last; with '
-        '--parts compiled those layers as they will be measured. The shapes are '
-        'split into N shares; this run takes share I, counted from 1',
+        help='measure nothing, only compile and cache the kernels: run each layer once in '
+        'float16 and float32, contiguous and channels_last. With --parts compiled: run the '
+        'layers as they will be measured. The shapes are split into N shares, and this run '
+        'takes share I, counted from 1',
     )
     parser.add_argument('--commit', help='commit of this code, if this is not a git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
-    parser.add_argument('--plot', metavar='FILE', help='draw the layers into this image')
+    parser.add_argument(
+        '--plot', metavar='FILE', help='draw the times of the layers into this image'
+    )
     parser.add_argument(
         '--bars',
         metavar='FILE',
-        help='measure nothing, but compare the rows of this CSV file with the targets for a GPU',
+        help='measure nothing, only compare the rows of this CSV file with the targets for a GPU',
     )
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -100,7 +121,7 @@ def parse(argv):
     if args.compiled is None:
         args.compiled = 0 if args.norms else 3
     if args.norms and BN not in args.norms:
-        parser.error('--norms: BN is what the others are compared with; add it')
+        parser.error('--norms: the others are compared with BN; add BN')
     for name, value, least in (
         ('--batch', args.batch, 1),
         ('--pairs', args.pairs, 1),

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Measures a detector's head outputs in inference runtimes, against the same with BatchNorm.
+"""Times a detector in inference runtimes, and compares it with its twin with BatchNorm.
 
-Each runtime that is installed runs on one thread. The file gets a line for each model in it.
-Where a runtime fails, the tool says why, goes on with the others and ends with exit code 1.
+It times the outputs of the head. Each installed runtime runs on one thread. The tool writes a
+line for each runtime and model. If a runtime fails, it says why, goes on with the others, and
+ends with exit code 1.
 """
 
 import argparse
@@ -28,8 +29,8 @@ def parse(argv):
     parser.add_argument(
         'checkpoint',
         nargs='?',
-        help='checkpoint file; without one the weights are random, and the statistics of the '
-        "norms are those of the tool's own images",
+        help='checkpoint file. Without one, the weights are random, and the tool takes the '
+        'statistics of the norms from its own images',
     )
     parser.add_argument(
         '--size',
@@ -44,13 +45,18 @@ def parse(argv):
         nargs='+',
         default=list(runtimes.RUNTIMES),
         choices=list(runtimes.RUNTIMES),
-        help='default: all',
+        help='runtimes to measure (default: all)',
     )
-    parser.add_argument('--rounds', type=int, default=40, help='runs of each model (40)')
+    parser.add_argument(
+        '--rounds',
+        type=int,
+        default=40,
+        help='how often each model runs (default: %(default)s)',
+    )
     parser.add_argument(
         '--out',
         default='runtimes.csv',
-        help='file to write (runtimes.csv); lines of other runtimes in it are kept',
+        help='file to write; lines of other runtimes in it are kept (default: %(default)s)',
     )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Checks every detector that the installed mmdet ships with DN-B in the place of BatchNorm.
+"""Checks every detector that comes with the installed mmdet, with DN-B in place of BatchNorm.
 
-One process a config; rows are written as they finish, and a next run goes on where
-the last one ended. The order is a random one, the same each time, so that the rows of
+Each config runs in its own process. Each row is written when its check ends, and the next run
+continues after the last row. The order is random, but the same each time, so that the rows of
 an unfinished sweep are a fair sample.
 """
 
@@ -42,9 +42,11 @@ def parse(argv):
         nargs='+',
         default=['*'],
         metavar='PATTERN',
-        help='configs to check, as in "yolox/*"',
+        help='configs to check, for example "yolox/*" (default: all)',
     )
-    parser.add_argument('--again', action='store_true', help='check configs again that have a row')
+    parser.add_argument(
+        '--again', action='store_true', help='also check configs that already have a row'
+    )
     parser.add_argument(
         '--time-limit',
         type=int,
@@ -62,7 +64,7 @@ def parse(argv):
     parser.add_argument(
         '--docs',
         metavar='FOLDER',
-        help='write zoo.md, results/zoo.csv and the table in models.md there',
+        help='write zoo.md, results/zoo.csv and the table in models.md into this folder',
     )
     parser.add_argument(
         '--no-checks',

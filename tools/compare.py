@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Compares configs over seeds, learning rates and batch sizes, and reports with uncertainty.
 
-Trains every combination once, each in a folder of its own under --out, evaluates it also
-with its DN layers folded into BatchNorms, and writes tables and figures to --out/report.
-The same command continues a grid that was interrupted, and repeats nothing that has ended.
+Trains every combination once, each in its own folder under --out. Evaluates each a second
+time with its DN layers folded into BatchNorms. Writes tables and figures to --out/report.
+If the tool is interrupted, the same command continues. It repeats no run that has ended.
 """
 
 import argparse
@@ -28,12 +28,12 @@ def parse(argv):
         'configs',
         nargs='*',
         metavar='CONFIG',
-        help='config files; the others are compared with the first',
+        help='config files; the first is the baseline for the others',
     )
     parser.add_argument(
         '--preset',
         choices=sorted(presets.PRESETS),
-        help='a ready set of variants and runs, made from one BatchNorm config',
+        help='train a prepared set of variants, made from one config with BatchNorm',
     )
     parser.add_argument(
         '--variants',
@@ -41,20 +41,27 @@ def parse(argv):
         metavar='NAME',
         help='run only these variants of the preset, and the config itself',
     )
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='SEED')
+    parser.add_argument(
+        '--seeds',
+        nargs='+',
+        type=int,
+        default=[0],
+        metavar='SEED',
+        help='random seeds (default: 0)',
+    )
     parser.add_argument(
         '--lr',
         nargs='+',
         type=_factor,
         metavar='xFACTOR',
-        help="multiply the config's learning rate by these, as in x1 x4",
+        help="multiply the config's learning rate by these factors, for example x1 x4",
     )
     parser.add_argument(
         '--batch',
         nargs='+',
         type=_positive,
         metavar='SIZE',
-        help='training batch sizes; the learning rate follows in proportion',
+        help='training batch sizes; the learning rate changes in proportion',
     )
     parser.add_argument(
         '--epochs',
@@ -76,7 +83,7 @@ def parse(argv):
         '--no-folded',
         dest='folded',
         action='store_false',
-        help='do not evaluate runs of DN-B and DN-C with their layers folded into BatchNorms too',
+        help='do not evaluate the runs a second time with their DN layers folded',
     )
     parser.add_argument(
         '--question', default='', help='name of the question that these runs answer, for the table'
@@ -88,23 +95,23 @@ def parse(argv):
     parser.add_argument(
         '--csv',
         type=Path,
-        help='also write the rows into this file; rows of other runs in it are kept',
+        help='also write the rows into this file; the rows of other runs stay in it',
     )
     parser.add_argument(
-        '--commit', help='commit of the code, for the table, if this is not a git checkout'
+        '--commit', help='commit of the code to name in the table, if this is not a git checkout'
     )
     parser.add_argument(
         '--allow-different',
         action='store_true',
-        help='go on even if configs differ in more than the norm',
+        help='go on even if the configs differ in more than the norm',
     )
     parser.add_argument(
         '--report-only',
         nargs='+',
         type=Path,
         metavar='FOLDER',
-        help='train nothing; write the report from runs in these folders, or from '
-        'CSV files written by --csv. They may come from other machines',
+        help='train nothing; write the report from the runs in these folders, or from '
+        'CSV files that --csv wrote. They may come from other machines',
     )
     parser.add_argument(
         '--baseline', help='name of the config to compare with (default: the first)'
@@ -116,7 +123,7 @@ def parse(argv):
     if args.preset and len(args.configs) != 1:
         parser.error(f'--preset {args.preset}: expected one config, with BatchNorm')
     if args.variants and not args.preset:
-        parser.error('--variants: chooses from a --preset, and none is given')
+        parser.error('--variants: chooses from the variants of a --preset, but none is given')
     return parser, args
 
 
@@ -147,7 +154,7 @@ def grid(args):
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         raise preflight.ConfigError(
-            f'expected configs of different file names, got {", ".join(names)}'
+            f'expected configs with different file names, got {", ".join(names)}'
         )
     if args.preset:
         points = presets.PRESETS[args.preset](
@@ -186,7 +193,7 @@ def main(argv=None):
         parser.exit(
             1,
             f'{parser.prog}: error: {len(failures)} runs failed (see above); the '
-            f'same command starts them again and repeats nothing else\n',
+            f'same command starts only these again\n',
         )
 
 

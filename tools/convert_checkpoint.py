@@ -23,18 +23,20 @@ def parse(argv):
     parser.add_argument('out', help='file to write; it must not exist')
     parser.add_argument(
         '--config',
-        help='a config with DN layers: only its layers are '
-        'converted, the result is checked to fit it, and it is stored beside '
-        'the weights',
+        help='a config with DN layers. Only the layers of its model are converted, the result '
+        'is checked against that model, and the config is stored beside the weights',
     )
     parser.add_argument(
-        '--reduction', type=int, default=32, help='of SC, without --config (default: %(default)s)'
+        '--reduction',
+        type=int,
+        default=32,
+        help='reduction of SC, if there is no --config (default: %(default)s)',
     )
     parser.add_argument(
         '--min-channels',
         type=int,
         default=8,
-        help='of SC, without --config (default: %(default)s)',
+        help='min_channels of SC, if there is no --config (default: %(default)s)',
     )
     parser.add_argument(
         '--trust-checkpoint',
@@ -48,7 +50,7 @@ def parse(argv):
 def convert(args):
     out = Path(args.out)
     if out.exists():
-        raise preflight.ConfigError(f'{out}: exists already; name another file')
+        raise preflight.ConfigError(f'{out}: exists already; choose another file name')
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     if args.config is None:
         converted = convert_checkpoint(checkpoint, None, args.reduction, args.min_channels)

@@ -1,8 +1,8 @@
 """Trains SSDLite on handwritten digits with BN and with DN-B, folds DN-B, and compares all three.
 
-A grid of tools/compare.py with two runs, one thread each. Afterwards the folder holds
-report/ (tables, learning curves, an interactive page), detections.png, folded.pth (DN-B as
-BatchNorms) and, under runs/, logs, checkpoints and single pictures.
+It runs tools/compare.py with two runs, each on one thread. Afterwards the folder holds
+report/ (tables, learning curves, an interactive page), detections.png, folded.pth (DN-B
+folded into BatchNorms) and, under runs/, logs, checkpoints and single pictures.
 """
 
 import argparse
@@ -197,10 +197,10 @@ def run(configs, out, seed, console):
     console.print(
         f'Learning curves: {out}/report/learning_curves.png\n'
         f'Detections:      {out}/detections.png\n'
-        f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint; times are of the '
-        f'network alone, BatchNorms folded into convolutions, {folding.timed_on()}\n'
-        f'\nThis is one run of each norm (seed {seed}): its AP differs by up to 0.1 '
-        f'between two machines.\n\n'
+        f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint. Times are those of the '
+        f'network alone, with BatchNorms folded into convolutions, {folding.timed_on()}\n'
+        f'\nThis is one run of each norm (seed {seed}), so it says little: the AP of one seed '
+        f'differs by up to 0.1 between two machines.\n\n'
         f'What to try next:\n{NEXT}',
         markup=False,
         soft_wrap=True,

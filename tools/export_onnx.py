@@ -28,7 +28,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='file to write (default: the checkpoint, as .onnx)')
+    parser.add_argument(
+        '--out', help='file to write (default: name of the checkpoint, with .onnx)'
+    )
     parser.add_argument(
         '--size',
         type=int,
@@ -40,28 +42,25 @@ def parse(argv):
         '--target',
         choices=TARGETS,
         default=TARGETS[0],
-        help='portable: for any '
-        'runtime and number of images (the default); onnxruntime: faster there, '
-        'for one image at a time',
+        help='portable (the default): for any runtime and any number of images; '
+        'onnxruntime: faster in onnxruntime, for one image at a time',
     )
     parser.add_argument(
         '--raw',
         action='store_true',
-        help="write the head's own outputs, for runtimes without suppression",
+        help='write the outputs of the head, for runtimes that cannot suppress overlapping boxes',
     )
     parser.add_argument(
         '--images',
         default=None,
-        help='an image or a folder: compare '
-        'onnxruntime with mmdet on its first 8 images before the file is '
-        'written (default: on random pixels)',
+        help='an image or a folder of images. Before the file is written, onnxruntime is '
+        'compared with mmdet on the first 8 of them (default: on random pixels)',
     )
     parser.add_argument(
         '--latency',
         action='store_true',
-        help='measure the latency in '
-        'onnxruntime on one thread, and that of the same detector with folded '
-        'BatchNorm',
+        help='measure the time per image in onnxruntime on one thread, also for the same '
+        'detector with folded BatchNorm',
     )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
@@ -78,8 +77,8 @@ def image_size(cfg, option):
             width, height = transform['scale']
             return height, width
     raise preflight.ConfigError(
-        '--size: the config has no Resize with a scale in '
-        'test_dataloader.dataset.pipeline: name the size'
+        '--size: give the size, because the config has no Resize with a scale in '
+        'test_dataloader.dataset.pipeline'
     )
 
 

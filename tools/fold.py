@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Turns a trained model with DN layers into one with BatchNorm, and shows what that costs.
 
-Each layer's scale and shift are frozen at their mean over training images, which makes it
-a BatchNorm. Writes the checkpoint, its config, tables and a figure of accuracy over latency.
+The scale and shift of each layer are frozen at their mean over training images. This makes
+it a BatchNorm. Writes the checkpoint, its config, tables, and a figure of accuracy over time.
 """
 
 import argparse
@@ -23,58 +23,56 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file the model was trained with')
+    parser.add_argument('config', help='config file that the model was trained with')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--images',
         type=int,
         default=512,
-        help='training images to take the mean '
-        'over; they have to be like those that the model will see (default: '
-        '%(default)s)',
+        help='how many training images to take the mean over; they have to be like the '
+        'images that the model will see (default: %(default)s)',
     )
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         '--keep',
         nargs='+',
         metavar='K',
-        help='what stays dynamic: the number of '
-        'layers, which are then those that vary most, or patterns of their names '
-        '(default: nothing)',
+        help='layers that stay dynamic: a number, for the layers that vary most, or '
+        'patterns of names (default: none)',
     )
     chosen.add_argument(
         '--max-drop',
         type=float,
         metavar='DROP',
-        help='search the fewest layers to keep for a metric at most this far below, as in 0.002',
+        help='keep as few layers dynamic as possible, while the metric falls by at most DROP, '
+        'for example 0.002',
     )
     parser.add_argument(
         '--metric',
-        help='by which to judge, as the log names it; larger is '
-        'better (default: coco/bbox_mAP or accuracy/top1)',
+        help='metric to judge by, as the log names it; larger has to be better '
+        '(default: coco/bbox_mAP or accuracy/top1)',
     )
     parser.add_argument(
         '--changed',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='evaluate each model also with these options of the config, as for '
-        'another contrast; only val_dataloader and model.data_preprocessor have '
-        'an effect, and the mean over training images does not see them',
+        help='evaluate each model also with these options of the config, for example with '
+        'another contrast. Only val_dataloader, val_evaluator and model.data_preprocessor '
+        'have an effect. The mean over training images does not use them',
     )
     parser.add_argument(
         '--csv',
         type=Path,
-        help='also write the table into this file; rows of '
-        'other models in it are kept, and FILE.png shows all of them',
+        help='also write the table into this file. The rows of other models stay in it, and '
+        'a figure with the same name (.png) shows all of them',
     )
     parser.add_argument(
         '--out',
         type=Path,
         metavar='FILE.pth',
-        help='checkpoint to write; '
-        'config, tables and figure come beside it (default: '
-        '<checkpoint>_folded.pth)',
+        help='checkpoint to write; config, tables and figure are written beside it '
+        '(default: <checkpoint>_folded.pth)',
     )
     command_line.add_common_arguments(parser)
     args = parser.parse_args(argv)

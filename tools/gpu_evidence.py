@@ -1,18 +1,19 @@
 #!/usr/bin/env python
 """Trains many small classifiers on one GPU, eight at once, and writes a row for each.
 
-First, where MMDetection and MMPretrain are:
+First, on a machine with MMDetection and MMPretrain:
 
     tools/gpu_evidence.py --prepare CONFIG --runs bn,dnb:0-4 static:0-4 --images IMAGES.tar.xz
 
-writes what is to be trained, with its commit, and the images into --folder. Then, on the GPU
-machine, which needs neither of the two:
+This writes a plan of the runs, with their commit, and the images into --folder. Then, on the
+GPU machine, which needs neither MMDetection nor MMPretrain:
 
     tools/gpu_evidence.py --csv ROWS.csv --seconds 300
 
-Before a variant is trained, its layers are held against the float64 reference on that device,
-and a replay of its graph against a step without; it is refused where one of them is off. A run
-whose row is in the file is not trained again; one that was killed starts again.
+Before a variant is trained, its layers are compared with the float64 reference on that device,
+and a step that is replayed from a CUDA graph with a step that is not. If one of them differs
+too much, the variant is refused. If the row of a run is in the file, the run is not trained
+again. A run that was killed starts again.
 """
 
 import argparse
@@ -34,52 +35,62 @@ def parse(argv):
         '--folder',
         type=Path,
         default=Path('work_dirs/gpu'),
-        help='with the plan and the images (default: %(default)s)',
+        help='folder of the plan and the images (default: %(default)s)',
     )
     parser.add_argument(
         '--prepare',
         metavar='CONFIG',
-        help='write the plan, from a classification config with BatchNorm',
+        help='write the plan, made from this classification config with BatchNorm',
     )
     parser.add_argument(
         '--runs',
         nargs='+',
         metavar='NAMES:SEEDS',
-        help='variants of the preset "causes" and bn, with seeds, in the order '
-        'of training: bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3',
+        help='what to train, in this order: bn and variants of the preset "causes", with their '
+        'seeds, for example bn,dnb:0-4 or dnb:0@lr8@batch32@epochs3',
     )
     parser.add_argument(
         '--append',
         action='store_true',
-        help='--prepare: put the runs behind those that the plan has',
+        help='with --prepare: add the runs to the end of the plan that exists',
     )
     parser.add_argument(
-        '--images', type=Path, metavar='TAR', help='archive with train/<class>/* and val/<class>/*'
+        '--images',
+        type=Path,
+        metavar='TAR',
+        help='archive of the images, with train/<class>/* and val/<class>/*',
     )
-    parser.add_argument('--epochs', type=int, help='(default: as in the config)')
+    parser.add_argument(
+        '--epochs', type=int, help='passes over the training images (default: as in the config)'
+    )
     parser.add_argument(
         '--question',
         default='GPU',
         help='name of the question that these runs answer, for the table',
     )
     parser.add_argument(
-        '--commit', help='commit of the code, for the table, if this is not a git checkout'
+        '--commit', help='commit of the code to name in the table, if this is not a git checkout'
     )
-    parser.add_argument('--csv', type=Path, help='file for the rows')
+    parser.add_argument('--csv', type=Path, help='train the plan, and write the rows to this file')
     parser.add_argument(
         '--seconds',
         type=float,
         default=math.inf,
-        help='start and continue nothing after this time',
+        help='stop all trainings after this time (default: no limit)',
     )
-    parser.add_argument('--parallel', type=int, default=8, metavar='N', help='trainings at once')
+    parser.add_argument(
+        '--parallel',
+        type=int,
+        default=8,
+        metavar='N',
+        help='number of trainings at once (default: %(default)s)',
+    )
     parser.add_argument(
         '--backends',
         nargs='+',
         default=gpu_training.BACKENDS,
-        help='backends of DN layers; the first that computes right here is taken '
-        '(default: '
-        f'{" ".join(gpu_training.BACKENDS)})',
+        help='backends of the DN layers to try; the first that computes correct results on '
+        f'this device is used (default: {" ".join(gpu_training.BACKENDS)})',
     )
     args = parser.parse_args(argv)
     if bool(args.prepare) == bool(args.csv):

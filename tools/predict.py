@@ -28,7 +28,7 @@ def parse(argv):
         type=float,
         default=0.3,
         metavar='SCORE',
-        help='leave out detections with a lower score (default: %(default)s)',
+        help='leave out detections with a score below this (default: %(default)s)',
     )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)

@@ -1,19 +1,20 @@
 #!/usr/bin/env python
-"""Lays out PASCAL VOC 2007, Tiny-ImageNet or a part of COCO where the configs look for it.
+"""Puts PASCAL VOC 2007, Tiny-ImageNet or a part of COCO where the configs look for it.
 
 voc07: the source is the folder VOC2007 of VOCdevkit, with Annotations, ImageSets and
 JPEGImages of trainval and test unpacked into it, from
 http://host.robots.ox.ac.uk/pascal/VOC/voc2007/. VOC's rule for objects marked
-"difficult" is applied: dropped in training, ignored (iscrowd) in evaluation.
+"difficult" is applied: they are dropped in training and ignored (iscrowd) in evaluation.
 
 tinyin100: the source is the folder tiny-imagenet-200, from
-http://cs231n.stanford.edu/tiny-imagenet-200.zip. Every second of its 200 classes is
+http://cs231n.stanford.edu/tiny-imagenet-200.zip. Every second one of its 200 classes is
 taken, in the order of their names.
 
 coco_mini: the source is a folder of tar files that hold images/, instances_train.json
-and instances_val.json (COCO json). instances_train32.json is written too, with the
-first 32 training images that have a box, for configs/ssdlite_mbv2_dnb_coco_overfit32.py.
-voc07 takes such a folder as well, if every annotation has a field "difficult".
+and instances_val.json (in COCO's format). The tool also writes instances_train32.json, with
+the first 32 training images that have a box, for
+configs/ssdlite_mbv2_dnb_coco_overfit32.py. voc07 also accepts such a folder, if every
+annotation has a field "difficult".
 """
 
 import argparse
@@ -275,9 +276,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('name', choices=LAYOUTS)
+    parser.add_argument('name', choices=LAYOUTS, help='data set to prepare')
     parser.add_argument('--source', required=True, help='folder with the data, see above')
-    parser.add_argument('--out', help='folder to make (default: data/NAME)')
+    parser.add_argument('--out', help='folder to write (default: data/NAME)')
     args = parser.parse_args(argv)
     out = args.out or f'data/{args.name}'
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint: mmdet's tools/test.py, with checks before anything is written."""
+"""Evaluates a checkpoint, as mmdet's tools/test.py does. First, it checks config and data."""
 
 import argparse
 import sys
@@ -31,20 +31,20 @@ def parse(argv):
     parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to a pickle file')
     parser.add_argument(
         '--show-dir',
-        help='folder, inside <work folder>/<time>, for pictures with the detections drawn',
+        help='draw the detections into pictures, in this folder inside <work folder>/<time>',
     )
     parser.add_argument(
         '--tta',
         action='store_true',
-        help='test-time augmentation: tta_model and '
-        'tta_pipeline of the config, by default each image and its mirror image',
+        help='use test-time augmentation: tta_model and tta_pipeline of the config '
+        '(default: each image and its mirror image)',
     )
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
     parser.set_defaults(show=False)  # mmdet's trigger_visualization_hook asks for it
     args = parser.parse_args(argv)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
-        parser.error(f'--out: expected a file name in .pkl or .pickle, got {args.out}')
+        parser.error(f'--out: expected a file name that ends in .pkl or .pickle, got {args.out}')
     return parser, args
 
 
@@ -63,7 +63,7 @@ def configure(args):
         hook = cfg.get('default_hooks', {}).get('visualization')
         if not is_of(HOOKS, hook, (DetVisualizationHook, TrackVisualizationHook)):
             raise preflight.ConfigError(
-                '--show-dir: expected in the config default_hooks.'
+                '--show-dir: the config needs default_hooks.'
                 "visualization=dict(type='DetVisualizationHook')"
             )
         cfg = trigger_visualization_hook(cfg, args)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a detector: mmdet's tools/train.py, with checks before anything is written."""
+"""Trains a detector, as mmdet's tools/train.py does. First, it checks config, data and folders."""
 
 import argparse
 import contextlib
@@ -20,26 +20,33 @@ from dn_mmdet.convert import FAMILIES, swap_norm
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Train a detector.')
+    parser = argparse.ArgumentParser(
+        description='Train a detector. Config, data, checkpoint and work folder are checked '
+        'before anything is written.'
+    )
     parser.add_argument(
         'config',
-        help='config file, or one that mmdet ships: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        help='config file, or one that comes with mmdet, such as '
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
     )
     parser.add_argument(
         '--norm',
         choices=list(FAMILIES),
-        help='replace every BatchNorm that the config can change by Dynamic Normalization',
+        help='replace BatchNorm with Dynamic Normalization, wherever the config can change it',
     )
     parser.add_argument(
         '--work-dir',
         help='folder for logs and checkpoints (default: that of '
         'the config, or work_dirs/<name of the config>[_<norm>])',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
+    parser.add_argument(
+        '--amp', action='store_true', help='use automatic mixed precision (on a GPU)'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate from auto_scale_lr.base_batch_size to the real batch size',
+        help="scale the learning rate with the batch size. The config's learning rate is for "
+        'auto_scale_lr.base_batch_size',
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
@@ -47,24 +54,24 @@ def parse(argv):
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='continue a training: from the last checkpoint in the work folder, '
-        'or from the one named. An empty folder starts from the beginning',
+        help='continue a training from the last checkpoint in the work folder, or from '
+        'CHECKPOINT. If the folder is empty, the training starts from the beginning',
     )
     again.add_argument(
         '--overwrite',
         action='store_true',
-        help='train from the start in a folder that holds checkpoints. They are '
-        'removed after the first step; other files stay',
+        help='train from the start in a folder that already holds checkpoints. They are '
+        'removed after the first step. Other files stay',
     )
     parser.add_argument(
         '--seed',
         type=int,
-        help='random seed (default: that of the config, or a random one, which the log shows)',
+        help='random seed (default: that of the config, or a random one; the log shows it)',
     )
     parser.add_argument(
         '--deterministic',
         action='store_true',
-        help='same seed, same result, as far as torch can do that',
+        help='make trainings with the same seed give the same result, as far as torch can',
     )
     command_line.add_common_arguments(parser)
     command_line.add_launcher_arguments(parser)
@@ -131,8 +138,8 @@ def check(cfg, args):
         check_fits(model, checkpoint, path, whole=bool(resume))
         if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
             raise preflight.ConfigError(
-                f'--overwrite would remove {path}, from which training '
-                f'starts: move it, or choose another --work-dir'
+                f'--overwrite would remove {path}, but the training starts from it: '
+                f'move it, or choose another --work-dir'
             )
     return resume
 

@@ -39,8 +39,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='override options of the config, as in optim_wrapper.optimizer.lr=0.01; lists as '
-        'key="[a,b]" or key=a,b, tuples as key="[(a,b),(c,d)]", quoted and without spaces',
+        help='override options of the config, for example optim_wrapper.optimizer.lr=0.01. '
+        'Write lists as key="[a,b]" or key=a,b, and tuples as key="[(a,b),(c,d)]", with quotes '
+        'and without spaces',
     )
     parser.add_argument(
         '--trust-checkpoint',
@@ -55,7 +56,7 @@ def add_launcher_arguments(parser: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='what started the processes of this run',
+        help='program that started the processes of this run (default: %(default)s)',
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK
     parser.add_argument(

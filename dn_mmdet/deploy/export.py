@@ -38,7 +38,7 @@ def check_installed() -> None:
     if missing:
         raise ConfigError(
             f'ONNX export needs {", ".join(missing)}, not installed here: in a '
-            f"clone of dn_mmdet run `pip install -e '.[export]'`"
+            f"clone of dn_mmdet run `pip install --no-build-isolation -e '.[export]'`"
         )
 
 

@@ -63,7 +63,7 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     if page is None:
         text += (
             '\nreport.html was not written: plotly is not installed here. In a clone of '
-            "dn_mmdet run `pip install -e '.[experiments]'`\n"
+            "dn_mmdet run `pip install --no-build-isolation -e '.[experiments]'`\n"
         )
     else:
         (out / 'report.html').write_text(page)

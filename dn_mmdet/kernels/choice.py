@@ -65,7 +65,7 @@ def _cpp_ops():
     except ImportError as error:
         raise ImportError(
             f"backend='cpp': the compiled kernels cannot be imported ({error}). "
-            f'With GCC on Linux, install this package against the torch in use: '
+            f'On Linux with GCC, install this package again for the installed torch, with '
             f"pip install --no-build-isolation; or use backend='auto'"
         ) from error
     return cpp_ops
@@ -78,7 +78,7 @@ def compiled_kernels():
         return _cpp_ops()
     except ImportError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
-            warnings.warn(f'{error}. Until then, DN layers on CPUs are slower', stacklevel=2)
+            warnings.warn(f'{error}. Until then, DN layers are slower on a CPU', stacklevel=2)
         return None
 
 
@@ -88,8 +88,8 @@ def _gpu_host():
     except ImportError as error:
         raise ImportError(
             f"backend='cpp': the compiled host of the GPU kernels cannot be "
-            f'imported ({error}). With Triton and GCC on Linux, install this '
-            f'package against the torch in use: pip install '
+            f'imported ({error}). On Linux with Triton and GCC, install this '
+            f'package again for the installed torch, with pip install '
             f"--no-build-isolation; or use backend='auto'"
         ) from error
     return host
@@ -102,7 +102,7 @@ def gpu_host():
         return _gpu_host()
     except ImportError as error:
         print_log(
-            f'dn_mmdet: on GPUs DN layers are launched from Python, which is slower: {error}',
+            f'dn_mmdet: on a GPU, Python launches the DN layers, which is slower: {error}',
             logger='current',
             level=logging.WARNING,
         )
@@ -121,8 +121,8 @@ def on_gpu(index):
 def _triton_on_gpu(index):
     if torch.cuda.get_device_capability(index) < (8, 0):
         print_log(
-            f"dn_mmdet: on GPU {index} DN layers run on torch's own operators: Triton "
-            f'needs compute capability 8.0',
+            f"dn_mmdet: on GPU {index}, DN layers run on torch's own operators, which is slower: "
+            f'the Triton kernels need compute capability 8.0',
             logger='current',
             level=logging.WARNING,
         )
@@ -131,7 +131,8 @@ def _triton_on_gpu(index):
         return _triton_ops()
     except ImportError as error:
         print_log(
-            f"dn_mmdet: on GPUs DN layers run on torch's own operators: {error}",
+            f"dn_mmdet: on a GPU, DN layers run on torch's own operators, which is slower: "
+            f'{error}',
             logger='current',
             level=logging.WARNING,
         )

@@ -1,4 +1,4 @@
-"""What the classification configs need beyond mmpretrain (pip install -e '.[cls]').
+"""What the classification configs need beyond mmpretrain (the extra `cls`).
 
 Not imported by the package: a config names it in its custom_imports.
 """

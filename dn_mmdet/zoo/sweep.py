@@ -167,29 +167,31 @@ def report(rows, command, total, left_out=()) -> str:
         f'{len(rows)} of the {total} distinct detectors among the configs that mmdet ships '
         f'({sum(int(row["configs"]) for row in rows)} configs).'
         + (' The sweep is not finished; its order is random.' if len(rows) < total else ''),
-        'Each is built with BatchNorm and, by `swap_norm`, with DN-B in its place. The DN-B model '
-        "takes the BatchNorm model's state and has to give its output; then it trains one step "
-        'on two random images and predicts. The weights are random ones. Of a tracker its '
-        'detector is checked, and SSD has the head that can predict (`SSDLiteHead`).',
+        'Each detector is built twice: with BatchNorm, and with DN-B in its place (`swap_norm`). '
+        'The DN-B model loads the state of the BatchNorm model and has to give the same output. '
+        'Then it trains one step on two random images, and predicts. The weights are random. Of '
+        'a tracker, only the detector is checked. SSD gets the head that can predict '
+        '(`SSDLiteHead`).',
         f'    {command}',
         *(f'- {text}' for text in sorted({row['versions'] for row in rows})),
         *(f'- {_cell(text)}' for text in left_out),
         _table(
             ('result', 'detectors'), [(status, len(by_status[status])) for status in by_status]
         ),
-        "**pass**: it is built, gives BatchNorm's output (the largest difference, over the "
-        'largest value, is in the column "difference", in float64 where a rounding of float32 '
-        'tips a comparison that the detector makes), trains one step with finite losses and an '
-        'SC that moves, and predicts. **not applicable**: it has no BatchNorm, or fails with '
-        'BatchNorm as well.',
+        '**pass**: the model is built, gives the output of the BatchNorm model, trains one step '
+        'with finite losses and an SC that changes, and predicts. The column "difference" has the '
+        'largest difference of the outputs, divided by the largest value. It is computed in '
+        'float64 if float32 rounds so that a comparison inside the detector comes out '
+        'differently. **not applicable**: the model has no BatchNorm, or fails with BatchNorm '
+        'too.',
         '## fail',
         _by_reason(by_status[FAIL]),
         '## not applicable',
         _by_reason(by_status[NOT_APPLICABLE]),
         '## pass',
-        "Norms left are BatchNorms that mmdet's classes create whatever the config says; "
-        '`convert_norm` on the model reaches them. Seconds are processor time of the whole '
-        'check.',
+        'The column "left" counts BatchNorms that the classes of mmdet create whatever the config '
+        'says. `convert_norm` can convert these in the model. The column "seconds" has the '
+        'processor time of the whole check.',
         _table(
             ('config', 'norms replaced', 'left', 'difference', 'image size', 'seconds'),
             [
