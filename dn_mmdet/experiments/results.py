@@ -227,16 +227,31 @@ def read_rows(path) -> list[dict]:
     Raises:
         ConfigError: it has other columns.
     """
+    rows = read_table(path, [COLUMNS, COLUMNS + EXTRA], NUMBERS)
+    return [dict(row, question=row['question'] or '') for row in rows]
+
+
+def read_table(path, allowed, numbers) -> list[dict]:
+    """Rows of a CSV file, its numbers as numbers and None in empty cells.
+
+    Args:
+        allowed: the columns that it may have, in one or several versions; messages name the
+            first.
+        numbers: the type of each column that holds numbers.
+
+    Raises:
+        ConfigError: it has other columns.
+    """
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS + EXTRA):
+        if tuple(reader.fieldnames or ()) not in allowed:
             raise ConfigError(
-                f'{path}: expected the columns {", ".join(COLUMNS)}, found '
+                f'{path}: expected the columns {", ".join(allowed[0])}, found '
                 f'{", ".join(reader.fieldnames or ()) or "none"}'
             )
         return [
             {
-                key: None if value == '' and key != 'question' else NUMBERS.get(key, str)(value)
+                key: None if value == '' else numbers.get(key, str)(value)
                 for key, value in row.items()
             }
             for row in reader
