@@ -16,12 +16,13 @@ from torch import nn
 
 from ..checkpoint import check_fits, open_checkpoint
 from ..checks import preflight
-from ..checks.preflight import ConfigError, reserved
+from ..checks.preflight import reserved
 from ..cli import command_line
 from ..experiments.compare import last_checkpoint, read_result
 from ..experiments.recording import check_parent, plain
 from ..files import write_json
 from ..fold import MOST, most_varying
+from ..messages import ConfigError
 from . import folding
 
 IMAGES = 512  # training images for the mean of g and h, as in tools/fold.py

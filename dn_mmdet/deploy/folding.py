@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ..checks import preflight
-from ..checks.preflight import ConfigError
 from ..config_tree import add_imports, remove_imports
 from ..convert import misfolded
 from ..experiments.controls import PartlyConverted
@@ -46,7 +45,7 @@ from ..fold import (
     replace_layers,
 )
 from ..layers import _DynamicNorm
-from ..messages import some
+from ..messages import ConfigError, some
 from ..registered import is_of, resolve
 
 SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what is written

@@ -35,9 +35,9 @@ from rich.progress import (
 from ..checkpoint import CheckpointError, check_resumable, open_checkpoint
 from ..checks import preflight
 from ..checks.data_checks import metrics_of
-from ..checks.preflight import ConfigError
 from ..config_tree import add_imports
 from ..files import write_json
+from ..messages import ConfigError
 from ..provenance import ROOT
 from ..registered import is_of, name_of
 from .recording import PARENT, nothing_to_fold, read_log

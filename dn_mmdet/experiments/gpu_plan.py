@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from ..checks.preflight import ConfigError, make_folder
+from ..checks.preflight import make_folder
 from ..cli.command_line import load_config
 from ..files import write_json
+from ..messages import ConfigError
 from ..provenance import commit_of
 from . import compare, presets
 from .gpu_training import ARCHIVE, PLAN, check_recipe

@@ -9,10 +9,11 @@ import fnmatch
 
 import torch
 
-from ..checks.preflight import ConfigError, check_model
+from ..checks.preflight import check_model
 from ..config_tree import add_imports
 from ..convert import batch_norm_cfgs, batch_norms, in_scope_of, swap_norm
 from ..kernels.choice import fused_backends
+from ..messages import ConfigError
 from .compare import NamedConfig, product
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ..checks.preflight import ConfigError
 from ..files import write_text
+from ..messages import ConfigError
 from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
