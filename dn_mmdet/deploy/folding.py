@@ -28,9 +28,9 @@ from ..checks import preflight
 from ..config_tree import add_imports, remove_imports
 from ..convert import misfolded
 from ..experiments.controls import PartlyConverted
-from ..experiments.cost import mult_adds
+from ..experiments.cost import first_image, mult_adds
 from ..experiments.report import markdown_table
-from ..experiments.results import METRICS
+from ..experiments.results import main_metric
 from ..files import replacing
 from ..fold import (
     LayerReport,
@@ -228,7 +228,7 @@ class Evaluation:
     """The config's own evaluation; calling it gives the metric of a model.
 
     Args:
-        metric (str | None): by default the first of `METRICS` there is.
+        metric (str | None): by default `main_metric`.
         prepare (bool): prepare images as the config's ``data_preprocessor`` does, and not
             as that of the model.
     """
@@ -255,7 +255,7 @@ class Evaluation:
     def __call__(self, model) -> float:
         found = self.metrics(model)
         if self.metric is None:
-            self.metric = next((name for name in METRICS if name in found), next(iter(found)))
+            self.metric = main_metric(found)
         if self.metric not in found:
             raise ConfigError(
                 f'--metric: the evaluator gives no {self.metric!r}, but {", ".join(found)}'
@@ -264,11 +264,7 @@ class Evaluation:
 
     def one_image(self, model):
         """Arguments of a model's forward, of the first image."""
-        data = self.loader.collate_fn([self.loader.dataset[0]])
-        data = model.data_preprocessor(data, False)
-        inputs = data['inputs']
-        inputs = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
-        return inputs, data['data_samples']
+        return first_image(model, self.loader)
 
 
 @contextlib.contextmanager

@@ -195,9 +195,7 @@ def _recorded(folder, metric):
         'failed' if (folder / 'failure.json').is_file() else 'unfinished'
     )
     metrics = result.get('metrics', {})
-    metric = metric or next(
-        (name for name in METRICS if name in metrics), next(iter(metrics), None)
-    )
+    metric = metric or main_metric(metrics)
     row = dict(
         question=spec['question'],
         data=spec['data'],
@@ -219,6 +217,11 @@ def _recorded(folder, metric):
     if folded and result:
         row.update((name, (folded.get(name) or {}).get(metric)) for name in FOLDED)
     return Recorded(row, folder, result, read_log(folder))
+
+
+def main_metric(metrics) -> str | None:
+    """The metric by which to judge where nobody chose: the first of `METRICS` there is."""
+    return next((name for name in METRICS if name in metrics), next(iter(metrics), None))
 
 
 def read_rows(path) -> list[dict]:
