@@ -31,7 +31,7 @@ from ..experiments.controls import PartlyConverted
 from ..experiments.cost import first_image, mult_adds
 from ..experiments.report import markdown_table
 from ..experiments.results import main_metric
-from ..files import replacing
+from ..files import replacing, write_text
 from ..fold import (
     LayerReport,
     PartlyFolded,
@@ -48,7 +48,7 @@ from ..layers import _DynamicNorm
 from ..messages import ConfigError, some
 from ..registered import is_of, resolve
 
-SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what is written
+SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what `write` writes
 BATCH_NORMS = {
     nn.BatchNorm1d: 'BN1d',
     nn.BatchNorm2d: 'BN',
@@ -565,25 +565,28 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
         ),
     )
     text = in_words(result)
-    figure = io.BytesIO()
+    figure = io.BytesIO()  # drawn before anything is written
     draw(result, figure)
-    for suffix, content in zip(
-        SUFFIXES,
-        (
-            lambda path: torch.save(dict(meta=meta, state_dict=state), path),
-            lambda path: path.write_text(cfg.pretty_text),
-            lambda path: path.write_text(text),
-            lambda path: path.write_bytes(figure.getvalue()),
-        ),
-        strict=True,
-    ):
-        with replacing(out.with_suffix(suffix)) as part:
-            content(part)
+    with replacing(out) as part:
+        torch.save(dict(meta=meta, state_dict=state), part)
+    write_text(out.with_suffix('.py'), cfg.pretty_text)
+    write_text(out.with_suffix('.md'), text)
+    with replacing(out.with_suffix('.png')) as part:
+        part.write_bytes(figure.getvalue())
     return text
 
 
 def in_words(result: Result) -> str:
     """The table of the models, a sentence about the images, and the table of the layers."""
+    return (
+        f'{_models_table(result)}\n'
+        f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
+        f'image, BatchNorms folded into convolutions, {timed_on()}.\n'
+        f'{_about_images(result)}\n{_layers_table(result)}'
+    )
+
+
+def _models_table(result):
     first = result.rows[0]
     header = [
         'layers',
@@ -610,21 +613,22 @@ def in_words(result: Result) -> str:
         header.append('on changed images')
         for row, line in zip(result.rows, lines, strict=True):
             line.append(f'{row.changed:.4g}')
-    text = f'{markdown_table(header, lines)}\n'
-    text += (
-        f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
-        f'image, BatchNorms folded into convolutions, {timed_on()}.\n'
+    return markdown_table(header, lines)
+
+
+def _about_images(result):
+    if not result.halves:
+        return 'All layers have constant scale and shift: folding is exact.\n'
+    first, second = result.halves
+    return (
+        f'Calibrated with {result.images} training images; with the first and the second '
+        f'half of them alone {result.metric} is {first:.4g} and {second:.4g}, '
+        f'{abs(first - second):.4g} apart. They have to be like the images that the model '
+        f'will see: for others, fold again.\n'
     )
-    if result.halves:
-        low, high = sorted(result.halves)
-        text += (
-            f'Calibrated with {result.images} training images; with the first and the second '
-            f'half of them alone {result.metric} is {result.halves[0]:.4g} and '
-            f'{result.halves[1]:.4g}, {high - low:.4g} apart. They have to be like the '
-            f'images that the model will see: for others, fold again.\n'
-        )
-    else:
-        text += 'All layers have constant scale and shift: folding is exact.\n'
+
+
+def _layers_table(result):
     header = ['layer', 'was', 'std of g', 'std of h', 'share of variance', 'now']
     lines = [
         [
@@ -633,15 +637,17 @@ def in_words(result: Result) -> str:
             f'{row.g_std:.4f}',
             f'{row.h_std:.4f}',
             f'{row.share:.2e}',
-            'BatchNorm'
-            if row.folded
-            else 'dynamic, reached by no image'
-            if math.isnan(row.share)
-            else 'dynamic',
+            _became(row),
         ]
         for row in result.report
     ]
-    return f'{text}\n{markdown_table(header, lines)}'
+    return markdown_table(header, lines)
+
+
+def _became(row):
+    if row.folded:
+        return 'BatchNorm'
+    return 'dynamic, reached by no image' if math.isnan(row.share) else 'dynamic'
 
 
 def row_name(row: Row, result: Result) -> str:
