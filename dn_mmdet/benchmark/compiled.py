@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import parity
-from .rows import divide, make_row
+from .rows import beside_bn, make_row
 from .timing import Deadline, allocations, alternate, synchronize
 from .variants import BN, DN, Setting, Variant, make_layer, wake
 
@@ -236,12 +236,8 @@ def _rows(mode, steps, held, compiling, setting, batch, layers):
     seconds = alternate(steps, setting)
     for variant in steps:
         at = dict(part='compiled', task=mode, batch=batch, variant=variant, layers=layers)
-        rows += [
-            make_row(at, 'time', 's', seconds[variant]),
-            make_row(at, 'time', 'of BN', divide(seconds[variant], seconds[BN])),
-            make_row(at, 'peak memory', 'bytes', [held[variant]]),
-            make_row(at, 'peak memory', 'of BN', [held[variant] / held[BN]]),
-        ]
+        rows += beside_bn(at, 'time', 's', seconds[variant], seconds[BN])
+        rows += beside_bn(at, 'peak memory', 'bytes', [held[variant]], [held[BN]])
         if mode != 'eager':
             rows.append(make_row(at, 'first steps', 's', [compiling[variant]]))
     return rows
