@@ -307,47 +307,50 @@ def summarise(runs, baseline) -> list[dict]:
         configs = grouped(group, lambda run: run.row['config'])
         reference = _values(configs.get(baseline, []))
         for name, members in sorted(configs.items(), key=lambda item: item[0] != baseline):
-            values = _values(members)
-            found = interval(list(values.values()))
-            folded = interval(
-                [run.row['folded'] for run in members if run.row.get('folded') is not None]
-            )
-            difference, p = (
-                paired(values, reference)
-                if name != baseline
-                else (Interval(0, None, None, None), None)
-            )
-            apart, apart_p = (
-                unpaired(values, reference)
-                if name != baseline
-                else (Interval(0, None, None, None), None)
-            )
             table.append(
                 dict(
                     zip(SETTING, setting, strict=True),
                     config=name,
                     norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
                     metric=next((run.row['metric'] for run in members if run.row['metric']), ''),
-                    seeds=found.n,
-                    diverged=sum(run.row['status'] == 'diverged' for run in members),
-                    mean=found.mean,
-                    low=found.low,
-                    high=found.high,
-                    folded_seeds=folded.n,
-                    folded=folded.mean,
-                    pairs=difference.n,
-                    difference=difference.mean,
-                    difference_low=difference.low,
-                    difference_high=difference.high,
-                    p=p,
-                    unpaired=apart.mean,
-                    unpaired_low=apart.low,
-                    unpaired_high=apart.high,
-                    unpaired_p=apart_p,
+                    **_over_seeds(members),
+                    **_differences(_values(members), reference if name != baseline else {}),
                     **_cost(members),
                 )
             )
     return table
+
+
+def _over_seeds(runs):
+    """What came out over the seeds, also with all DN layers folded."""
+    found = interval(list(_values(runs).values()))
+    folded = interval([run.row['folded'] for run in runs if run.row.get('folded') is not None])
+    return dict(
+        seeds=found.n,
+        diverged=sum(run.row['status'] == 'diverged' for run in runs),
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        folded_seeds=folded.n,
+        folded=folded.mean,
+    )
+
+
+def _differences(values, reference):
+    """The differences to the baseline, {seed: value} each; none where that is empty."""
+    difference, p = paired(values, reference)
+    apart, apart_p = unpaired(values, reference)
+    return dict(
+        pairs=difference.n,
+        difference=difference.mean,
+        difference_low=difference.low,
+        difference_high=difference.high,
+        p=p,
+        unpaired=apart.mean,
+        unpaired_low=apart.low,
+        unpaired_high=apart.high,
+        unpaired_p=apart_p,
+    )
 
 
 def _values(runs):
