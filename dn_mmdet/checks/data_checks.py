@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from torch import nn
 
-from ..checkpoint import is_remote
+from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
@@ -65,7 +65,7 @@ def check_same_classes(cfg: Config, splits) -> None:
 
 def check_trained_classes(cfg: Config, split: str, checkpoint: dict, path) -> None:
     """Raises ConfigError where a checkpoint's labels stand for other classes than the data's."""
-    meta = (checkpoint.get('meta') or {}).get('dataset_meta')
+    meta = meta_of(checkpoint).get('dataset_meta')
     trained = meta.get('classes') if isinstance(meta, dict) else None
     for option, dataset in _datasets(cfg, split):
         classes = _labelled_classes(dataset)

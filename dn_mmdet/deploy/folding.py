@@ -24,6 +24,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from ..checkpoint import meta_of
 from ..checks import preflight
 from ..config_tree import add_imports, remove_imports
 from ..convert import misfolded
@@ -558,7 +559,7 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
             f'belongs to them: {error}'
         ) from error
     meta = dict(
-        checkpoint.get('meta') or {},
+        meta_of(checkpoint),
         cfg=cfg.pretty_text,
         folded=dict(
             layers=[row.name for row in result.report if row.folded], dynamic=list(dynamic)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint import meta_of
 from ..experiments import results
 from ..experiments.compare import data_name
 from ..files import write_text
@@ -54,7 +55,7 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
         commit (str): of the code.
         changed (dict | None): options of the images that ``value_changed`` is of.
     """
-    seed = (checkpoint.get('meta') or {}).get('seed')
+    seed = meta_of(checkpoint).get('seed')
     options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
     return [
         dict(
