@@ -59,52 +59,57 @@ class Refused(RuntimeError):
 # The recipe: what a config says, and nothing that this file would pass over in silence.
 
 
+KEYS = dict(  # of each part of a recipe
+    model={'type', 'backbone', 'neck', 'head'},
+    head={'type', 'num_classes', 'in_channels', 'loss', 'topk'},
+    loss={'type', 'loss_weight'},
+    backbone={'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
+    data_preprocessor={'num_classes', 'mean', 'std', 'to_rgb'},
+    optim_wrapper={'optimizer', 'paramwise_cfg'},
+    optimizer={'type', 'lr', 'momentum', 'weight_decay'},
+)
+TYPES = (
+    'ImageClassifier',
+    'GlobalAveragePooling',
+    'LinearClsHead',
+    'CrossEntropyLoss',
+    'StridedMobileNetV2',
+    'SGD',
+    'LoadImageFromFile',
+    'RandomCrop',
+    'RandomFlip',
+    'PackInputs',
+)
+
+
 def check_recipe(recipe: dict) -> None:
     """Raises ValueError for what a config asks for and this training does not do."""
-    known = dict(
-        model=({'type', 'backbone', 'neck', 'head'}, recipe['model']),
-        head=({'type', 'num_classes', 'in_channels', 'loss', 'topk'}, recipe['model']['head']),
-        loss=({'type', 'loss_weight'}, recipe['model']['head']['loss']),
-        backbone=(
-            {'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
-            _plain_backbone(recipe)[0],
-        ),
-        data_preprocessor=({'num_classes', 'mean', 'std', 'to_rgb'}, recipe['data_preprocessor']),
-        optim_wrapper=({'optimizer', 'paramwise_cfg'}, recipe['optim_wrapper']),
-        optimizer=(
-            {'type', 'lr', 'momentum', 'weight_decay'},
-            recipe['optim_wrapper']['optimizer'],
-        ),
+    model, optim_wrapper = recipe['model'], recipe['optim_wrapper']
+    parts = dict(
+        model=model,
+        head=model['head'],
+        loss=model['head']['loss'],
+        backbone=_plain_backbone(recipe)[0],
+        data_preprocessor=recipe['data_preprocessor'],
+        optim_wrapper=optim_wrapper,
+        optimizer=optim_wrapper['optimizer'],
     )
-    for name, (keys, node) in known.items():
-        if set(node) - keys:
-            raise ValueError(
-                f'{name}: this training does not know {", ".join(sorted(set(node) - keys))}'
-            )
-    model = recipe['model']
-    types = [
-        model['type'],
-        model['neck']['type'],
-        model['head']['type'],
-        model['head']['loss']['type'],
-        _plain_backbone(recipe)[0]['type'],
-        recipe['optim_wrapper']['optimizer']['type'],
-        *(step['type'] for step in recipe['train_pipeline']),
-    ]
-    expected = [
-        'ImageClassifier',
-        'GlobalAveragePooling',
-        'LinearClsHead',
-        'CrossEntropyLoss',
-        'StridedMobileNetV2',
-        'SGD',
-        'LoadImageFromFile',
-        'RandomCrop',
-        'RandomFlip',
-        'PackInputs',
-    ]
-    if types != expected:
-        raise ValueError(f'expected a recipe of {", ".join(expected)}, got {", ".join(types)}')
+    for name, part in parts.items():
+        unknown = set(part) - KEYS[name]
+        if unknown:
+            raise ValueError(f'{name}: this training does not know {", ".join(sorted(unknown))}')
+    typed = (
+        model,
+        model['neck'],
+        model['head'],
+        model['head']['loss'],
+        parts['backbone'],
+        parts['optimizer'],
+        *recipe['train_pipeline'],
+    )
+    types = tuple(part['type'] for part in typed)
+    if types != TYPES:
+        raise ValueError(f'expected a recipe of {", ".join(TYPES)}, got {", ".join(types)}')
     crop, flip = recipe['train_pipeline'][1:3]
     if (
         not recipe['drop_last']
@@ -357,26 +362,35 @@ class Training:
             torch.tensor(preprocessor[key], device=self.device).view(1, -1, 1, 1)
             for key in ('mean', 'std')
         )
-        self.rates = torch.tensor(
-            learning_rates(recipe, self.steps_per_epoch, self.steps), device=self.device
-        )
-        crop, self.flip = recipe['train_pipeline'][1:3]
+        self._make_places()
+        self._make_tables()
+        if self.stream:  # what was made in the current one must be there first
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def _make_places(self):
+        """Where in an image a crop reads: positions behind the border are reflected at it."""
+        crop, self.flip = self.recipe['train_pipeline'][1:3]
         size, self.padding = crop['crop_size'], crop['padding']
-        if size != x.shape[-1] or x.shape[-1] != x.shape[-2]:
+        height, width = self.images['train'][0].shape[-2:]
+        if not size == height == width:
             raise ValueError(
-                f'crop_size: expected that of the images, {tuple(x.shape[-2:])}, got {size}'
+                f'crop_size: expected that of the images, {(height, width)}, got {size}'
             )
         positions = torch.arange(-self.padding, size + self.padding).abs()
         last = size - 1
         self.reflected = (last - (last - positions).abs()).to(self.device)
         self.within = torch.arange(size, device=self.device)
         self.channels = torch.arange(3, device=self.device).view(1, -1, 1, 1)
-        self.counter = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def _make_tables(self):
+        """What a step reads, and its loss that it writes, at the counter."""
+        rates = learning_rates(self.recipe, self.steps_per_epoch, self.steps)
+        whole = dict(dtype=torch.long, device=self.device)
+        self.counter = torch.zeros(1, **whole)
+        self.rates = torch.tensor(rates, device=self.device)
+        self.order = torch.zeros(self.steps, self.batch, **whole)
+        self.crops = torch.zeros(self.steps, self.batch, 3, **whole)
         self.losses = torch.zeros(self.steps, device=self.device)
-        self.order = torch.zeros(self.steps, batch, dtype=torch.long, device=self.device)
-        self.crops = torch.zeros(self.steps, batch, 3, dtype=torch.long, device=self.device)
-        if self.stream:  # what was made in the current one must be there first
-            self.stream.wait_stream(torch.cuda.current_stream())
 
     def start(self, seed: int) -> None:
         """Puts everything to where the training of a seed begins, in place."""
@@ -516,38 +530,28 @@ class Training:
             self._check_graph()
 
     def _check_graph(self):
+        replayed, stepped = self._moved_by(self.graph.replay), self._moved_by(self.step)
         inside = [layer.bn for layer in self.model.modules() if hasattr(layer, 'bn')]
-        norms = {
-            id(p)
-            for layer in (*inside, *dn_layers(self.model).values())
-            for p in layer.parameters()
-        }
-        moved = []
-        for replay in (True, False):
-            self.start(0)
-            before = [p.detach().clone() for p in self.parameters]
-            for _ in range(2):
-                self.graph.replay() if replay else self.step()
-            moved.append(
-                [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
-            )
+        layers = (*inside, *dn_layers(self.model).values())
+        norms = {id(p) for layer in layers for p in layer.parameters()}
         for part, wanted in (('norms', True), ('convolutions', False)):
-            replayed, stepped = (
-                torch.cat(
-                    [
-                        change.flatten()
-                        for change, p in zip(changes, self.parameters, strict=True)
-                        if (id(p) in norms) == wanted
-                    ]
-                )
-                for changes in moved
-            )
-            error = ((replayed - stepped).norm() / stepped.norm()).item()
+            chosen = [i for i, p in enumerate(self.parameters) if (id(p) in norms) == wanted]
+            ours = torch.cat([replayed[i].flatten() for i in chosen])
+            theirs = torch.cat([stepped[i].flatten() for i in chosen])
+            error = ((ours - theirs).norm() / theirs.norm()).item()
             if not error <= GRAPH_ALLOWED:
                 raise Refused(
                     f'two replays move the parameters of {part} otherwise than two '
                     f'steps do, by {error:.3g} of the change'
                 )
+
+    def _moved_by(self, step):
+        """How far the first two steps of a training move each parameter."""
+        self.start(0)
+        before = [p.detach().clone() for p in self.parameters]
+        for _ in range(2):
+            step()
+        return [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
 
     def diverged(self) -> bool:
         return not bool(self.losses[: self.done].isfinite().all())
@@ -583,12 +587,12 @@ class Training:
             outputs = self.generated()
             varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
             most = varying[: round(MOST * len(varying))]
-            for key, names in (('folded_most', most), ('folded', varying)):
-                with folded(self.model, {name: outputs[name] for name in names}):
-                    found[key] = self.top1()
-                    if key == 'folded':
-                        self.recalibrate()
-                        found['folded_recalibrated'] = self.top1()
+            with folded(self.model, {name: outputs[name] for name in most}):
+                found['folded_most'] = self.top1()
+            with folded(self.model, outputs):
+                found['folded'] = self.top1()
+                self.recalibrate()
+                found['folded_recalibrated'] = self.top1()
         with torch.no_grad():
             for tensor, average in zip(self.averaging, self.average, strict=True):
                 tensor.copy_(average)
@@ -669,24 +673,35 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
             for _ in range(2)
         )
         for training in (True, False):
-            steps = {}
-            for kind in ('fused', 'plain', 'exact'):
-                layer: Any = copy.deepcopy(fresh.get_submodule(name))
-                layer.backend = backend if kind == 'fused' else 'reference'
-                dtype = torch.float64 if kind == 'exact' else torch.float32
-                layer.to(device, dtype).train(training)
-                wide = torch.float64 if kind == 'exact' else torch.bfloat16
-                steps[kind] = _step(layer, x.to(wide), dy.to(wide))
-            for what, wanted in steps['exact'].items():
-                error, plain = (_error(steps[kind][what], wanted) for kind in ('fused', 'plain'))
-                allowed = max(ALLOWED[steps['fused'][what].dtype], 4 * plain)
-                worst = max(worst, error / allowed)
-                if not error <= allowed:
-                    raise Refused(
-                        f'{name}, {tuple(x.shape)}, {"training" if training else "eval"}: {what} '
-                        f'is off by {error:.3g} of its norm, allowed {allowed:.3g}, plain '
-                        f'PyTorch {plain:.3g}'
-                    )
+            where = f'{name}, {tuple(x.shape)}, {"training" if training else "eval"}'
+            steps = _in_three_ways(fresh.get_submodule(name), backend, training, x, dy)
+            worst = max(worst, _largest_error(steps, where))
+    return worst
+
+
+def _in_three_ways(fresh, backend, training, x, dy):
+    """A layer's step by the backend, by plain PyTorch as precise, and exactly."""
+    steps = {}
+    for kind in ('fused', 'plain', 'exact'):
+        layer = copy.deepcopy(fresh)
+        layer.backend = backend if kind == 'fused' else 'reference'
+        layer.to(x.device, torch.float64 if kind == 'exact' else torch.float32).train(training)
+        dtype = torch.float64 if kind == 'exact' else torch.bfloat16
+        steps[kind] = _step(layer, x.to(dtype), dy.to(dtype))
+    return steps
+
+
+def _largest_error(steps, where):
+    worst = 0.0
+    for what, wanted in steps['exact'].items():
+        error, plain = (_error(steps[kind][what], wanted) for kind in ('fused', 'plain'))
+        allowed = max(ALLOWED[steps['fused'][what].dtype], 4 * plain)
+        worst = max(worst, error / allowed)
+        if not error <= allowed:
+            raise Refused(
+                f'{where}: {what} is off by {error:.3g} of its norm, allowed {allowed:.3g}, '
+                f'plain PyTorch {plain:.3g}'
+            )
     return worst
 
 
