@@ -19,7 +19,7 @@ from mmengine.utils import import_modules_from_strings
 
 from ..config_tree import add_imports, dicts, imports_of
 from ..environment import check_mmdet
-from ..messages import ConfigError, UserError
+from ..messages import ConfigError, UserError, wants_larger_batch
 
 check_mmdet()  # every tool imports this file before mmdet
 
@@ -202,7 +202,7 @@ def one_message(parser: argparse.ArgumentParser):
             f'whole checkpoint with --resume',
         )
     except ValueError as error:
-        if 'more than 1 value per channel' in str(error):
+        if wants_larger_batch(error):
             _exit(
                 parser,
                 2,

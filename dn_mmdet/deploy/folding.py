@@ -46,7 +46,7 @@ from ..fold import (
     replace_layers,
 )
 from ..layers import _DynamicNorm
-from ..messages import ConfigError, some
+from ..messages import ConfigError, some, wants_larger_batch
 from ..registered import is_of, resolve
 
 SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what `write` writes
@@ -353,7 +353,7 @@ class Folding:
         try:
             recalibrate(model, self.calibration.batches(chosen, self.calibration.trained))
         except ValueError as error:
-            if 'more than 1 value per channel' not in str(error):
+            if not wants_larger_batch(error):
                 raise
             return False
         return True

@@ -5,7 +5,6 @@ Folders and files are read as they are, so they may come from another machine.
 
 import csv
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ..files import write_text
+from ..files import read_json, write_text
 from ..messages import ConfigError
 from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
@@ -189,7 +188,7 @@ def read(sources, metric=None) -> list[Recorded]:
 
 
 def _recorded(folder, metric):
-    spec = json.loads((folder / 'run.json').read_text())
+    spec = read_json(folder / 'run.json')
     result = read_result(folder) or {}
     status = result.get('status') or (
         'failed' if (folder / 'failure.json').is_file() else 'unfinished'
@@ -288,9 +287,10 @@ def csv_text(rows, columns):
 
 
 def spec_of(run):
-    return run.result.get('run', {}) or (
-        json.loads((run.folder / 'run.json').read_text()) if run.folder else {}
-    )
+    """What run.json says of a run; nothing of one from a CSV file."""
+    if run.result.get('run') or run.folder is None:
+        return run.result.get('run', {})
+    return read_json(run.folder / 'run.json')
 
 
 def grouped(items, key):
