@@ -260,14 +260,9 @@ def _widen(cfg, factor):
     before = _out_channels(cfg)
     cfg.model.backbone.widen_factor = factor
     after = _out_channels(cfg)
-    followers = [
-        node
-        for part in ('neck', 'bbox_head', 'head')
-        for node in [cfg.model.get(part)]
-        if isinstance(node, dict)
-    ]
-    for node in followers:
-        for key in ('in_channels', 'out_channels'):
+    for part in ('neck', 'bbox_head', 'head'):
+        node = cfg.model.get(part)
+        for key in ('in_channels', 'out_channels') if isinstance(node, dict) else ():
             channels = node.get(key)
             if isinstance(channels, int) and [channels] == before[-1:]:
                 node[key] = after[-1]
