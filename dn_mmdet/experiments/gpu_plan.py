@@ -14,7 +14,8 @@ from ..files import write_json
 from ..messages import ConfigError
 from ..provenance import commit_of
 from . import compare, presets
-from .gpu_training import ARCHIVE, PLAN, check_recipe
+from .gpu_grid import ARCHIVE, PLAN
+from .gpu_recipe import check_recipe
 from .results import COLUMNS, EXTRA, METRICS
 
 # dnb:0-4, or several variants with seeds outermost, bn,dnb:0,2,5-7@lr8@batch32@epochs3

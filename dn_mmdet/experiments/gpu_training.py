@@ -1,21 +1,17 @@
-"""Trains many small classifiers on one GPU, several at once: which norm is better, with seeds.
+"""A small classifier in training on a GPU, as one CUDA graph; and whether it computes right.
 
 A small model does not fill a GPU, and its step takes the host longer than the GPU. So the
 images lie in GPU memory, a step of a model (crop, forward, backward, update) is one CUDA
 graph, and the graphs of several models run side by side, each in its own stream.
 
-What is trained comes from a plan (see `gpu_plan`). This file needs torch and mmengine, of
-OpenCV only what decodes images, and neither MMDetection nor MMPretrain.
+This needs torch and mmengine, of OpenCV only what decodes images, and neither MMDetection nor
+MMPretrain.
 """
 
 import contextlib
 import copy
-import csv
-import json
-import math
 import os
 import tarfile
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,264 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from ..convert import convert_norm, dn_layers
+from ..convert import dn_layers
 from ..fold import MOST, Outputs, batch_norm_of, calibrate, put, recalibrate
-from ..provenance import hardware
-from ..reference import widen
-from ..sc import no_autocast
-from . import controls  # noqa: F401  registers the controls' norms
-from .recording import norm_counts
+from .gpu_recipe import Classifier, build, check_recipe, learning_rates, parameter_groups
 
-PLAN, ARCHIVE = 'plan.json', 'images.tar.xz'  # in the folder that is carried to the GPU
-BACKENDS = ('auto', 'triton', 'torch')  # of DN layers, in the order in which to try them
 WARM_UP = 3  # steps before a capture: libraries and kernels settle
-ROUNDS = 16  # steps of each model between two looks at the clock
 EVALUATED = 1000  # images at once
 CALIBRATION, CALIBRATION_BATCH = 512, 128  # training images that tell the mean g and h
 AVERAGED_EPOCHS = 2  # time constant of the average of weights
-MEASURED = ('value', 'averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss')
 # What a fused layer may be off from the float64 reference, of the norm of each result; a
 # wrong kernel is off by a tenth and more. Or 4 times what plain PyTorch is off.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 GRAPH_ALLOWED = 0.2  # what two replays may differ from two steps: sums in another order
-# expansion, channels, blocks of MobileNetV2's groups; strides are the config's
-GROUPS = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 
 
 class Refused(RuntimeError):
     """A variant that cannot be trained here: its layers are wrong, or it was not captured."""
-
-
-# The recipe: what a config says, and nothing that this file would pass over in silence.
-
-
-KEYS = dict(  # of each part of a recipe
-    model={'type', 'backbone', 'neck', 'head'},
-    head={'type', 'num_classes', 'in_channels', 'loss', 'topk'},
-    loss={'type', 'loss_weight'},
-    backbone={'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
-    data_preprocessor={'num_classes', 'mean', 'std', 'to_rgb'},
-    optim_wrapper={'optimizer', 'paramwise_cfg'},
-    optimizer={'type', 'lr', 'momentum', 'weight_decay'},
-)
-TYPES = (
-    'ImageClassifier',
-    'GlobalAveragePooling',
-    'LinearClsHead',
-    'CrossEntropyLoss',
-    'StridedMobileNetV2',
-    'SGD',
-    'LoadImageFromFile',
-    'RandomCrop',
-    'RandomFlip',
-    'PackInputs',
-)
-
-
-def check_recipe(recipe: dict) -> None:
-    """Raises ValueError for what a config asks for and this training does not do."""
-    model, optim_wrapper = recipe['model'], recipe['optim_wrapper']
-    parts = dict(
-        model=model,
-        head=model['head'],
-        loss=model['head']['loss'],
-        backbone=_plain_backbone(recipe)[0],
-        data_preprocessor=recipe['data_preprocessor'],
-        optim_wrapper=optim_wrapper,
-        optimizer=optim_wrapper['optimizer'],
-    )
-    for name, part in parts.items():
-        unknown = set(part) - KEYS[name]
-        if unknown:
-            raise ValueError(f'{name}: this training does not know {", ".join(sorted(unknown))}')
-    typed = (
-        model,
-        model['neck'],
-        model['head'],
-        model['head']['loss'],
-        parts['backbone'],
-        parts['optimizer'],
-        *recipe['train_pipeline'],
-    )
-    types = tuple(part['type'] for part in typed)
-    if types != TYPES:
-        raise ValueError(f'expected a recipe of {", ".join(TYPES)}, got {", ".join(types)}')
-    crop, flip = recipe['train_pipeline'][1:3]
-    if (
-        not recipe['drop_last']
-        or crop.get('padding_mode') != 'reflect'
-        or flip.get('direction') != 'horizontal'
-        or model['head']['loss']['loss_weight'] != 1
-    ):
-        raise ValueError(
-            'expected drop_last, a crop with reflected borders, a horizontal flip '
-            'and a loss of weight 1'
-        )
-
-
-def _plain_backbone(recipe):
-    """The backbone's config with BatchNorm or another norm everywhere, and what is converted."""
-    node = recipe['model']['backbone']
-    if node['type'] == 'PartlyConverted':
-        return node['part'], node
-    return node, None
-
-
-def learning_rates(recipe: dict, steps_per_epoch: int, steps: int) -> list[float]:
-    """The rate of each step, from mmengine's own scheduler."""
-    scheduled = recipe['param_scheduler']
-    if isinstance(scheduled, list) or not (
-        scheduled.get('convert_to_iter_based') or scheduled.get('by_epoch') is False
-    ):
-        raise ValueError(
-            'param_scheduler: expected one that counts in steps, or with '
-            'convert_to_iter_based=True'
-        )
-    lr = recipe['optim_wrapper']['optimizer']['lr']
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
-    scheduler = PARAM_SCHEDULERS.build(
-        dict(scheduled), default_args=dict(optimizer=optimizer, epoch_length=steps_per_epoch)
-    )
-    optimizer.step()  # else the scheduler warns
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]['lr'])
-        scheduler.step()
-    return rates
-
-
-def parameter_groups(model: nn.Module, recipe: dict) -> list[dict]:
-    """Parameters by weight decay, as mmengine's constructor reads ``paramwise_cfg``."""
-    optimizer = build_optim_wrapper(
-        model, json.loads(json.dumps(recipe['optim_wrapper']))
-    ).optimizer
-    base = recipe['optim_wrapper']['optimizer']['lr']
-    found = defaultdict(list)
-    for group in optimizer.param_groups:
-        if group['lr'] != base and recipe['param_scheduler']['type'] != 'OneCycleLR':
-            raise ValueError('paramwise_cfg: expected one learning rate for all parameters')
-        found[group['weight_decay'], group['momentum']] += group['params']
-    return [
-        dict(params=params, decay=decay, momentum=momentum)
-        for (decay, momentum), params in found.items()
-    ]
-
-
-# The model: mmdet's MobileNetV2 and MMPretrain's classifier, parameter by parameter.
-
-
-class _ConvNorm(nn.Module):
-    """Convolution, norm and perhaps ReLU6, named as in mmcv's ConvModule."""
-
-    def __init__(self, given, made, size, stride, groups, norm, activation=True):
-        super().__init__()
-        self.conv = nn.Conv2d(given, made, size, stride, size // 2, groups=groups, bias=False)
-        self.bn = norm(made)
-        self.activation = activation
-
-    def forward(self, x):
-        x = self.bn(self.conv(x))
-        return F.relu6(x, inplace=True) if self.activation else x
-
-
-class _Block(nn.Module):
-    def __init__(self, given, made, stride, expansion, norm):
-        super().__init__()
-        middle = given * expansion
-        self.expand_conv = _ConvNorm(given, middle, 1, 1, 1, norm) if expansion != 1 else None
-        self.depthwise_conv = _ConvNorm(middle, middle, 3, stride, middle, norm)
-        self.linear_conv = _ConvNorm(middle, made, 1, 1, 1, norm, activation=False)
-        self.adds = stride == 1 and given == made
-
-    def forward(self, x):
-        y = x if self.expand_conv is None else self.expand_conv(x)
-        y = self.linear_conv(self.depthwise_conv(y))
-        return x + y if self.adds else y
-
-
-class _MobileNetV2(nn.Sequential):
-    def __init__(self, widen_factor, strides, norm):
-        super().__init__()
-        channels = _divisible_by_8(32 * widen_factor)
-        self.conv1 = _ConvNorm(3, channels, 3, strides[0], 1, norm)
-        for i, ((expansion, made, blocks), stride) in enumerate(
-            zip(GROUPS, strides[1:], strict=True)
-        ):
-            made = _divisible_by_8(made * widen_factor)
-            group = []
-            for j in range(blocks):
-                group.append(_Block(channels, made, stride if j == 0 else 1, expansion, norm))
-                channels = made
-            self.add_module(f'layer{i + 1}', nn.Sequential(*group))
-        self.out_channels = int(1280 * max(widen_factor, 1))
-        self.conv2 = _ConvNorm(channels, self.out_channels, 1, 1, 1, norm)
-
-
-def _divisible_by_8(channels):
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-class Classifier(nn.Module):
-    """The model of a recipe, with the names of its parameters in MMPretrain."""
-
-    def __init__(self, recipe):
-        super().__init__()
-        plain, converted = _plain_backbone(recipe)
-        self.backbone = _MobileNetV2(
-            plain['widen_factor'],
-            plain['strides'],
-            lambda channels: make_norm(plain['norm_cfg'], channels),
-        )
-        if converted:
-            convert_norm(
-                self.backbone,
-                converted['norm'],
-                only=converted['only'],
-                **(converted.get('norm_args') or {}),
-            )
-        self.head = nn.Module()
-        self.head.fc = nn.Linear(
-            self.backbone.out_channels, recipe['model']['head']['num_classes']
-        )
-
-    def forward(self, x):
-        features = widen(self.backbone(x)).mean((2, 3))
-        with no_autocast(x.device.type):  # rounded to bfloat16, many classes would be equal
-            return self.head.fc(features)
-
-
-def make_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    """What mmcv's `build_norm_layer` makes; its BN is torch's."""
-    args = dict(norm_cfg)
-    kind = args.pop('type')
-    cls = nn.BatchNorm2d if kind == 'BN' else MODELS.get(kind)
-    if cls is None:
-        raise ValueError(f'norm_cfg: {kind} is not registered')
-    return cls(channels, **args)
-
-
-def build(recipe: dict, seed: int) -> Classifier:
-    """A model with initial weights. Models of one seed share their convolutions' and the head's.
-
-    Drawn after the norms are made, so that what these draw makes no difference.
-    """
-    torch.manual_seed(seed)
-    model = Classifier(recipe)
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-    nn.init.normal_(model.head.fc.weight, std=0.01)
-    nn.init.zeros_(model.head.fc.bias)
-    return model
-
-
-# The images.
 
 
 def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -321,9 +77,6 @@ def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, 
             labels = torch.tensor([number[names[split][i][0]] for i in order])
             found[split] = (torch.from_numpy(images).to(device), labels.to(device))
     return found
-
-
-# A training.
 
 
 class Training:
@@ -645,9 +398,6 @@ def folded(model: nn.Module, outputs: dict[str, Outputs]):
             put(model, name, layer)
 
 
-# Parity.
-
-
 def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> float:
     """DN layers of a recipe's model against the reference in float64, training and eval.
 
@@ -733,248 +483,3 @@ def _error(actual, wanted):
     actual, wanted = actual.double(), wanted.double()
     size = wanted.norm().clamp(min=1e-12)
     return ((actual - wanted).norm() / size).item()
-
-
-# The grid.
-
-
-class Grid:
-    """Trains the runs of a plan, several at once, and writes a row for each that ended.
-
-    Runs whose row is in the file already are left out. Runs start in the order of the plan;
-    one that cannot end before the limit, by the pace so far, is not started, and a shorter
-    one behind it may be.
-
-    Args:
-        plan (dict): of `gpu_plan`.
-        images: of `load_images`.
-        path: CSV file of the rows.
-        parallel (int): trainings at once.
-        seconds (float): limit, from now on.
-        backends: see `BACKENDS`.
-        log: called with a line of text about what goes on.
-    """
-
-    def __init__(
-        self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS, log=print
-    ):
-        self.columns, self.runs = plan['columns'], plan['runs']
-        self.images, self.path, self.parallel = images, Path(path), parallel
-        self.log, self.backends = log, backends
-        self.begin = time.perf_counter()
-        self.seconds = seconds
-        self.slots = []  # trainings with their graphs, at work or idle
-        self.running = {}  # training: its run and when it began
-        self.pace = None  # seconds for a step of the usual batch, other trainings beside it
-        self.usual_batch = max((run['row']['batch'] for run in self.runs), default=1)
-        self.refused, self.late, self.good_backend = {}, [], {}
-
-    def elapsed(self):
-        return time.perf_counter() - self.begin
-
-    def train(self) -> bool:
-        """Returns whether every run of the plan has a row now."""
-        ended = [_key(row) for row in read_rows(self.path)]
-        todo = [run for run in self.runs if _key(run['row']) not in ended]
-        self.log(f'{len(self.runs)} runs, {len(self.runs) - len(todo)} of them ended before')
-        while todo or self.running:
-            while todo and len(self.running) < self.parallel:
-                self._begin(todo.pop(0))
-            self._advance()
-            for training in list(self.running):
-                if training.done >= training.steps or training.diverged():
-                    self._end(training)
-            if self.elapsed() >= self.seconds:
-                break
-        left = [_title(run) for run, _ in self.running.values()] + [
-            _title(run) for run in self.late + todo
-        ]
-        if left:
-            more = f' and {len(left) - 8} more' if len(left) > 8 else ''
-            self.log(
-                f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left[:8])}{more}'
-            )
-        for name, why in self.refused.items():
-            self.log(f'{name} was refused: {why}')
-        return not left and not self.refused
-
-    def _begin(self, run):
-        if run['name'] in self.refused:
-            return
-        if self._too_late(run):
-            self.late.append(run)
-            return
-        try:
-            training = self._slot(run)
-        except Refused as error:
-            self.refused[run['name']] = str(error)
-            self.log(f'{run["name"]} is not trained: {error}')
-            return
-        training.start(run['row']['seed'])
-        self.running[training] = run, time.perf_counter()
-
-    def _too_late(self, run):
-        """Whether all that is at work and this run would not end before the limit."""
-        if self.pace is None:
-            return False
-        row = run['row']
-        steps = len(self.images['train'][0]) // row['batch'] * row['epochs']
-        work = steps * self._share(row['batch']) + sum(
-            (training.steps - training.done) * self._share(training.batch)
-            for training in self.running
-        )
-        return self.elapsed() + work * self.pace > self.seconds
-
-    def _share(self, batch):
-        """What a step costs, of one of the usual batch: small ones leave the GPU half idle."""
-        return max(batch / self.usual_batch, 0.25)
-
-    def _slot(self, run):
-        """An idle training of the same recipe, or a new one, with its graph."""
-        row = run['row']
-        same = (run['recipe'], row['batch'], row['epochs'])
-        idle = [slot for slot in self.slots if slot not in self.running]
-        for slot in idle:
-            if (slot.recipe, slot.batch, slot.epochs) == same:
-                return slot
-        for slot in idle[: max(0, len(self.slots) - self.parallel + 1)]:
-            self.slots.remove(slot)
-        begin = time.perf_counter()
-        slot = self._captured(run, *same)
-        self.slots.append(slot)
-        self.log(
-            f'{self.elapsed():.0f} s: {_title(run)}: ready in '
-            f'{time.perf_counter() - begin:.1f} s, backend {slot.backend}'
-        )
-        return slot
-
-    def _captured(self, run, recipe, batch, epochs):
-        """With the first backend that computes what the reference does and can be captured."""
-        known = self.good_backend.get(run['name'])
-        device, size = self.images['train'][0].device, self.images['train'][0].shape[-1]
-        has_dn = bool(dn_layers(Classifier(recipe)))
-        reasons = []
-        for backend in [known] if known else self.backends if has_dn else ['-']:
-            try:
-                if not known and has_dn:
-                    worst = check_layers(recipe, backend, device, size, min(batch, 128))
-                    self.log(
-                        f'{run["name"]}, backend {backend}: errors at most {worst:.2f} of '
-                        f'what is allowed'
-                    )
-                training = Training(recipe, batch, epochs, self.images, backend)
-                training.capture()
-                if not known:
-                    training.check_graph()
-            except (Refused, ImportError, RuntimeError, ValueError) as error:
-                reasons.append(f'{backend}: {error}')
-                self.log(f'{run["name"]}, backend {backend}: {error}')
-                continue
-            self.good_backend[run['name']] = backend
-            return training
-        raise Refused('; '.join(reasons))
-
-    def _advance(self):
-        begin = time.perf_counter()
-        for _ in range(ROUNDS // 4):
-            for training in self.running:
-                training.advance(4 * max(1, self.usual_batch // training.batch))
-            if self.elapsed() >= self.seconds:
-                return
-        for training in self.running:
-            training.synchronize()
-        if all(training.batch == self.usual_batch for training in self.running):
-            self.pace = (time.perf_counter() - begin) / ROUNDS / max(len(self.running), 1)
-
-    def _end(self, training):
-        run, begin = self.running.pop(training)
-        seconds = round(time.perf_counter() - begin, 1)
-        row = dict(
-            run['row'],
-            norm='+'.join(norm_counts(training.model)),
-            params=sum(p.numel() for p in training.parameters),
-            seconds=seconds,
-            hardware=hardware(),
-            backend=training.backend,
-        )
-        if training.diverged():
-            row.update(status='diverged')
-        else:
-            row.update(training.results(), status='finished')
-        append_row(self.path, row, self.columns)
-        measured = ', '.join(f'{key} {row[key]:.4g}' for key in MEASURED if key in row)
-        self.log(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
-
-
-def _title(run):
-    row = run['row']
-    return (
-        f'{run["name"]}:{row["seed"]} (lr {row["lr"]:g}, batch {row["batch"]}, '
-        f'{row["epochs"]} epochs)'
-    )
-
-
-def _key(row):
-    """What tells a run from the others, as it is read from a file."""
-    return tuple(
-        str(row[name]) for name in ('question', 'data', 'config', 'seed', 'epochs', 'lr', 'batch')
-    )
-
-
-def read_rows(path) -> list[dict]:
-    path = Path(path)
-    if not path.is_file():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(path, row: dict, columns) -> None:
-    """A row at the end of a CSV file, with a header where it is new.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    path = Path(path)
-    new = not path.is_file()
-    if not new:
-        with open(path, newline='') as file:
-            found = next(csv.reader(file), [])
-        if found != list(columns):
-            raise ValueError(
-                f'{path}: expected the columns {", ".join(columns)}, found '
-                f'{", ".join(found)}; name another file'
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-
-
-def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=None) -> bool:
-    """Trains what `gpu_plan.prepare` wrote into a folder; see `Grid`."""
-    folder, begin = Path(folder), time.perf_counter()
-    for name in (PLAN, ARCHIVE):
-        if not (folder / name).is_file():
-            raise ValueError(f'{folder / name}: no such file; make it with --prepare')
-    plan = json.loads((folder / PLAN).read_text())
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    to_rgb = {run['recipe']['data_preprocessor']['to_rgb'] for run in plan['runs']}
-    if len(to_rgb) != 1:
-        raise ValueError(f'{folder / PLAN}: expected runs with the same to_rgb')
-    images = load_images(folder / ARCHIVE, to_rgb.pop(), device)
-
-    def log(text):
-        print(text, flush=True)
-
-    log(
-        f'{hardware()}, torch {torch.__version__}; images decoded in '
-        f'{time.perf_counter() - begin:.1f} s'
-    )
-    grid = Grid(
-        plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends, log
-    )
-    return grid.train()
