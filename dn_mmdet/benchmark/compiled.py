@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import parity
-from .rows import beside_bn, make_row
+from .rows import beside_bn, make_row, matching
 from .timing import Deadline, allocations, alternate, synchronize
 from .variants import BN, DN, Setting, Variant, make_layer, wake
 
@@ -272,12 +272,8 @@ def compiled_table(rows) -> str:
     for mode in MODES:
         cells = []
         for norm, backend in variants:
-            found = {
-                row['measure']: row['median']
-                for row in rows
-                if (row['task'], row['norm'], row['backend']) == (mode, norm, backend)
-                and row['unit'] in ('s', 'bytes')
-            }
+            mine = matching(rows, task=mode, norm=norm, backend=backend)
+            found = {row['measure']: row['median'] for row in mine if row['unit'] != 'of BN'}
             cells.append(
                 f'{1e3 * found["time"]:.2f} ({found["peak memory"] / 2**20:.0f})'
                 if found

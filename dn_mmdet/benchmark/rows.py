@@ -91,6 +91,11 @@ def sums(by_shape: dict, shapes) -> list[float]:
     ]
 
 
+def matching(rows, **wanted) -> list[dict]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
 def write_rows(path, rows) -> None:
     """Writes rows to a CSV file, or appends them to one of the same columns.
 

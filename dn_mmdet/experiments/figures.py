@@ -305,11 +305,8 @@ def interactive(drawn) -> list[str] | None:
         colours = {}
         for index, panel in enumerate(panels):
             place = dict(row=index // columns + 1, col=index % columns + 1)
-            for line in panel.lines:
-                shown = line.name not in colours
-                colour = _colour_of(line, colours)
-                for trace in _traces(go, line, panel, colour, shown):
-                    figure.add_trace(trace, **place)
+            for trace in _traces_of(go, panel, colours):
+                figure.add_trace(trace, **place)
             figure.update_xaxes(title_text=panel.x, type='log' if panel.log_x else None, **place)
             figure.update_yaxes(title_text=panel.y, type='log' if panel.log_y else None, **place)
         figure.update_layout(title_text=title, template='plotly_white', height=120 + 380 * rows)
@@ -317,6 +314,13 @@ def interactive(drawn) -> list[str] | None:
             figure.to_html(full_html=False, include_plotlyjs=False if pieces else 'inline')
         )
     return pieces
+
+
+def _traces_of(go, panel, colours):
+    """Of each line; the legend has its name once, in the first panel that it is in."""
+    for line in panel.lines:
+        shown = line.name not in colours
+        yield from _traces(go, line, panel, _colour_of(line, colours), shown)
 
 
 def _traces(go, line, panel, colour, shown):
