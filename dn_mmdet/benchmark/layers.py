@@ -434,8 +434,7 @@ class _Step:
                 self.dys.append(dy)
 
     def run(self, clock) -> dict:
-        for leaf in (*self.xs, *(p for layer in self.layers for p in layer.parameters())):
-            leaf.grad = None
+        self._forget_gradients()
         synchronize(self.setting.device)
         start = clock()
         with self.setting.autocast():
@@ -452,14 +451,14 @@ class _Step:
 
     def peak(self) -> int:
         """The most bytes that are allocated at once, maps and parameters included."""
-        held = sum(
-            t.nbytes
-            for t in (
-                *self.xs,
-                *self.dys,
-                *(t for layer in self.layers for t in (*layer.parameters(), *layer.buffers())),
-            )
-        )
-        for leaf in (*self.xs, *(p for layer in self.layers for p in layer.parameters())):
-            leaf.grad = None
+        held = sum(t.nbytes for t in (*self.xs, *self.dys))
+        for layer in self.layers:
+            held += sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
+        self._forget_gradients()
         return allocations(lambda: self.run(time.perf_counter), self.setting.device)[2] + held
+
+    def _forget_gradients(self):
+        for x in self.xs:
+            x.grad = None
+        for layer in self.layers:
+            layer.zero_grad(set_to_none=True)
