@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..checkpoint import meta_of
 from ..checks import preflight
-from ..config_tree import add_imports, remove_imports
+from ..config_tree import add_imports, innermost, remove_imports
 from ..convert import misfolded
 from ..experiments.controls import PartlyConverted
 from ..experiments.cost import first_image, mult_adds
@@ -177,19 +177,10 @@ def check_twin(cfg: Config, model: nn.Module) -> None:
 # Data.
 
 
-def _leaf(dataset):
-    while True:
-        if isinstance(dataset.get('dataset'), dict):
-            dataset = dataset['dataset']
-        elif dataset.get('datasets'):
-            dataset = dataset['datasets'][0]
-        else:
-            return dataset
-
-
 def calibration_dataset(cfg: Config) -> dict:
     """The config's training data, each image once and as evaluation reads it."""
-    pipeline = _leaf(cfg.val_dataloader.dataset).get('pipeline')
+    _, evaluated = next(innermost(cfg.val_dataloader.dataset, 'val_dataloader.dataset'))
+    pipeline = evaluated.get('pipeline')
 
     def plain(dataset):
         if isinstance(dataset.get('dataset'), dict):  # repeated, mixed, balanced
