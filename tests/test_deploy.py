@@ -195,7 +195,7 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
     assert 'Calibrated with 6 training images' in text
     assert plt.imread(out.with_suffix('.png'))[..., :3].std() > 0.01
     told = []
-    monkeypatch.setattr('dn_mmdet.checkpoint.print_log', lambda text, **_: told.append(text))
+    monkeypatch.setattr('dn_mmdet.checkpoint.tell', told.append)
     check_fits(model, checkpoint, out)  # into the config that it came from
     close(tensors(model, X), tensors(twin, X))
     assert len(told) == 1 and f'written by tools/fold.py: {layers} layers' in told[0]
