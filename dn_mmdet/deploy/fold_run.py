@@ -24,6 +24,7 @@ from ..files import write_json
 from ..fold import MOST, most_varying
 from ..messages import ConfigError
 from . import folding
+from .folded_config import built
 
 IMAGES = 512  # training images for the mean of g and h, as in tools/fold.py
 
@@ -32,7 +33,7 @@ def folded_metrics(cfg: Config, model: nn.Module) -> dict[str, dict | None]:
     """The metrics of a trained model with all and with most of its DN layers folded.
 
     Args:
-        model: with its weights, as `folding.built` makes it.
+        model: with its weights, as `built` makes it.
 
     Returns:
         by column of `results.FOLDED`; that of new running statistics is None where the
@@ -77,7 +78,7 @@ def fold_run(folder: Path) -> None:
         raise ConfigError(f'{folder}: its checkpoint is gone: train it again, or leave it out')
     cfg = command_line.load_config(folder / 'config.py')
     checkpoint = open_checkpoint(path)
-    model = folding.built(cfg)
+    model = built(cfg)
     check_fits(model, checkpoint, path)
     found: dict[str, dict | str | None]
     try:
