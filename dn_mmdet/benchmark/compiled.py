@@ -197,13 +197,9 @@ def measure_compiled(
     deadline, failures = deadline or Deadline(), [] if failures is None else failures
     blocks = sizes(image)
     norms = [v for v in norms if v == BN or v.norm in DN]
-    exact, own = {}, {}
-    for norm in {v.norm for v in norms}:
-        plain = BN if norm == BN.norm else Variant(norm, 'reference')
-        exact[norm] = TrainingStep(setting, batch, blocks, plain, 'eager', torch.float64).results()
-        own[norm] = errors(
-            TrainingStep(setting, batch, blocks, plain, 'eager').results(), exact[norm]
-        )
+    references = {
+        norm: _reference(setting, batch, blocks, norm) for norm in {v.norm for v in norms}
+    }
     rows = []
     for mode in MODES:
         torch.compiler.reset()  # else the eighth model counts as a recompilation too many
@@ -216,12 +212,9 @@ def measure_compiled(
                 continue
             before, start = _reserved(setting), time.perf_counter()
             steps[variant] = TrainingStep(setting, batch, blocks, variant, mode)
-            check_step(
-                steps[variant],
-                exact[variant.norm],
-                own[variant.norm],
-                f'{variant.label}, {mode}, {setting}',
-            )
+            where = f'{variant.label}, {mode}, {setting}'
+            exact, own = references[variant.norm]
+            check_step(steps[variant], exact, own, where)
             compiling[variant] = time.perf_counter() - start
             held[variant] = _held_in(steps[variant], before)
         if BN in steps:
@@ -229,6 +222,14 @@ def measure_compiled(
         del steps
         gc.collect()
     return rows
+
+
+def _reference(setting, batch, blocks, norm):
+    """What plain PyTorch gives in float64, and the errors that it has in the setting's dtype."""
+    plain = BN if norm == BN.norm else Variant(norm, 'reference')
+    exact = TrainingStep(setting, batch, blocks, plain, 'eager', torch.float64).results()
+    found = TrainingStep(setting, batch, blocks, plain, 'eager').results()
+    return exact, errors(found, exact)
 
 
 def _rows(mode, steps, held, compiling, setting, batch, layers):
