@@ -20,14 +20,14 @@ import mmengine.runner.checkpoint as mmengine_loaders
 import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .layers import _DynamicNorm
-from .messages import UserError
+from .messages import UserError, tell
 from .registered import loaded
 
 REMEDY = 'If you trust its author as you trust a program that you run, pass --trust-checkpoint.'
@@ -148,6 +148,18 @@ def safe_loading(trust=False):
     ``open-mmlab://``. The other schemes are refused. It uses mmengine's own
     registry of loaders, whose entries it restores.
     """
+    loaders = _loaders(trust)
+    for prefixes, ours, _ in loaders:
+        CheckpointLoader.register_scheme(prefixes, ours, force=True)
+    try:
+        yield
+    finally:
+        for prefixes, _, theirs in loaders:
+            CheckpointLoader.register_scheme(prefixes, theirs, force=True)
+
+
+def _loaders(trust):
+    """Prefixes, the loader of here and mmengine's own, for each scheme that mmengine has."""
 
     def load_from_local(filename, map_location=None):
         return open_checkpoint(filename, map_location, trust)
@@ -169,7 +181,7 @@ def safe_loading(trust=False):
             f'file and give its path'
         )
 
-    schemes = (
+    return (
         ('', load_from_local, mmengine_loaders.load_from_local),
         (('http://', 'https://'), load_from_http, mmengine_loaders.load_from_http),
         (
@@ -190,13 +202,6 @@ def safe_loading(trust=False):
         ),
         ('mmcls://', load_from_elsewhere, mmengine_loaders.load_from_mmcls),
     )
-    for prefixes, ours, _ in schemes:
-        CheckpointLoader.register_scheme(prefixes, ours, force=True)
-    try:
-        yield
-    finally:
-        for prefixes, _, theirs in schemes:
-            CheckpointLoader.register_scheme(prefixes, theirs, force=True)
 
 
 def is_remote(filename: str | Path) -> bool:
@@ -251,6 +256,11 @@ def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
     return stripped
 
 
+def meta_of(checkpoint: dict) -> dict:
+    """What mmengine writes beside the weights (config, seed, classes); empty without any."""
+    return checkpoint.get('meta') or {}
+
+
 def check_resumable(checkpoint: dict, path: str | Path) -> None:
     """Raises CheckpointError where the state of training is missing."""
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
@@ -298,16 +308,10 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool
     )
     fitting = len(ours) - len(missing) - len(sizes)
     if not fitting or whole and (missing or unexpected or sizes):
-        kinds = [
-            (len(keys), what, min(keys))
-            for keys, what in (
-                (missing, 'missing'),
-                (unexpected, 'not in the model'),
-                (sizes, 'of another size'),
-            )
-            if keys
-        ]
-        found = '; '.join(f'{count} {what} (such as {key})' for count, what, key in kinds)
+        kinds = {'missing': missing, 'not in the model': unexpected, 'of another size': sizes}
+        found = '; '.join(
+            f'{len(keys)} {kind} (such as {min(keys)})' for kind, keys in kinds.items() if keys
+        )
         raise CheckpointError(
             f'{path}: the weights are not of the model that the config builds, which has '
             f'{len(ours)} of them: {found}. Use the config that the checkpoint was '
@@ -328,24 +332,20 @@ def _check_norms(model, checkpoint, state, path, whole):
             f"{plain[0]}. Set their norm_cfg to type='DNB' (or the norm that it was trained "
             f'with), or use the config of that training{_experiment(checkpoint)}'
         )
-    folded = (checkpoint.get('meta') or {}).get('folded')
+    folded = meta_of(checkpoint).get('folded')
     if ours - theirs and folded and whole:
-        print_log(
+        tell(
             f'{path} was written by tools/fold.py: {len(ours - theirs)} layers are BatchNorms '
             f'in the checkpoint and DN layers in this config. They compute the BatchNorm and '
             f'do not adapt to the input. The config beside the checkpoint builds them as '
-            f'BatchNorms',
-            logger='current',
-            level=30,
+            f'BatchNorms'
         )
     elif ours and not theirs and whole:
-        print_log(
+        tell(
             f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
-            f'compute the same as BatchNorm',
-            logger='current',
-            level=30,
+            f'compute the same as BatchNorm'
         )
-    trained = _kinds(_types((checkpoint.get('meta') or {}).get('cfg')))
+    trained = _kinds(_types(meta_of(checkpoint).get('cfg')))
     built = _kinds(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
@@ -402,5 +402,5 @@ def _type_names(node):
 
 
 def _experiment(checkpoint):
-    name = (checkpoint.get('meta') or {}).get('experiment_name')
+    name = meta_of(checkpoint).get('experiment_name')
     return f' (experiment {name})' if isinstance(name, str) else ''

@@ -28,6 +28,22 @@ def dicts(node: Any, option: str) -> Iterator[tuple[str, dict]]:
         yield from dicts(child, f'{option}.{key}')
 
 
+def innermost(dataset: dict, option: str) -> Iterator[tuple[str, dict]]:
+    """The data sets inside wrappers, which repeat or join others, with the options that set them.
+
+    Example:
+        >>> list(innermost(dict(type='RepeatDataset', dataset=dict(type='A')), 'train'))
+        [('train.dataset', {'type': 'A'})]
+    """
+    if isinstance(dataset.get('dataset'), dict):
+        yield from innermost(dataset['dataset'], f'{option}.dataset')
+    elif dataset.get('datasets'):
+        for index, inner in enumerate(dataset['datasets']):
+            yield from innermost(inner, f'{option}.datasets.{index}')
+    else:
+        yield option, dataset
+
+
 def imports_of(cfg: Config) -> list[str]:
     """The modules that a config imports when it is loaded."""
     listed = (cfg.get('custom_imports') or {}).get('imports') or []

@@ -160,21 +160,25 @@ def convert_norm(
     for name, bn in chosen.items():
         parent, _, child = name.rpartition('.')
         setattr(model.get_submodule(parent), child, new[bn])
+    _warn_of_folding(model, chosen)
+    return model
+
+
+def _warn_of_folding(model, converted):
     for name in misfolded(model):
         warnings.warn(
             f'{name}: this BatchNorm follows a converted norm inside one module, and '
             f"mmcv's fuse_conv_bn would fold it into the wrong convolution; convert "
             f'it as well, or do not fuse this model',
-            stacklevel=2,
+            stacklevel=3,  # whoever called convert_norm
         )
-    folding = _folding_methods(model, chosen)
+    folding = _folding_methods(model, converted)
     if folding:
         warnings.warn(
             f'{folding} can fold BatchNorms, but converted ones cannot be folded: '
             f'call it before the conversion, or after dn_mmdet.fold.fold_norm',
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -304,50 +308,52 @@ def _swap(node, family, args):
 def _report(model, norm, found, model_cfg):
     """Tells which norms of a model were swapped, and which were not."""
     layers, left = dn_layers(model), list(batch_norms(model))
-    owners = [_config_path(name, model_cfg) for name in left]
-    hard_coded = '; '.join(
-        f'{owners.count(owner)} in {type(model.get_submodule(owner)).__name__} '
-        f'(such as {left[owners.index(owner)]})'
-        for owner in dict.fromkeys(owners)
-    )
-    if not found and layers:
-        print_log(
-            f'already converted: this config builds {len(layers)} DN layers; nothing was changed',
-            logger='current',
+    hard_coded = _by_owner(model, left, model_cfg)
+    if found:
+        options = ', '.join(path for path, _ in found)
+        _tell(f'{norm} in place of BatchNorm in {len(layers)} layers, set by {options}')
+    elif layers:
+        _tell(
+            f'already converted: this config builds {len(layers)} DN layers; nothing was changed'
         )
-    elif not found:
-        message = 'found no BatchNorm that this config could change'
-        if left:
-            raise NoBatchNormInConfig(
-                f'{message}: {len(left)} are hard-coded, {hard_coded}; use '
-                f'dn_mmdet.convert.convert_norm on the model'
-            )
-        raise ValueError(f'{message} in {type(model).__name__}{norms_in_words(model)}')
+    elif left:
+        raise NoBatchNormInConfig(
+            f'found no BatchNorm that this config could change: {len(left)} are hard-coded, '
+            f'{hard_coded}; use dn_mmdet.convert.convert_norm on the model'
+        )
     else:
-        print_log(
-            f'{norm} in place of BatchNorm in {len(layers)} layers, set by '
-            f'{", ".join(path for path, _ in found)}',
-            logger='current',
+        raise ValueError(
+            f'found no BatchNorm that this config could change in {type(model).__name__}'
+            f'{norms_in_words(model)}'
         )
     frozen = ', '.join(path for path, node in found if node.get('bn_requires_grad') is False)
     if frozen:
-        print_log(
+        _tell(
             f'bn_requires_grad=False in {frozen}: the weights of the inner BatchNorm are '
-            f'frozen, and SC is trained',
-            logger='current',
+            f'frozen, and SC is trained'
         )
     folding = _folding_methods(model, layers)
     if folding:
-        print_log(
+        _tell(
             f'{folding} can fold BatchNorms, but DN layers cannot be folded: call it only '
-            f'after dn_mmdet.fold.fold_norm',
-            logger='current',
+            f'after dn_mmdet.fold.fold_norm'
         )
     if left:
-        print_log(
-            f'{len(left)} BatchNorms stay, because no config reaches them: {hard_coded}',
-            logger='current',
-        )
+        _tell(f'{len(left)} BatchNorms stay, because no config reaches them: {hard_coded}')
+
+
+def _tell(text):
+    print_log(text, logger='current')
+
+
+def _by_owner(model, names, model_cfg):
+    """'3 in ResNet (such as backbone.bn1); ...': norms by the part of the config for them."""
+    owners = [_config_path(name, model_cfg) for name in names]
+    return '; '.join(
+        f'{owners.count(owner)} in {type(model.get_submodule(owner)).__name__} '
+        f'(such as {names[owners.index(owner)]})'
+        for owner in dict.fromkeys(owners)
+    )
 
 
 def _config_path(name, model_cfg):
@@ -485,10 +491,10 @@ def _choose(found, layers, only, skip):
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
             names = {name for name in itertools.chain(found, layers) if matches(name, pattern)}
             if not names:
-                some = ', '.join(itertools.islice(itertools.chain(found, layers), 5))
+                listed = ', '.join(itertools.islice(itertools.chain(found, layers), 5))
                 raise ValueError(
                     f'{"only" if keep else "skip"}: {pattern!r} matches none of '
-                    f'{len(found) + len(layers)} norms ({some}, ...)'
+                    f'{len(found) + len(layers)} norms ({listed}, ...)'
                 )
             matched |= names
         chosen = {name: bn for name, bn in chosen.items() if (name in matched) == keep}

@@ -24,3 +24,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1))
+
+
+def read_json(path: str | Path, default: Any = None) -> Any:
+    """What `write_json` wrote, or the default where it did not yet."""
+    path = Path(path)
+    return json.loads(path.read_text()) if path.is_file() else default

@@ -281,14 +281,14 @@ def calibrate(
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, _DynamicNorm)
     }
-    found, at = {}, 0
+    found: dict[str, Outputs] = {}
 
     def keep(name):
         def hook(sc, statistics, outputs):
             if not all(t.isfinite().all() for t in outputs):
-                raise ValueError(
-                    f'batch {at}: the statistics in {name} are not finite: the batch holds '
-                    f'NaN or infinity, or the model makes them from it'
+                raise _NotFinite(
+                    f'the statistics in {name} are not finite: the batch holds NaN or infinity, '
+                    f'or the model makes them from it'
                 )
             if len(outputs[0]):
                 more = Outputs.of(*outputs)
@@ -297,22 +297,21 @@ def calibrate(
         return hook
 
     handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
-    backends = {layer: layer.backend for layer in layers.values()}
-    with _modes_kept(model):
-        model.eval()
-        for layer in backends:
-            layer.backend = 'reference'  # which calls SC, and so the hook
-        try:
-            for at, batch in enumerate(batches):  # noqa: B007
+    try:
+        with _modes_kept(model), _as_reference(layers.values()):
+            model.eval()
+            for at, batch in enumerate(batches):
                 _run(model, batch, at, forward)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer, backend in backends.items():
-                layer.backend = backend
+    finally:
+        for handle in handles:
+            handle.remove()
     if not found:
         raise ValueError('batches: expected images that reach the DN layers, got none')
     return found
+
+
+class _NotFinite(ValueError):
+    """Statistics of a batch are NaN or infinite."""
 
 
 def _run(model, batch, at, forward):
@@ -325,14 +324,27 @@ def _run(model, batch, at, forward):
             model(*batch)
         else:
             model(batch)
+    except _NotFinite as error:
+        raise ValueError(f'batch {at}: {error}') from None
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        if str(error).startswith(f'batch {at}: '):
-            raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f'batch {at}: the model cannot take it: {reason}. Expected what the forward '
             f'of the model takes, or what its data loader gives'
         ) from error
+
+
+@contextlib.contextmanager
+def _as_reference(layers):
+    """Meanwhile layers run as the reference does, which calls SC, and so its hooks."""
+    backends = {layer: layer.backend for layer in layers}
+    for layer in backends:
+        layer.backend = 'reference'
+    try:
+        yield
+    finally:
+        for layer, backend in backends.items():
+            layer.backend = backend
 
 
 @contextlib.contextmanager

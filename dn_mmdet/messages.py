@@ -39,6 +39,11 @@ def reason(error) -> str:
     return str(error.args[0] if len(error.args) == 1 else error)
 
 
+def wants_larger_batch(error) -> bool:
+    """Whether an error is BatchNorm's own, of a batch with one value for a channel."""
+    return 'more than 1 value per channel' in str(error)
+
+
 def tell(text) -> None:
     """Logs a warning: something that the user should know, but that does not stop the tool."""
     print_log(text, logger='current', level=logging.WARNING)

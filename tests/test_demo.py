@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_detector import make_coco, write_config
 
 from dn_mmdet.checkpoint import open_checkpoint
-from dn_mmdet.deploy import folding
+from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import results
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def test_leaves_figures_and_results_of_both(configs, tmp_path):
     assert 'tools/compare.py' in text and '--norm DNB' in text  # what to try next
     table = re.findall(r'^\| (BN|DN-B|DN-B, all \d+ folded) \| [\d.]+ \| ([\d.]+) \|$', text, re.M)
     assert len(table) == 3 and all(float(took) > 0 for _, took in table)
-    twin = folding.built(Config.fromfile(configs[0]))
+    twin = built(Config.fromfile(configs[0]))
     twin.load_state_dict(open_checkpoint(out / 'folded.pth')['state_dict'])
     for name in ('report/learning_curves.png', 'detections.png'):
         assert plt.imread(out / name)[..., :3].std() > 0.01  # something is drawn

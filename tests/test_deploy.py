@@ -24,6 +24,7 @@ from dn_mmdet.cli import command_line
 from dn_mmdet.convert import batch_norms, dn_layers
 from dn_mmdet.deploy import folding as deploy
 from dn_mmdet.deploy import trade_off
+from dn_mmdet.deploy.folded_config import built, check_twin, folded_config, with_batch_norm
 from dn_mmdet.fold import fold_norm
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def config(name):
 @pytest.mark.parametrize('name', DATA)
 def test_all_folded_the_config_is_the_twin(name, norm):
     init_default_scope('mmdet')
-    twin = deploy.folded_config(config(name.format(norm)), (), ())
+    twin = folded_config(config(name.format(norm)), (), ())
     bn = config(name.format('bn'))
     assert twin.model == bn.model and twin.norm_cfg.type == 'BN'
     assert 'dn_mmdet' not in twin.custom_imports.imports
@@ -56,7 +57,7 @@ def test_kinds_and_frozen_norms_have_their_twins():
         dict(type='DNB', requires_grad=False, momentum=0.3, bound=None),
         dict(type='GN'),
     ]
-    assert deploy.with_batch_norm(parts) == [
+    assert with_batch_norm(parts) == [
         dict(type='SyncBN', eps=0.1),
         dict(type='BN1d'),
         dict(type='BN3d', requires_grad=False),
@@ -70,7 +71,7 @@ def test_kinds_and_frozen_norms_have_their_twins():
         norm='DNB',
         only='a',
     )
-    assert deploy.with_batch_norm(dict(backbone=partly)) == dict(
+    assert with_batch_norm(dict(backbone=partly)) == dict(
         backbone=dict(type='SSD', norm_cfg=dict(type='BN'))
     )
 
@@ -90,7 +91,7 @@ def test_every_way_to_name_a_dn_layer_has_its_batch_norm(kind, plain):
         necks=[dict(norm_cfg=dict(type=kind, eps=1e-3, momentum=0.03, reduction=8))],
         norm_cfg=dict(type='GN', num_groups=2),
     )
-    assert deploy.with_batch_norm(model) == dict(
+    assert with_batch_norm(model) == dict(
         necks=[dict(norm_cfg=dict(type=plain, eps=1e-3, momentum=0.03))],
         norm_cfg=dict(type='GN', num_groups=2),
     )
@@ -114,22 +115,22 @@ def samples():
 def test_other_detectors_fold_and_load_into_their_twin(name):
     """Two stages, shared convolutions, frozen norms, transformers."""
     cfg = config(name)
-    model = awake(deploy.built(cfg))
-    deploy.check_twin(cfg, model)
+    model = awake(built(cfg))
+    check_twin(cfg, model)
     names, state = list(dn_layers(model)), model.state_dict()
     for kept in ([], names[3:5]):
-        folded = deploy.built(cfg)
+        folded = built(cfg)
         folded.load_state_dict(state)
         report = fold_norm(folded, [samples()], keep=kept)
         assert all(row.images >= 2 for row in report)
-        twin = deploy.built(deploy.folded_config(cfg, names, kept))
+        twin = built(folded_config(cfg, names, kept))
         twin.load_state_dict(folded.state_dict())
         assert list(dn_layers(twin)) == kept
-        for bn, built in zip(
+        for bn, other in zip(
             batch_norms(folded).values(), batch_norms(twin).values(), strict=True
         ):
-            assert (type(bn).__name__, bn.eps) == (type(built).__name__, built.eps)
-            assert bn.weight.requires_grad == built.weight.requires_grad
+            assert (type(bn).__name__, bn.eps) == (type(other).__name__, other.eps)
+            assert bn.weight.requires_grad == other.weight.requires_grad
 
 
 def test_training_data_are_read_as_evaluation_reads_them():
@@ -149,7 +150,7 @@ def trained(tmp_path):
     make_coco(tmp_path, num_images=8)
     path = write_config(tmp_path, 'DNB')
     cfg = command_line.load_config(path)
-    model = used(awake(deploy.built(cfg), std=0.1))
+    model = used(awake(built(cfg), std=0.1))
     torch.save(
         dict(
             state_dict=model.state_dict(),
@@ -178,7 +179,7 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
     assert text in capsys.readouterr().out
     checkpoint = open_checkpoint(out)
     assert set(checkpoint) == {'meta', 'state_dict'} and checkpoint['meta']['epoch'] == 3
-    twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
+    twin = built(command_line.load_config(write_config(tmp_path, 'BN')))
     twin.load_state_dict(checkpoint['state_dict'])
     own = Config.fromfile(out.with_suffix('.py'))
     assert (
@@ -186,7 +187,7 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
         and own.model == command_line.load_config(tmp_path / 'tiny_bn.py').model
     )
     cfg = command_line.load_config(trained[0])
-    model = deploy.built(cfg)
+    model = built(cfg)
     model.load_state_dict(open_checkpoint(trained[1])['state_dict'])
     assert not torch.allclose(tensors(model, X), tensors(twin, X), atol=1e-3)
     layers = len(dn_layers(model))
@@ -195,7 +196,7 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
     assert 'Calibrated with 6 training images' in text
     assert plt.imread(out.with_suffix('.png'))[..., :3].std() > 0.01
     told = []
-    monkeypatch.setattr('dn_mmdet.checkpoint.print_log', lambda text, **_: told.append(text))
+    monkeypatch.setattr('dn_mmdet.checkpoint.tell', told.append)
     check_fits(model, checkpoint, out)  # into the config that it came from
     close(tensors(model, X), tensors(twin, X))
     assert len(told) == 1 and f'written by tools/fold.py: {layers} layers' in told[0]
@@ -217,11 +218,11 @@ def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
         assert 'backbone.conv1.bn' in kept and all(
             name.startswith('neck') or name == 'backbone.conv1.bn' for name in kept
         )
-    whole = deploy.built(command_line.load_config(trained[0]))
+    whole = built(command_line.load_config(trained[0]))
     check_fits(whole, checkpoint, out)
     close(tensors(whole, X), tensors(model, X))
     main([str(out.with_suffix('.py')), str(out), '--images', '4'])  # and the others too
-    twin = deploy.built(command_line.load_config(write_config(tmp_path, 'BN')))
+    twin = built(command_line.load_config(write_config(tmp_path, 'BN')))
     twin.load_state_dict(open_checkpoint(out.with_stem('partly_folded'))['state_dict'])
 
 
@@ -283,9 +284,7 @@ def test_dnc_folds_exactly_and_needs_no_images(trained, tmp_path, capsys):
     torch.save(dict(state_dict=state), tmp_path / 'dnc.pth')
     main([str(path), str(tmp_path / 'dnc.pth')])
     assert 'folding is exact' in capsys.readouterr().out
-    model, twin = (
-        deploy.built(each).double() for each in (cfg, deploy.folded_config(cfg, (), ()))
-    )
+    model, twin = (built(each).double() for each in (cfg, folded_config(cfg, (), ())))
     model.load_state_dict(state)
     twin.load_state_dict(open_checkpoint(tmp_path / 'dnc_folded.pth')['state_dict'])
     got, expected = tensors(twin, X), tensors(model, X)
@@ -360,13 +359,13 @@ def test_a_classifier_of_mmpretrain(tmp_path, capsys, monkeypatch):
     path = ROOT / 'configs/mobilenetv2_dnb_tinyin100_32px.py'
     cfg = command_line.load_config(path)
     cfg.model.head.num_classes = 6
-    model = used(awake(deploy.built(cfg)))
+    model = used(awake(built(cfg)))
     assert model.data_preprocessor.mean.any()
     torch.save(dict(state_dict=model.state_dict()), 'dnb.pth')
     main([str(path), 'dnb.pth', '--keep', '5', '--images', '4', '--cfg-options', *options])
     text = capsys.readouterr().out
     assert '| layers | accuracy/top1 |' in text and '| 5 of 52 dynamic |' in text
-    own = deploy.built(Config.fromfile('dnb_folded.py'))
+    own = built(Config.fromfile('dnb_folded.py'))
     own.load_state_dict(open_checkpoint('dnb_folded.pth')['state_dict'])
     assert len(dn_layers(own)) == 5 and torch.equal(
         own.data_preprocessor.mean, model.data_preprocessor.mean
@@ -429,10 +428,10 @@ def test_broken_weights_are_told_and_nothing_is_written(trained, tmp_path, capsy
 
 def test_a_twin_that_differs_in_more_than_the_norm_is_refused(trained):
     cfg = command_line.load_config(trained[0])
-    model = deploy.built(cfg)
+    model = built(cfg)
     model.backbone.extra = nn.Linear(2, 2)
     with pytest.raises(ConfigError, match='in more than the norm, in 2 weights .backbone.extra.b'):
-        deploy.check_twin(cfg, model)
+        check_twin(cfg, model)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dn_mmdet.files import replacing, write_json, write_text
+from dn_mmdet.files import read_json, replacing, write_json, write_text
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -24,3 +24,10 @@ def test_an_error_leaves_the_old_file(tmp_path):
         part.write_text('ha')
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == dict(a=[1])
+
+
+def test_what_was_not_written_yet_is_the_default(tmp_path):
+    path = tmp_path / 'starts.json'
+    assert read_json(path) is None and read_json(path, 0) == 0
+    write_json(path, 1)
+    assert read_json(path, 0) == 1

@@ -12,6 +12,7 @@ from dn_mmdet.cli import command_line
 from dn_mmdet.convert import dn_layers
 from dn_mmdet.deploy import fold_run
 from dn_mmdet.deploy import folding as deploy
+from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import compare, results
 from dn_mmdet.experiments.recording import PARENT, Orphaned
 from dn_mmdet.fold import fold_norm, recalibrate
@@ -24,7 +25,7 @@ def finished(tmp_path, norm='DNB', std=0.1):
     folder = tmp_path / 'run'
     folder.mkdir()
     cfg.dump(folder / 'config.py')
-    model = used(awake(deploy.built(cfg), std=std))
+    model = used(awake(built(cfg), std=std))
     torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'epoch_1.pth')
     run = dict(
         question='q', data='d', config='tiny', seed=0, epochs=1, lr=0.1, batch=2, commit='c'
@@ -78,13 +79,13 @@ def test_the_metrics_are_those_of_fold_norm_over_the_runs_own_training_images(
     assert len(images.chosen) == 8  # all that there are
 
     def folded(keep):
-        model = deploy.built(cfg)
+        model = built(cfg)
         model.load_state_dict(state)
         report = fold_norm(model, images.batches(images.chosen, images.evaluated), keep=keep)
         assert keep or all(row.folded for row in report)
         return model
 
-    layers = len(dn_layers(deploy.built(cfg)))
+    layers = len(dn_layers(built(cfg)))
     whole, most = folded(0), folded(layers - round(0.75 * layers))
     assert len(dn_layers(most)) == layers - round(0.75 * layers) > 0
     again = folded(0)
@@ -110,7 +111,7 @@ def test_dnc_folds_exactly(tmp_path, scores, close):
     folder, cfg = finished(tmp_path, 'DNC')
     fold_run.main([str(folder)])
     found = compare.read_folded(folder)
-    model = deploy.built(cfg)
+    model = built(cfg)
     model.load_state_dict(torch.load(folder / 'epoch_1.pth')['state_dict'])
     for name in results.FOLDED:
         close(torch.tensor(found[name]['scores']), outputs(cfg, model))

@@ -23,9 +23,17 @@ from tool_process import succeed  # noqa: E402
 
 from dn_mmdet.checks.preflight import ConfigError, check_model  # noqa: E402
 from dn_mmdet.convert import dn_layers  # noqa: E402
-from dn_mmdet.experiments import gpu_plan, gpu_training, results  # noqa: E402
+from dn_mmdet.experiments import (  # noqa: E402
+    gpu_grid,
+    gpu_plan,
+    gpu_recipe,
+    gpu_training,
+    results,
+)
 from dn_mmdet.experiments.compare import NamedConfig  # noqa: E402
-from dn_mmdet.experiments.gpu_training import Classifier, Grid, Training, build  # noqa: E402
+from dn_mmdet.experiments.gpu_grid import Grid  # noqa: E402
+from dn_mmdet.experiments.gpu_recipe import Classifier, build  # noqa: E402
+from dn_mmdet.experiments.gpu_training import Training  # noqa: E402
 from dn_mmdet.experiments.presets import causes  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'mobilenetv2_bn_tinyin100.py'
@@ -183,7 +191,7 @@ def test_rates_are_those_of_a_training_by_mmengine(config):
         expected.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
         scheduler.step()
-    assert gpu_training.learning_rates(recipe, 10, 20) == expected
+    assert gpu_recipe.learning_rates(recipe, 10, 20) == expected
 
 
 def test_weight_and_bias_of_norms_do_not_decay_where_the_variant_says_so(config, images):
@@ -398,7 +406,7 @@ def test_a_run_that_would_not_end_in_time_is_not_started(config, images, tmp_pat
 def test_rows_of_other_columns_are_not_written_to(config, images, tmp_path):
     (tmp_path / 'rows.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match='expected the columns question, data'):
-        gpu_training.append_row(tmp_path / 'rows.csv', dict(question='a'), results.COLUMNS)
+        gpu_grid.append_row(tmp_path / 'rows.csv', dict(question='a'), results.COLUMNS)
 
 
 def test_a_backend_that_computes_wrong_values_is_not_trained_with(

@@ -17,6 +17,7 @@ import torch
 
 from dn_mmdet import benchmark
 from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
+from dn_mmdet.benchmark.variants import DN
 
 PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 
@@ -113,7 +114,11 @@ def parse(argv):
         metavar='FILE',
         help='measure nothing, only compare the rows of this CSV file with the targets for a GPU',
     )
-    args = parser.parse_args(argv)
+    return checked(parser.parse_args(argv), parser)
+
+
+def checked(args, parser):
+    """The options with their defaults, or an error that says which is wrong."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no CUDA device here')
     if args.parts is None:
@@ -167,79 +172,25 @@ def show_bars(path, plot):
     return 0
 
 
-def main(argv=None):
-    args = parse(argv)
-    if args.bars:
-        return show_bars(args.bars, args.plot)
-    deadline = benchmark.Deadline(args.seconds)
-    setting = Setting(
-        args.device, getattr(torch, args.amp or 'float32'), args.channels_last, args.pairs
-    )
-    norms = args.norms or [
-        BN,
-        GN,
-        *(
-            Variant(norm, backend)
-            for norm in ('DNB', 'DNC')
-            for backend in (*setting.fused, 'reference')
-        ),
-    ]
-    dn = [v for v in norms if v.norm in ('DNB', 'DNC')]
-    shapes = benchmark.ssdlite_shapes(args.size)
-    if args.compile_only:
-        i, n = args.compile_only
-        if args.parts == ['compiled']:
-            benchmark.run_blocks(setting, args.batch, benchmark.sizes(args.size)[i::n], dn)
-            return 0
-        for dtype, channels_last in product((torch.float16, torch.float32), (False, True)):
-            setting = Setting(args.device, dtype, channels_last)
-            benchmark.run_layers(setting, args.batch, benchmark.by_size(shapes)[i::n], dn)
-        return 0
-    run = Run(args, benchmark.provenance(setting, args.commit))  # of the code that is loaded now
-    detectors = None
-    norms, dn = run.without_those_that_do_not_run(setting, args.batch, shapes, norms, dn)
-    try:
-        if set(args.parts) - {'detector', 'tuning', 'compiled'} or (
-            args.amp and 'detector' in args.parts
-        ):  # see Detectors.check
-            benchmark.check_layers(setting, args.batch, shapes, dn)
-            if args.compiled:
-                benchmark.check_layers(
-                    setting, args.batch, benchmark.by_size(shapes)[: args.compiled], [COMPILED]
-                )
-        if 'detector' in args.parts:
-            plain = [v for v in dn if v == benchmark.REFERENCE or v.backend != 'reference']
-            detectors = benchmark.Detectors(
-                setting, [BN, FOLDED, *([GN] if GN in norms else []), *plain], size=args.size
-            )
-            detectors.check(min(args.batch, 8))
-    except benchmark.ParityError as error:
-        print(f'benchmark: {error}', file=sys.stderr)
-        return 1
-    single = [COMPILED] if args.compiled else []
-    parts = {
-        'host': lambda: benchmark.measure_host(setting, norms),
-        'step': lambda: benchmark.measure_step(setting, args.batch, shapes, norms),
-        'layers': lambda: benchmark.measure_layers(
-            setting, args.batch, shapes, [*norms, *single], args.compiled, deadline, run.failures
-        ),
-        'compiled': lambda: benchmark.measure_compiled(
-            setting, args.batch, norms, args.size, deadline, run.failures
-        ),
-        'tuning': lambda: tunings(setting, args.batch),
-        'detector': lambda: detectors.measure('train', args.batch, run.failures),
-    }
-    for part, measure in parts.items():
-        if part in args.parts:
-            run.measure(f'{part}, batch {args.batch}, {setting}', measure, deadline)
-    if detectors:
-        for batch in args.inference_batch or sorted({args.batch, 1}, reverse=True):
-            run.measure(
-                f'detector, inference, batch {batch}, {setting}',
-                lambda batch=batch: detectors.measure('inference', batch, run.failures),
-                deadline,
-            )
-    return run.finish()
+def all_norms(setting):
+    backends = (*setting.fused, 'reference')
+    return [BN, GN, *(Variant(norm, backend) for norm in DN for backend in backends)]
+
+
+def dn_layers(norms):
+    return [variant for variant in norms if variant.norm in DN]
+
+
+def compile_share(args, setting, norms):
+    """Runs what --compile-only asks for: its kernels are in the cache afterwards."""
+    i, n = args.compile_only
+    if args.parts == ['compiled']:
+        benchmark.run_blocks(setting, args.batch, benchmark.sizes(args.size)[i::n], norms)
+        return
+    shapes = benchmark.by_size(benchmark.ssdlite_shapes(args.size))[i::n]
+    for dtype, channels_last in product((torch.float16, torch.float32), (False, True)):
+        setting = Setting(args.device, dtype, channels_last)
+        benchmark.run_layers(setting, args.batch, shapes, norms)
 
 
 def tunings(setting, batch):
@@ -252,23 +203,71 @@ def tunings(setting, batch):
 class Run:
     """The rows of a run, written as soon as a part has them, and what was not measured."""
 
-    def __init__(self, args, provenance):
-        self.args, self.provenance = args, provenance
+    def __init__(self, args, setting, norms, deadline):
+        self.args, self.setting, self.norms, self.deadline = args, setting, norms, deadline
+        self.shapes = benchmark.ssdlite_shapes(args.size)
+        self.provenance = benchmark.provenance(setting, args.commit)  # of the code loaded now
+        self.detectors = None
         self.rows, self.failures = [], []
 
-    def without_those_that_do_not_run(self, setting, batch, shapes, norms, dn):
-        """The variants that this machine can run; the others are not measured, and said to be."""
-        dropped = set()
-        for v in dn if self.args.norms else ():  # the default ones are those that can run
+    def leave_out_what_does_not_run(self):
+        """Of the norms that were asked for: each that this machine cannot run is a failure."""
+        smallest = benchmark.by_size(self.shapes)[-1:]
+        for variant in dn_layers(self.norms):
             try:
-                benchmark.run_layers(setting, batch, benchmark.by_size(shapes)[-1:], [v])
+                benchmark.run_layers(self.setting, self.args.batch, smallest, [variant])
             except (ImportError, ValueError, RuntimeError) as error:
-                self.failures.append(f'{v.label}: {error}')
-                dropped.add(v)
-        return ([v for v in norms if v not in dropped], [v for v in dn if v not in dropped])
+                self.failures.append(f'{variant.label}: {error}')
+                self.norms = [other for other in self.norms if other != variant]
 
-    def measure(self, what, measure, deadline):
-        if deadline.passed():
+    def check(self):
+        """Raises ParityError where what is to be timed does not compute what it should."""
+        args, dn = self.args, dn_layers(self.norms)
+        has_layers = bool(set(args.parts) - {'detector', 'tuning', 'compiled'})
+        if has_layers or (args.amp and 'detector' in args.parts):  # see Detectors.check
+            benchmark.check_layers(self.setting, args.batch, self.shapes, dn)
+            if args.compiled:
+                largest = benchmark.by_size(self.shapes)[: args.compiled]
+                benchmark.check_layers(self.setting, args.batch, largest, [COMPILED])
+        if 'detector' in args.parts:
+            plain = [v for v in dn if v == benchmark.REFERENCE or v.backend != 'reference']
+            variants = [BN, FOLDED, *([GN] if GN in self.norms else []), *plain]
+            self.detectors = benchmark.Detectors(self.setting, variants, size=args.size)
+            self.detectors.check(min(args.batch, 8))
+
+    def measure(self):
+        args, setting, batch = self.args, self.setting, self.args.batch
+        compiled = [COMPILED] if args.compiled else []
+        parts = {
+            'host': lambda: benchmark.measure_host(setting, self.norms),
+            'step': lambda: benchmark.measure_step(setting, batch, self.shapes, self.norms),
+            'layers': lambda: benchmark.measure_layers(
+                setting,
+                batch,
+                self.shapes,
+                [*self.norms, *compiled],
+                args.compiled,
+                self.deadline,
+                self.failures,
+            ),
+            'compiled': lambda: benchmark.measure_compiled(
+                setting, batch, self.norms, args.size, self.deadline, self.failures
+            ),
+            'tuning': lambda: tunings(setting, batch),
+            'detector': lambda: self.detectors.measure('train', batch, self.failures),
+        }
+        for part, measure in parts.items():
+            if part in args.parts:
+                self._measure(f'{part}, batch {batch}, {setting}', measure)
+        if self.detectors:
+            for size in args.inference_batch or sorted({batch, 1}, reverse=True):
+                self._measure(
+                    f'detector, inference, batch {size}, {setting}',
+                    lambda size=size: self.detectors.measure('inference', size, self.failures),
+                )
+
+    def _measure(self, what, measure):
+        if self.deadline.passed():
             self.failures.append(f'{what}: no time left')
             return
         try:
@@ -294,6 +293,29 @@ class Run:
         for failure in self.failures:
             print(f'benchmark: not measured: {failure}', file=sys.stderr)
         return 1 if self.failures else 0
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.bars:
+        return show_bars(args.bars, args.plot)
+    deadline = benchmark.Deadline(args.seconds)
+    dtype = getattr(torch, args.amp or 'float32')
+    setting = Setting(args.device, dtype, args.channels_last, args.pairs)
+    norms = args.norms or all_norms(setting)
+    if args.compile_only:
+        compile_share(args, setting, dn_layers(norms))
+        return 0
+    run = Run(args, setting, norms, deadline)
+    if args.norms:  # the default ones are those that can run
+        run.leave_out_what_does_not_run()
+    try:
+        run.check()
+    except benchmark.ParityError as error:
+        print(f'benchmark: {error}', file=sys.stderr)
+        return 1
+    run.measure()
+    return run.finish()
 
 
 if __name__ == '__main__':

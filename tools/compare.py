@@ -17,6 +17,7 @@ from rich.console import Console
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.experiments import compare, presets, report, results
+from dn_mmdet.messages import ConfigError
 from dn_mmdet.provenance import commit_of
 
 
@@ -153,9 +154,7 @@ def grid(args):
     ]
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise preflight.ConfigError(
-            f'expected configs with different file names, got {", ".join(names)}'
-        )
+        raise ConfigError(f'expected configs with different file names, got {", ".join(names)}')
     if args.preset:
         points = presets.PRESETS[args.preset](
             variants[0], args.seeds, args.lr, args.batch, args.epochs

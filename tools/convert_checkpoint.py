@@ -12,6 +12,7 @@ from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_checkpoint, dn_layers
 from dn_mmdet.files import replacing
+from dn_mmdet.messages import ConfigError
 
 
 def parse(argv):
@@ -50,7 +51,7 @@ def parse(argv):
 def convert(args):
     out = Path(args.out)
     if out.exists():
-        raise preflight.ConfigError(f'{out}: exists already; choose another file name')
+        raise ConfigError(f'{out}: exists already; choose another file name')
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     if args.config is None:
         converted = convert_checkpoint(checkpoint, None, args.reduction, args.min_channels)
@@ -58,7 +59,7 @@ def convert(args):
         cfg = command_line.load_config(args.config)
         model = preflight.check_model(cfg)
         if not dn_layers(model):
-            raise preflight.ConfigError(
+            raise ConfigError(
                 f"{args.config}: builds no DN layers; set norm_cfg to dict(type='DNB')"
             )
         converted = convert_checkpoint(checkpoint, model)

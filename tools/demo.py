@@ -20,7 +20,8 @@ from rich.console import Console
 
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.cli import command_line
-from dn_mmdet.deploy import folding
+from dn_mmdet.deploy import folded_files, folding
+from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import compare, report
 from dn_mmdet.provenance import commit_of
 
@@ -153,11 +154,11 @@ def fold(runs, out):
     models, checkpoints = [], []
     for run, cfg in zip(runs, configs, strict=True):
         (path,) = run.folder.glob('epoch_*.pth')
-        models.append(folding.built(cfg).eval())
+        models.append(built(cfg).eval())
         checkpoints.append(open_checkpoint(path))
         check_fits(models[-1], checkpoints[-1], path)
     result = folding.fold(configs[-1], models[-1], curve=False, log=lambda text: None)
-    folding.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
+    folded_files.write(result, configs[-1], checkpoints[-1], out / 'folded.pth')
     with folding.quiet():
         evaluation = folding.Evaluation(configs[0], result.metric)
     bn, dnb, folded = (model.to(get_device()) for model in (*models, result.model))
@@ -167,7 +168,7 @@ def fold(runs, out):
     rows = [
         [name, f'{value:.3f}', f'{took:.2f}']
         for name, value, took in zip(
-            ('BN', 'DN-B', f'DN-B, {folding.row_name(result.chosen, result)}'),
+            ('BN', 'DN-B', f'DN-B, {folded_files.row_name(result.chosen, result)}'),
             values,
             times,
             strict=True,
@@ -198,7 +199,7 @@ def run(configs, out, seed, console):
         f'Learning curves: {out}/report/learning_curves.png\n'
         f'Detections:      {out}/detections.png\n'
         f'DN-B folded:     {out}/folded.pth, a BatchNorm checkpoint. Times are those of the '
-        f'network alone, with BatchNorms folded into convolutions, {folding.timed_on()}\n'
+        f'network alone, with BatchNorms folded into convolutions, {folded_files.timed_on()}\n'
         f'\nThis is one run of each norm (seed {seed}), so it says little: the AP of one seed '
         f'differs by up to 0.1 between two machines.\n\n'
         f'What to try next:\n{NEXT}',

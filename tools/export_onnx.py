@@ -15,7 +15,7 @@ from dn_mmdet.cli import command_line
 from dn_mmdet.cli.predict import find_images
 from dn_mmdet.deploy import export
 from dn_mmdet.deploy.simplify import TARGETS
-from dn_mmdet.messages import some
+from dn_mmdet.messages import ConfigError, some
 from dn_mmdet.registered import is_of
 
 # After dn_mmdet, which says what to install where mmdet is missing.
@@ -76,7 +76,7 @@ def image_size(cfg, option):
         if is_of(TRANSFORMS, transform, Resize) and 'scale' in transform:
             width, height = transform['scale']
             return height, width
-    raise preflight.ConfigError(
+    raise ConfigError(
         '--size: give the size, because the config has no Resize with a scale in '
         'test_dataloader.dataset.pipeline'
     )
@@ -111,7 +111,7 @@ def run(args):
             )
         )
         if not agreement.raw <= export.TOLERANCE:
-            raise preflight.ConfigError(
+            raise ConfigError(
                 f'{out}: not written, the outputs of the head differ by '
                 f'more than {export.TOLERANCE} of their range'
             )

@@ -14,7 +14,8 @@ from mmengine.config import DictAction
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
-from dn_mmdet.deploy import folding, trade_off
+from dn_mmdet.deploy import folded_files, folding, trade_off
+from dn_mmdet.deploy.folded_config import built, check_twin
 from dn_mmdet.fold import foldable
 from dn_mmdet.provenance import commit_of
 
@@ -92,7 +93,7 @@ def run(args):
     )
     preflight.check_parts(cfg, 'train_dataloader', 'val_dataloader', 'val_evaluator')
     out = args.out or Path(args.checkpoint).with_name(f'{Path(args.checkpoint).stem}_folded.pth')
-    model = folding.built(cfg)
+    model = built(cfg)
     foldable(model)
     preflight.check_evaluation(model)
     for split in ('train', 'val'):
@@ -101,8 +102,8 @@ def run(args):
     check_fits(model, checkpoint, args.checkpoint)
     if changed:
         preflight.check_data(changed, 'val', model)
-    folding.check_twin(cfg, model)
-    folding.check_out(out)
+    check_twin(cfg, model)
+    folded_files.check_out(out)
     if args.csv:
         preflight.make_folder(args.csv.parent, '--csv')
         trade_off.read(args.csv)
@@ -110,7 +111,7 @@ def run(args):
     result = folding.fold(
         cfg, model, args.images, args.keep, args.max_drop, args.metric, changed=changed
     )
-    print(folding.write(result, cfg, checkpoint, out))
+    print(folded_files.write(result, cfg, checkpoint, out))
     if args.csv:
         rows = trade_off.rows_of(
             result, cfg, Path(args.config).stem, checkpoint, commit, args.changed

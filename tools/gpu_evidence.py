@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from dn_mmdet.experiments import gpu_training
+from dn_mmdet.experiments import gpu_grid
 
 
 def parse(argv):
@@ -88,9 +88,9 @@ def parse(argv):
     parser.add_argument(
         '--backends',
         nargs='+',
-        default=gpu_training.BACKENDS,
+        default=gpu_grid.BACKENDS,
         help='backends of the DN layers to try; the first that computes correct results on '
-        f'this device is used (default: {" ".join(gpu_training.BACKENDS)})',
+        f'this device is used (default: {" ".join(gpu_grid.BACKENDS)})',
     )
     args = parser.parse_args(argv)
     if bool(args.prepare) == bool(args.csv):
@@ -122,9 +122,7 @@ def main(argv=None):
         return 0
     MMLogger.get_instance('gpu_evidence', log_level=logging.WARNING)
     try:
-        whole = gpu_training.train(
-            args.folder, args.csv, args.seconds, args.parallel, args.backends
-        )
+        whole = gpu_grid.train(args.folder, args.csv, args.seconds, args.parallel, args.backends)
     except ValueError as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
     return 0 if whole else 1

@@ -8,6 +8,7 @@ from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loa
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.cli.predict import find_images, predict
+from dn_mmdet.messages import ConfigError
 
 
 def parse(argv):
@@ -48,7 +49,7 @@ def main(argv=None):
         preflight.make_folder(args.out_dir, '--out-dir')
         unreadable = predict(cfg, args.checkpoint, images, args.out_dir, args.score_thr)
         if unreadable:
-            raise preflight.ConfigError(
+            raise ConfigError(
                 f'{len(unreadable)} of {len(images)} files cannot be '
                 f'read as images and were left out: '
                 f'{", ".join(map(str, unreadable))}'

@@ -145,29 +145,30 @@ def _read_voc(source, part, folder):
             )
         )
         for thing in root.iter('object'):
-            left, top, right, bottom = (
-                float(thing.findtext(f'bndbox/{side}'))
-                for side in ('xmin', 'ymin', 'xmax', 'ymax')
-            )
             if thing.findtext('name') not in VOC_CLASSES:
                 raise DataError(
                     f"{source}: {name}.xml: expected one of VOC's 20 classes, got "
                     f'{thing.findtext("name")!r}; is this VOC 2007?'
                 )
-            width, height = right - left + 1, bottom - top + 1  # VOC counts pixels from 1
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=int(name),
-                    iscrowd=0,
-                    category_id=VOC_CLASSES.index(thing.findtext('name')) + 1,
-                    bbox=[left - 1, top - 1, width, height],
-                    area=width * height,
-                    difficult=int(thing.findtext('difficult', '0')),
-                )
-            )
+            number = len(annotations) + 1
+            annotations.append(dict(id=number, image_id=int(name), **_annotation(thing)))
     categories = [dict(id=number, name=name) for number, name in enumerate(VOC_CLASSES, 1)]
     return dict(images=images, annotations=annotations, categories=categories)
+
+
+def _annotation(thing):
+    """COCO's fields of an object in one of VOC's files."""
+    left, top, right, bottom = (
+        float(thing.findtext(f'bndbox/{side}')) for side in ('xmin', 'ymin', 'xmax', 'ymax')
+    )
+    width, height = right - left + 1, bottom - top + 1  # VOC counts pixels from 1
+    return dict(
+        iscrowd=0,
+        category_id=VOC_CLASSES.index(thing.findtext('name')) + 1,
+        bbox=[left - 1, top - 1, width, height],
+        area=width * height,
+        difficult=int(thing.findtext('difficult', '0')),
+    )
 
 
 def _unpack_all(name, source, folder):

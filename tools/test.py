@@ -9,6 +9,7 @@ from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loa
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.cli.tta import augmented
+from dn_mmdet.messages import ConfigError
 from dn_mmdet.registered import is_of
 
 # After dn_mmdet, which says what to install where mmdet is missing.
@@ -62,7 +63,7 @@ def configure(args):
     if args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if not is_of(HOOKS, hook, (DetVisualizationHook, TrackVisualizationHook)):
-            raise preflight.ConfigError(
+            raise ConfigError(
                 '--show-dir: the config needs default_hooks.'
                 "visualization=dict(type='DetVisualizationHook')"
             )

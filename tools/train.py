@@ -17,6 +17,7 @@ from dn_mmdet.checkpoint import (
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import FAMILIES, swap_norm
+from dn_mmdet.messages import ConfigError
 
 
 def parse(argv):
@@ -96,7 +97,7 @@ def configure(args):
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise preflight.ConfigError(
+            raise ConfigError(
                 f'--auto-scale-lr: {args.config} does not say which batch size its '
                 f'learning rate is for. Set auto_scale_lr.base_batch_size'
             )
@@ -137,7 +138,7 @@ def check(cfg, args):
             preflight.check_trained_classes(cfg, 'train', checkpoint, path)
         check_fits(model, checkpoint, path, whole=bool(resume))
         if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
-            raise preflight.ConfigError(
+            raise ConfigError(
                 f'--overwrite would remove {path}, but the training starts from it: '
                 f'move it, or choose another --work-dir'
             )

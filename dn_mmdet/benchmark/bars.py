@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .rows import matching
 from .variants import Variant
 
 # On a CPU. (part, task, measure): must and aim, as ratios to BatchNorm, except copy bandwidth.
@@ -97,7 +98,7 @@ def measured_at(rows, bar: Bar, layout: str) -> dict | None:
     )
     if bar.part != 'host':  # whose map is small whatever the batch
         wanted['batch'] = GPU_BATCH
-    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    found = matching(rows, **wanted)
     return found[-1] if found else None
 
 

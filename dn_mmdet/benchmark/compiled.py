@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import parity
-from .rows import divide, make_row
+from .rows import beside_bn, make_row, matching
 from .timing import Deadline, allocations, alternate, synchronize
 from .variants import BN, DN, Setting, Variant, make_layer, wake
 
@@ -197,13 +197,9 @@ def measure_compiled(
     deadline, failures = deadline or Deadline(), [] if failures is None else failures
     blocks = sizes(image)
     norms = [v for v in norms if v == BN or v.norm in DN]
-    exact, own = {}, {}
-    for norm in {v.norm for v in norms}:
-        plain = BN if norm == BN.norm else Variant(norm, 'reference')
-        exact[norm] = TrainingStep(setting, batch, blocks, plain, 'eager', torch.float64).results()
-        own[norm] = errors(
-            TrainingStep(setting, batch, blocks, plain, 'eager').results(), exact[norm]
-        )
+    references = {
+        norm: _reference(setting, batch, blocks, norm) for norm in {v.norm for v in norms}
+    }
     rows = []
     for mode in MODES:
         torch.compiler.reset()  # else the eighth model counts as a recompilation too many
@@ -216,12 +212,9 @@ def measure_compiled(
                 continue
             before, start = _reserved(setting), time.perf_counter()
             steps[variant] = TrainingStep(setting, batch, blocks, variant, mode)
-            check_step(
-                steps[variant],
-                exact[variant.norm],
-                own[variant.norm],
-                f'{variant.label}, {mode}, {setting}',
-            )
+            where = f'{variant.label}, {mode}, {setting}'
+            exact, own = references[variant.norm]
+            check_step(steps[variant], exact, own, where)
             compiling[variant] = time.perf_counter() - start
             held[variant] = _held_in(steps[variant], before)
         if BN in steps:
@@ -231,17 +224,21 @@ def measure_compiled(
     return rows
 
 
+def _reference(setting, batch, blocks, norm):
+    """What plain PyTorch gives in float64, and the errors that it has in the setting's dtype."""
+    plain = BN if norm == BN.norm else Variant(norm, 'reference')
+    exact = TrainingStep(setting, batch, blocks, plain, 'eager', torch.float64).results()
+    found = TrainingStep(setting, batch, blocks, plain, 'eager').results()
+    return exact, errors(found, exact)
+
+
 def _rows(mode, steps, held, compiling, setting, batch, layers):
     rows = []
     seconds = alternate(steps, setting)
     for variant in steps:
         at = dict(part='compiled', task=mode, batch=batch, variant=variant, layers=layers)
-        rows += [
-            make_row(at, 'time', 's', seconds[variant]),
-            make_row(at, 'time', 'of BN', divide(seconds[variant], seconds[BN])),
-            make_row(at, 'peak memory', 'bytes', [held[variant]]),
-            make_row(at, 'peak memory', 'of BN', [held[variant] / held[BN]]),
-        ]
+        rows += beside_bn(at, 'time', 's', seconds[variant], seconds[BN])
+        rows += beside_bn(at, 'peak memory', 'bytes', [held[variant]], [held[BN]])
         if mode != 'eager':
             rows.append(make_row(at, 'first steps', 's', [compiling[variant]]))
     return rows
@@ -276,12 +273,8 @@ def compiled_table(rows) -> str:
     for mode in MODES:
         cells = []
         for norm, backend in variants:
-            found = {
-                row['measure']: row['median']
-                for row in rows
-                if (row['task'], row['norm'], row['backend']) == (mode, norm, backend)
-                and row['unit'] in ('s', 'bytes')
-            }
+            mine = matching(rows, task=mode, norm=norm, backend=backend)
+            found = {row['measure']: row['median'] for row in mine if row['unit'] != 'of BN'}
             cells.append(
                 f'{1e3 * found["time"]:.2f} ({found["peak memory"] / 2**20:.0f})'
                 if found

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..provenance import ROOT
 from . import parity
-from .rows import divide, make_row
+from .rows import beside_bn, divide, make_row
 from .timing import GraphError, allocations, alternate, gpu_alone
 from .variants import BN, DN, FOLDED, GN, Setting, Variant, wake
 
@@ -107,26 +107,19 @@ class Detectors:
             )
             for setting, gradient in settings:
                 plain = _results(copy.deepcopy(reference), images, samples, setting, gradient)
+                allowed = {}
+                for name, value in plain.items():
+                    tolerance = (
+                        parity.DETECTOR_GRADIENT_TOLERANCE
+                        if name == 'gradient'
+                        else parity.DETECTOR_TOLERANCE[setting.dtype]
+                    )
+                    allowed[name] = max(tolerance, 2 * parity.relative_error(value, exact[name]))
                 for variant, model in self.models.items():
-                    if variant.norm != norm or variant.backend == 'reference':
-                        continue
-                    actual = _results(copy.deepcopy(model), images, samples, setting, gradient)
-                    for name, value in actual.items():
-                        tolerance = (
-                            parity.DETECTOR_GRADIENT_TOLERANCE
-                            if name == 'gradient'
-                            else parity.DETECTOR_TOLERANCE[setting.dtype]
-                        )
-                        allowed = max(
-                            tolerance, 2 * parity.relative_error(plain[name], exact[name])
-                        )
-                        parity.check(
-                            name,
-                            value,
-                            exact[name],
-                            allowed,
-                            f'SSDLite, {variant.label}, {setting}',
-                        )
+                    if variant.norm == norm and variant.backend != 'reference':
+                        actual = _results(copy.deepcopy(model), images, samples, setting, gradient)
+                        where = f'SSDLite, {variant.label}, {setting}'
+                        parity.check_all(actual, exact, allowed, where)
 
     def measure(self, task: str, batch: int, failures: list | None = None) -> list[dict]:
         """Rows of the time of a training step or of inference, and of a step's peak memory.
@@ -144,17 +137,11 @@ class Detectors:
         rows = []
         for variant, values in seconds.items():
             at = dict(part='detector', task=task, batch=batch, variant=variant, map=self.size)
-            rows += [
-                make_row(at, 'time', 's', values),
-                make_row(at, 'time', 'of BN', divide(values, seconds[BN])),
-            ]
+            rows += beside_bn(at, 'time', 's', values, seconds[BN])
             if FOLDED in seconds and variant != FOLDED:
                 rows.append(make_row(at, 'time', 'of BN folded', divide(values, seconds[FOLDED])))
             if variant in peaks:
-                rows += [
-                    make_row(at, 'peak memory', 'bytes', [peaks[variant]]),
-                    make_row(at, 'peak memory', 'of BN', [peaks[variant] / peaks[BN]]),
-                ]
+                rows += beside_bn(at, 'peak memory', 'bytes', [peaks[variant]], [peaks[BN]])
         if self.setting.device == 'cuda':
             if task == 'train':  # the losses wait for the GPU, which no graph can
                 measure = 'GPU time without losses'
@@ -171,10 +158,7 @@ class Detectors:
                 )
             for variant, values in alone.items():
                 at = dict(part='detector', task=task, batch=batch, variant=variant, map=self.size)
-                rows += [
-                    make_row(at, measure, 's', values),
-                    make_row(at, measure, 'of BN', divide(values, alone[BN])),
-                ]
+                rows += beside_bn(at, measure, 's', values, alone[BN])
         return rows
 
     def _peak_memory(self, model, train):

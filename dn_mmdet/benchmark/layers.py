@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 from . import parity
-from .rows import divide, geometric_means, make_row, sums
+from .rows import beside_bn, divide, geometric_means, make_row, sums
 from .timing import (
     Deadline,
     GraphError,
@@ -22,6 +22,7 @@ from .timing import (
     copy_bandwidth,
     gpu_alone,
     host_alone,
+    in_turn,
     synchronize,
 )
 from .variants import BN, COMPILED, DN, REFERENCE, Setting, Variant, make_layer
@@ -95,24 +96,19 @@ def check_layers(setting: Setting, batch: int, shapes, variants) -> None:
         for norm in {v.norm for v in variants} & set(DN):
             plain = make_layer(Variant(norm, 'reference'), channels).to(setting.device)
             exact = _step(copy.deepcopy(plain).to(dtype), x.to(dtype), dy.to(dtype))
-            own = {
-                name: 2 * parity.relative_error(actual, exact[name])
+            allowed = {
+                name: max(
+                    parity.LAYER_TOLERANCE[setting.dtype],
+                    2 * parity.relative_error(actual, exact[name]),
+                )
                 for name, actual in _step(plain, x, dy, setting).items()
             }
             for variant in variants:
-                if variant.norm != norm or variant.backend == 'reference':
-                    continue
-                actual = _step(make_layer(variant, channels).to(setting.device), x, dy, setting)
-                for name, wanted in exact.items():
-                    allowed = max(parity.LAYER_TOLERANCE[setting.dtype], own[name])
-                    parity.check(
-                        name,
-                        actual[name],
-                        wanted,
-                        allowed,
-                        f'{variant.label} on {tuple(x.shape)}, {setting}',
-                    )
-            del exact, own
+                if variant.norm == norm and variant.backend != 'reference':
+                    layer = make_layer(variant, channels).to(setting.device)
+                    where = f'{variant.label} on {tuple(x.shape)}, {setting}'
+                    parity.check_all(_step(layer, x, dy, setting), exact, allowed, where)
+            del exact
         del x, dy
     _free(setting)
 
@@ -203,15 +199,12 @@ def measure_layers(
             for variant, values in seconds.items():
                 times.setdefault((measure, task, variant), {})[shape] = values
                 at = dict(common, task=task, variant=variant)
-                rows += [
-                    make_row(at, measure, 's', values),
-                    make_row(at, measure, 'of BN', divide(values, seconds[BN])),
-                ]
+                rows += beside_bn(at, measure, 's', values, seconds[BN])
         _free(setting)
     common = dict(part='layers', batch=batch)
     return (
         rows
-        + _time_rows(common, times, shapes, setting)
+        + _time_rows(common, times, shapes)
         + _memory_rows(common, memory, shapes)
         + _bandwidth_rows(common, times, shapes, setting, bandwidth)
     )
@@ -255,7 +248,7 @@ def _gpu_alone(calls, graphed, setting, failures, size):
     return {}
 
 
-def _time_rows(common, times, shapes, setting):
+def _time_rows(common, times, shapes):
     """Over all layers that were timed: sums, and geometric means of the ratios."""
     rows = []
     ratios = {
@@ -272,10 +265,7 @@ def _time_rows(common, times, shapes, setting):
         rows.append(make_row(at, measure, 'of BN', geometric_means(by_shape, shapes)))
         own = sums(times[measure, task, variant], shapes)
         of_bn = sums({shape: times[measure, task, BN][shape] for shape in by_shape}, shapes)
-        rows += [
-            make_row(at, f'sum of {measure}s', 's', own),
-            make_row(at, f'sum of {measure}s', 'of BN', divide(own, of_bn)),
-        ]
+        rows += beside_bn(at, f'sum of {measure}s', 's', own, of_bn)
         against = ratios.get((measure, task, REFERENCE))
         if (measure, task, variant.norm) == ('time', 'train', 'DNB') and variant.fused and against:
             faster = {shape: divide(against[shape], by_shape[shape]) for shape in by_shape}
@@ -286,27 +276,19 @@ def _time_rows(common, times, shapes, setting):
 
 
 def _memory_rows(common, memory, shapes):
-    rows = []
+    """Over all layers: the bytes that all of them save, and the largest peak of one."""
     variants = next(iter(memory.values()), {})
+    saved = {
+        v: sum(sizes[v][0] * shapes[shape] for shape, sizes in memory.items()) for v in variants
+    }
+    peaks = {v: max(sizes[v][1] for sizes in memory.values()) for v in variants}
+    rows = []
     for variant in variants:
         at = dict(
             common, task='train', variant=variant, layers=sum(shapes[shape] for shape in memory)
         )
-        saved, peak = (
-            {
-                v: total(
-                    sizes[v][i] * (shapes[shape] if total is sum else 1)
-                    for shape, sizes in memory.items()
-                )
-                for v in (variant, BN)
-            }
-            for i, total in enumerate((sum, max))
-        )
-        for measure, found in (('bytes saved', saved), ('peak memory', peak)):
-            rows += [
-                make_row(at, measure, 'bytes', [found[variant]]),
-                make_row(at, measure, 'of BN', [found[variant] / found[BN]]),
-            ]
+        rows += beside_bn(at, 'bytes saved', 'bytes', [saved[variant]], [saved[BN]])
+        rows += beside_bn(at, 'peak memory', 'bytes', [peaks[variant]], [peaks[BN]])
     return rows
 
 
@@ -419,29 +401,20 @@ def measure_step(
     steps = {v: _Step(setting, batch, shapes, v) for v in variants}
     found = {v: {} for v in variants}
     for i in range(-2, rounds):  # two rounds warm up
-        for variant in list(steps) if i % 2 == 0 else reversed(steps):
+        for variant in in_turn(steps, i):
             times = steps[variant].run(clock)
             for name, seconds in times.items() if i >= 0 else ():
                 found[variant].setdefault(name, []).append(seconds)
+    common = dict(part='step', task='train', batch=batch, layers=sum(shapes.values()))
     rows = []
     for variant, by_name in found.items():
-        at = dict(
-            part='step', task='train', batch=batch, variant=variant, layers=sum(shapes.values())
-        )
+        at = dict(common, variant=variant)
         for name, values in by_name.items():
-            rows += [
-                make_row(at, name, 's', values),
-                make_row(at, name, 'of BN', divide(values, found[BN][name])),
-            ]
+            rows += beside_bn(at, name, 's', values, found[BN][name])
     peaks = {v: step.peak() for v, step in steps.items()}
     for variant, peak in peaks.items():
-        at = dict(
-            part='step', task='train', batch=batch, variant=variant, layers=sum(shapes.values())
-        )
-        rows += [
-            make_row(at, 'peak memory', 'bytes', [peak]),
-            make_row(at, 'peak memory', 'of BN', [peak / peaks[BN]]),
-        ]
+        at = dict(common, variant=variant)
+        rows += beside_bn(at, 'peak memory', 'bytes', [peak], [peaks[BN]])
     del steps
     _free(setting)
     return rows
@@ -461,8 +434,7 @@ class _Step:
                 self.dys.append(dy)
 
     def run(self, clock) -> dict:
-        for leaf in (*self.xs, *(p for layer in self.layers for p in layer.parameters())):
-            leaf.grad = None
+        self._forget_gradients()
         synchronize(self.setting.device)
         start = clock()
         with self.setting.autocast():
@@ -479,14 +451,14 @@ class _Step:
 
     def peak(self) -> int:
         """The most bytes that are allocated at once, maps and parameters included."""
-        held = sum(
-            t.nbytes
-            for t in (
-                *self.xs,
-                *self.dys,
-                *(t for layer in self.layers for t in (*layer.parameters(), *layer.buffers())),
-            )
-        )
-        for leaf in (*self.xs, *(p for layer in self.layers for p in layer.parameters())):
-            leaf.grad = None
+        held = sum(t.nbytes for t in (*self.xs, *self.dys))
+        for layer in self.layers:
+            held += sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
+        self._forget_gradients()
         return allocations(lambda: self.run(time.perf_counter), self.setting.device)[2] + held
+
+    def _forget_gradients(self):
+        for x in self.xs:
+            x.grad = None
+        for layer in self.layers:
+            layer.zero_grad(set_to_none=True)

@@ -29,3 +29,9 @@ def check(name, actual, wanted, tolerance, where) -> None:
             f'{where}: {name} differs from the reference by {error:.2g} of its '
             f'norm (allowed {tolerance:.2g}); nothing is timed'
         )
+
+
+def check_all(actual: dict, wanted: dict, tolerances: dict, where) -> None:
+    """`check` of each result for which there is a tolerance, by its name."""
+    for name, tolerance in tolerances.items():
+        check(name, actual[name], wanted[name], tolerance, where)

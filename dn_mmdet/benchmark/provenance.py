@@ -26,6 +26,6 @@ def provenance(setting: Setting, commit: str | None = None) -> dict:
         device=device,
         threads=torch.get_num_threads(),
         **{name: version_of(name) for name in DISTRIBUTIONS},
-        dtype=str(setting.dtype).removeprefix('torch.'),
-        memory_format='channels_last' if setting.channels_last else 'contiguous',
+        dtype=setting.dtype_name,
+        memory_format=setting.layout,
     )

@@ -1,6 +1,7 @@
 """Rows as a table and as pictures."""
 
 from .bars import CPU_BARS, LAYOUTS
+from .rows import matching
 from .variants import Variant
 
 
@@ -19,22 +20,22 @@ def table(rows, device: str = 'cpu') -> str:
         f'{"":63} median   10 % - 90 %    must   aim',
     ]
     for row in shown:
-        task = (
-            'forward + backward'
-            if row['task'] == 'train' and row['part'] == 'layers'
-            else dict(train='train step').get(row['task'], row['task'])
-        )
         name = ' '.join(filter(None, (row['norm'], row['backend'])))
-        label = (
-            f'{row["part"]}, {task}, batch {row["batch"]}, {row["measure"]}'
-            f'{"" if row["unit"] in ("of BN", "share", "times") else ", " + row["unit"]}'
-        )
+        label = f'{row["part"]}, {_task(row)}, batch {row["batch"]}, {row["measure"]}'
+        if row['unit'] not in ('of BN', 'share', 'times'):
+            label += f', {row["unit"]}'
         must, aim = _cpu_bar(row, bars)
         lines.append(
             f'{label:48} {name:14} {row["median"]:6.3f}  {row["q10"]:6.3f} - '
             f'{row["q90"]:6.3f}  {must:>5}  {aim:>4}'
         )
     return '\n'.join(lines)
+
+
+def _task(row):
+    if row['task'] != 'train':
+        return row['task']
+    return 'forward + backward' if row['part'] == 'layers' else 'train step'
 
 
 def _cpu_bar(row, bars):
@@ -55,7 +56,7 @@ def plot(rows, path) -> None:
     panels = [
         (
             'forward + backward' if task == 'train' else 'inference',
-            [row for row in rows if (row['task'], row['measure']) == (task, 'time')],
+            matching(rows, task=task, measure='time'),
         )
         for task in ('train', 'inference')
     ]
@@ -67,23 +68,15 @@ def plot_gpu(rows, path, batch: int, dtype: str) -> None:
     panels = []
     for layout in LAYOUTS:
         for measure, name in (('time', 'eager'), ('GPU time', 'GPU time alone')):
-            panels.append(
-                (
-                    f'{layout}, {name}',
-                    [
-                        row
-                        for row in rows
-                        if (
-                            row['task'],
-                            row['measure'],
-                            row['memory_format'],
-                            row['batch'],
-                            row['dtype'],
-                        )
-                        == ('train', measure, layout, batch, dtype)
-                    ],
-                )
+            shown = matching(
+                rows,
+                task='train',
+                measure=measure,
+                memory_format=layout,
+                batch=batch,
+                dtype=dtype,
             )
+            panels.append((f'{layout}, {name}', shown))
     device = rows[0]['device'] if rows else 'no rows'
     _draw(panels, path, f'forward + backward on {device}, batch {batch}, {dtype}')
 
@@ -99,11 +92,10 @@ def _draw(panels, path, title):
     )
     for axis, (name, rows) in zip(axes, panels, strict=True):
         found = {}
-        for row in rows:
-            if (row['part'], row['unit']) == ('layer', 'of BN'):
-                label = Variant(row['norm'], row['backend']).label
-                size = row['batch'] * row['channels'] * row['map'] ** 2
-                found.setdefault(label, []).append((size, row['median']))
+        for row in matching(rows, part='layer', unit='of BN'):
+            label = Variant(row['norm'], row['backend']).label
+            size = row['batch'] * row['channels'] * row['map'] ** 2
+            found.setdefault(label, []).append((size, row['median']))
         for label, points in found.items():
             axis.plot(*zip(*sorted(points), strict=True), '.-', label=label, linewidth=0.8)
         axis.axhline(1, color='black', linewidth=0.8)

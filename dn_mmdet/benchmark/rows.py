@@ -60,6 +60,14 @@ def make_row(at: dict, measure: str, unit: str, values) -> dict:
     )
 
 
+def beside_bn(at: dict, measure: str, unit: str, values, of_bn) -> list[dict]:
+    """A row of values, and one of their ratios to BatchNorm's of the same rounds."""
+    return [
+        make_row(at, measure, unit, values),
+        make_row(at, measure, 'of BN', divide(values, of_bn)),
+    ]
+
+
 def divide(values, others) -> list[float]:
     """The ratio of each round."""
     return [a / b for a, b in zip(values, others, strict=True)]
@@ -81,6 +89,11 @@ def sums(by_shape: dict, shapes) -> list[float]:
         sum(w * v for w, v in zip(weights, values, strict=True))
         for values in zip(*by_shape.values(), strict=True)
     ]
+
+
+def matching(rows, **wanted) -> list[dict]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def write_rows(path, rows) -> None:

@@ -50,6 +50,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def in_turn(keys, number: int) -> list:
+    """The order of a round: every other one goes backwards, so that drift strikes all alike."""
+    return list(keys)[:: 1 if number % 2 == 0 else -1]
+
+
 def alternate(calls: dict, setting: Setting) -> dict:
     """Seconds per call of each function: in each round once, every other round backwards."""
     repeats = {}
@@ -63,7 +68,7 @@ def alternate(calls: dict, setting: Setting) -> dict:
             )
     found = {key: [] for key in calls}
     for i in range(setting.pairs):
-        for key in list(calls) if i % 2 == 0 else reversed(calls):
+        for key in in_turn(calls, i):
             seconds = _seconds(calls[key], repeats[key], setting.device)
             found[key].append(seconds / repeats[key])
     return found
@@ -146,7 +151,7 @@ def host_alone(
     leaf = x.detach().requires_grad_()
     found = {variant: {} for variant in layers}
     for block in range(-1, blocks):  # the first one warms up
-        for variant in list(layers) if block % 2 == 0 else reversed(layers):
+        for variant in in_turn(layers, block):
             synchronize(setting.device)
             for _ in range(BLOCK):
                 times = _host_once(layers[variant], setting, leaf, dy, clock)

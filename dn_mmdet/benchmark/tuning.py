@@ -89,18 +89,23 @@ def measure_tunings(setting: Setting, batch: int, shapes=None) -> list[dict]:
 
     rows = []
     for task, tunings in TUNINGS.items():
+        choices = {name: Tuning(**changes) for name, changes in tunings.items()}
         for channels, height in (shapes or SHAPES)[task]:
             x, dy = layer_data(setting, batch, channels, height)
-            layer: Any = make_layer(LAYER, channels).to(setting.device).train(task == 'train')
-            exact = copy.deepcopy(layer).double()
-            exact.backend = 'reference'
-            with torch.no_grad():
-                wanted = exact(x.double())
-            for name, changes in tunings.items():
-                with host.tuned(Tuning(**changes)):
+            layer = make_layer(LAYER, channels).to(setting.device).train(task == 'train')
+            wanted = _exactly(layer, x)
+            for name, choice in choices.items():
+                with host.tuned(choice):
                     _check(name, copy.deepcopy(layer), setting, x, wanted)
                     rows.append(_row(name, setting, layer, x, dy, task, batch))
     return rows
+
+
+@torch.no_grad()
+def _exactly(layer, x):
+    exact = copy.deepcopy(layer).double()
+    exact.backend = 'reference'
+    return exact(x.double())
 
 
 def _check(name, layer, setting, x, wanted):

@@ -63,16 +63,21 @@ class Setting(NamedTuple):
     def format(self):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix('torch.')
+
+    @property
+    def layout(self):
+        return 'channels_last' if self.channels_last else 'contiguous'
+
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.dtype)
 
     def __str__(self):
-        return (
-            f'{str(self.dtype).removeprefix("torch.")}, '
-            f'{"channels_last" if self.channels_last else "contiguous"}'
-        )
+        return f'{self.dtype_name}, {self.layout}'
 
 
 def make_layer(variant: Variant, channels: int) -> nn.Module:

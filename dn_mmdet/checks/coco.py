@@ -43,7 +43,7 @@ def check_format(content, annotations=True) -> None:
     for part in KEYS:
         check_ids(part, content.get(part) or [])
     check_images(content['images'])
-    boxes = content.get('annotations') or []
+    boxes = _annotations(content)
     check_boxes(boxes)
     check_areas(boxes)
     check_crowds(boxes)
@@ -159,7 +159,7 @@ def check_references(content) -> None:
     """Leaves out annotations of images that are not listed; an unlisted category is an error."""
     images = {image['id'] for image in content['images']}
     categories = {category['id'] for category in content['categories']}
-    annotations = content.get('annotations') or []
+    annotations = _annotations(content)
     found = False
     for index, annotation in enumerate(annotations):
         image, category = annotation['image_id'], annotation['category_id']
@@ -208,13 +208,21 @@ def check_units(content) -> None:
         )
 
 
+def _annotations(content):
+    """Those of a file; none where it comes without any."""
+    return content.get('annotations') or []
+
+
+def _sizes(content):
+    """Width and height of each image, by its id."""
+    return {image['id']: (image['width'], image['height']) for image in content['images']}
+
+
 def _of_listed_images(content):
     """Annotations whose images are listed, their boxes (x, y, w, h) and image sizes (w, h)."""
-    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    sizes = _sizes(content)
     annotations = [
-        annotation
-        for annotation in content.get('annotations') or []
-        if annotation['image_id'] in sizes
+        annotation for annotation in _annotations(content) if annotation['image_id'] in sizes
     ]
     return (
         annotations,
@@ -269,7 +277,7 @@ def check_labels(content, classes, expected='the classes', sort=False) -> None:
 
 
 def _same_name(content, name):
-    counts = Counter(annotation['category_id'] for annotation in content.get('annotations') or [])
+    counts = Counter(annotation['category_id'] for annotation in _annotations(content))
     ids = [category['id'] for category in content['categories'] if category['name'] == name]
     listed = ', '.join(f'id {number!r} with {counts[number]} boxes' for number in ids)
     return f'{len(ids)} have the name {name!r} ({listed})'
@@ -289,11 +297,11 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
     Args:
         image_ids: of the images that are left after ``filter_cfg``; None for all.
     """
-    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    sizes = _sizes(content)
     left = sizes.keys() if image_ids is None else set(image_ids)
     ids = set(category_ids(content, classes))
     sorted_ = {}
-    for annotation in content.get('annotations') or []:
+    for annotation in _annotations(content):
         w, h = annotation['bbox'][2:]
         image = annotation['image_id']
         if image not in sizes:
@@ -372,7 +380,7 @@ def check_evaluation(content, classes, masks=False) -> None:
     if not any(annotation['iscrowd'] == 0 for annotation in evaluated):
         raise CocoError(
             f'has no box of {some(classes)} to compare with: of '
-            f'{len(content.get("annotations") or [])} annotations {len(evaluated)} '
+            f'{len(_annotations(content))} annotations {len(evaluated)} '
             f'are of these classes, all of them crowds (iscrowd=1), and AP would '
             f'be -1. Use a file with boxes'
         )
@@ -394,14 +402,14 @@ def _evaluated(content, classes):
     ids = set(category_ids(content, classes))
     return [
         annotation
-        for annotation in content.get('annotations') or []
+        for annotation in _annotations(content)
         if annotation['category_id'] in ids and annotation['image_id'] in images
     ]
 
 
 def never_found(content, classes) -> list:
     """The annotations, no crowds, whose boxes have no size or lie outside of their image."""
-    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
+    sizes = _sizes(content)
     return [
         annotation
         for annotation in _evaluated(content, classes)
@@ -460,7 +468,7 @@ def difference(data, truth, image_ids) -> str | None:
         for a in content['annotations']
         if a['image_id'] in found
     }
-    theirs = {a['id']: _what(a) for a in truth.get('annotations') or [] if a['image_id'] in found}
+    theirs = {a['id']: _what(a) for a in _annotations(truth) if a['image_id'] in found}
     for number in sorted(ours.keys() | theirs.keys(), key=str):
         if ours.get(number) != theirs.get(number):
             return (

@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from torch import nn
 
-from ..checkpoint import is_remote
+from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
@@ -53,8 +53,8 @@ def check_same_classes(cfg: Config, splits) -> None:
     first = None
     for split in splits:
         for option, dataset in _datasets(cfg, split):
-            classes = dataset.metainfo.get('classes')
-            if not classes or getattr(dataset, 'return_classes', False):
+            classes = _labelled_classes(dataset)
+            if not classes:
                 continue
             if first is None:
                 first = option, classes
@@ -65,11 +65,11 @@ def check_same_classes(cfg: Config, splits) -> None:
 
 def check_trained_classes(cfg: Config, split: str, checkpoint: dict, path) -> None:
     """Raises ConfigError where a checkpoint's labels stand for other classes than the data's."""
-    meta = (checkpoint.get('meta') or {}).get('dataset_meta')
+    meta = meta_of(checkpoint).get('dataset_meta')
     trained = meta.get('classes') if isinstance(meta, dict) else None
     for option, dataset in _datasets(cfg, split):
-        classes = dataset.metainfo.get('classes')
-        if trained and classes and not getattr(dataset, 'return_classes', False):
+        classes = _labelled_classes(dataset)
+        if trained and classes:
             check_label_order(f'{option}.metainfo.classes', classes, str(path), trained)
 
 
@@ -158,10 +158,10 @@ def _build(node, option):
     if not isinstance(node, dict):
         return  # built by the config's own code
     if 'dataset' in node:
-        _dataset_class(node, option)
+        _class_of(DATASETS, node, option, 'data set')
         yield from _build(node['dataset'], f'{option}.dataset')
     elif 'datasets' in node:
-        _dataset_class(node, option)
+        _class_of(DATASETS, node, option, 'data set')
         if not node['datasets']:
             raise ConfigError(f'{option}.datasets: expected at least one data set, got none')
         members = [
@@ -172,20 +172,21 @@ def _build(node, option):
         for member in members:
             yield from member
     else:
-        cls = _dataset_class(node, option)
+        cls = _class_of(DATASETS, node, option, 'data set')
         if inspect.isclass(cls) and issubclass(cls, BaseDataset):
             yield option, _build_lazily(node, option)
         # else its own code has to say what is wrong
 
 
-def _dataset_class(node, option):
+def _class_of(registry, node, option, what):
+    """The class that a dict of the config builds, or ConfigError with the nearest name."""
     kind = node.get('type')
-    cls = resolve(DATASETS, kind)
+    cls = resolve(registry, kind)
     if cls is None:
-        with DATASETS.switch_scope_and_registry(None) as registry:
-            names = list(registry.module_dict)
+        with registry.switch_scope_and_registry(None) as scoped:
+            names = list(scoped.module_dict)
         raise ConfigError(
-            f'{option}.type: there is no data set {name_of(kind)!r}{did_you_mean(kind, names)}'
+            f'{option}.type: there is no {what} {name_of(kind)!r}{did_you_mean(kind, names)}'
         )
     return cls
 
@@ -250,17 +251,27 @@ def _reads_coco(dataset):
     )
 
 
+def _labelled_classes(dataset):
+    """The classes in whose order labels are numbered, or None where there is no such order.
+
+    Detectors by text have as many classes as the text of an image names.
+    """
+    if getattr(dataset, 'return_classes', False):
+        return None
+    return dataset.metainfo.get('classes')
+
+
 def _check_classes(option, dataset):
-    classes = dataset.metainfo.get('classes')
     for key in dataset.metainfo:
         if key != 'classes' and str(key).lower() == 'classes':
             raise ConfigError(
                 f'{option}.metainfo.{key}: mmdet reads classes, in small letters, '
-                f'and would go on with {some(classes or ["none"])}. Write '
-                f'metainfo=dict(classes=...)'
+                f'and would go on with {some(dataset.metainfo.get("classes") or ["none"])}. '
+                f'Write metainfo=dict(classes=...)'
             )
-    if classes is None or getattr(dataset, 'return_classes', False):
-        return  # detectors by text have as many classes as the text names
+    classes = _labelled_classes(dataset)
+    if classes is None:
+        return
     if isinstance(classes, str):
         raise ConfigError(
             f'{option}.metainfo.classes: expected a tuple of names, got the text '
@@ -282,8 +293,8 @@ def _check_classes(option, dataset):
 
 
 def _check_num_classes(option, dataset, model):
-    classes = dataset.metainfo.get('classes')
-    if classes is None or getattr(dataset, 'return_classes', False):
+    classes = _labelled_classes(dataset)
+    if classes is None:
         return
     for name, module in model.named_modules():
         num_classes = getattr(module, 'num_classes', None)
@@ -528,7 +539,7 @@ def _check_evaluators(cfg, split, checked, files):
     if evaluator is not None and not apart:
         _check_same_metainfo(cfg[f'{split}_dataloader'].dataset, checked)
     for index, (option, metric) in enumerate(metrics_of(evaluator, f'{split}_evaluator')):
-        _check_metric_exists(option, metric)
+        _class_of(METRICS, metric, option, 'metric')
         path = metric.get('ann_file')
         if (
             not path
@@ -552,16 +563,6 @@ def _check_evaluators(cfg, split, checked, files):
             files.read(option, path)
 
 
-def _check_metric_exists(option, metric):
-    kind = metric.get('type')
-    if resolve(METRICS, kind) is None:
-        with METRICS.switch_scope_and_registry(None) as registry:
-            names = list(registry.module_dict)
-        raise ConfigError(
-            f'{option}.type: there is no metric {name_of(kind)!r}{did_you_mean(kind, names)}'
-        )
-
-
 def _check_same_metainfo(node, checked):
     """mmdet's ConcatDataset makes a list of what differs, in which no metric finds classes."""
     for data in checked[1:]:
@@ -582,17 +583,18 @@ def _check_truth(option, metric, checked, content):
     with _about(path, option):
         coco.check_format(content, annotations=evaluated)
         for data in checked:
-            classes = data.dataset.metainfo.get('classes')
-            if classes and not getattr(data.dataset, 'return_classes', False):
-                coco.check_labels(
-                    content,
-                    classes,
-                    f'{data.option}.metainfo.classes',
-                    metric.get('sort_categories', False),
-                )
-                if evaluated:
-                    coco.check_evaluation(content, classes, masks)
-                    _tell_what_cannot_be_found(path, content, classes)
+            classes = _labelled_classes(data.dataset)
+            if not classes:
+                continue
+            coco.check_labels(
+                content,
+                classes,
+                f'{data.option}.metainfo.classes',
+                metric.get('sort_categories', False),
+            )
+            if evaluated:
+                coco.check_evaluation(content, classes, masks)
+                _tell_what_cannot_be_found(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
     found = coco.difference(

@@ -19,13 +19,13 @@ from mmengine.utils import import_modules_from_strings
 
 from ..config_tree import add_imports, dicts, imports_of
 from ..environment import check_mmdet
-from ..messages import UserError
+from ..messages import ConfigError, UserError, wants_larger_batch
 
 check_mmdet()  # every tool imports this file before mmdet
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo  # noqa: E402
 
-from ..checks.preflight import ConfigError, remove_checkpoints  # noqa: E402
+from ..checks.preflight import remove_checkpoints  # noqa: E402
 
 # Set by torchrun, srun and mpirun.
 RANK_VARIABLES = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
@@ -203,7 +203,7 @@ def one_message(parser: argparse.ArgumentParser):
             f'whole checkpoint with --resume',
         )
     except ValueError as error:
-        if 'more than 1 value per channel' in str(error):
+        if wants_larger_batch(error):
             _exit(
                 parser,
                 2,

@@ -12,7 +12,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from rich.progress import track
 
-from ..checks.preflight import ConfigError
+from ..messages import ConfigError
 
 
 def find_images(path) -> list[Path]:

@@ -6,6 +6,7 @@ from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
+from ..config_tree import innermost
 from ..messages import ConfigError, tell
 from ..registered import is_of, name_of
 
@@ -42,7 +43,7 @@ def augmented(cfg: Config) -> Config:
         tell('the config has no tta_model: DetTTAModel with an NMS at IoU 0.5 is used')
         cfg.tta_model = copy.deepcopy(MODEL)
     cfg.model = dict(cfg.tta_model, module=cfg.model)
-    datasets = list(_innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'))
+    datasets = list(innermost(cfg.test_dataloader.dataset, 'test_dataloader.dataset'))
     pipelines = [
         cfg.get('tta_pipeline') or _flipped(dataset.get('pipeline') or [], option)
         for option, dataset in datasets
@@ -50,17 +51,6 @@ def augmented(cfg: Config) -> Config:
     for (_, dataset), pipeline in zip(datasets, pipelines, strict=True):
         dataset['pipeline'] = copy.deepcopy(pipeline)
     return cfg
-
-
-def _innermost(node, option):
-    """The data sets inside wrappers."""
-    if 'dataset' in node:
-        yield from _innermost(node['dataset'], f'{option}.dataset')
-    elif 'datasets' in node:
-        for index, inner in enumerate(node['datasets']):
-            yield from _innermost(inner, f'{option}.datasets.{index}')
-    else:
-        yield option, node
 
 
 def _flipped(pipeline, option):

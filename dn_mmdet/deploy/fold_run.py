@@ -16,13 +16,15 @@ from torch import nn
 
 from ..checkpoint import check_fits, open_checkpoint
 from ..checks import preflight
-from ..checks.preflight import ConfigError, reserved
+from ..checks.preflight import reserved
 from ..cli import command_line
 from ..experiments.compare import last_checkpoint, read_result
 from ..experiments.recording import check_parent, plain
 from ..files import write_json
 from ..fold import MOST, most_varying
+from ..messages import ConfigError
 from . import folding
+from .folded_config import built
 
 IMAGES = 512  # training images for the mean of g and h, as in tools/fold.py
 
@@ -31,7 +33,7 @@ def folded_metrics(cfg: Config, model: nn.Module) -> dict[str, dict | None]:
     """The metrics of a trained model with all and with most of its DN layers folded.
 
     Args:
-        model: with its weights, as `folding.built` makes it.
+        model: with its weights, as `built` makes it.
 
     Returns:
         by column of `results.FOLDED`; that of new running statistics is None where the
@@ -76,7 +78,7 @@ def fold_run(folder: Path) -> None:
         raise ConfigError(f'{folder}: its checkpoint is gone: train it again, or leave it out')
     cfg = command_line.load_config(folder / 'config.py')
     checkpoint = open_checkpoint(path)
-    model = folding.built(cfg)
+    model = built(cfg)
     check_fits(model, checkpoint, path)
     found: dict[str, dict | str | None]
     try:

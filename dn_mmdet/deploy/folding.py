@@ -1,6 +1,6 @@
-"""What tools/fold.py does: which layers of a trained model to fold, and what that costs.
+"""Which layers of a trained model to fold, and what that costs.
 
-Folds copies of the model, evaluates them, and writes a BatchNorm checkpoint with its config.
+Folds copies of the model and evaluates them; tools/fold.py writes what comes of it.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import logging
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,24 +18,17 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..checks import preflight
-from ..checks.preflight import ConfigError
-from ..config_tree import add_imports, remove_imports
+from ..config_tree import innermost
 from ..convert import misfolded
-from ..experiments.controls import PartlyConverted
-from ..experiments.cost import mult_adds
-from ..experiments.report import markdown_table
-from ..experiments.results import METRICS
-from ..files import replacing
+from ..experiments.cost import first_image, mult_adds
+from ..experiments.results import main_metric
 from ..fold import (
     LayerReport,
-    PartlyFolded,
-    RewrittenBN,
     calibrate,
     foldable,
     measure,
@@ -45,151 +37,17 @@ from ..fold import (
     recalibrate,
     replace_layers,
 )
-from ..layers import _DynamicNorm
-from ..messages import some
-from ..registered import is_of, resolve
+from ..messages import ConfigError, wants_larger_batch
+from .folded_config import built
 
-SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what is written
-BATCH_NORMS = {
-    nn.BatchNorm1d: 'BN1d',
-    nn.BatchNorm2d: 'BN',
-    nn.BatchNorm3d: 'BN3d',
-    nn.SyncBatchNorm: 'SyncBN',
-}
 TIMED = 15  # forward passes of each model
 TRIED = 8  # of the layers that a search kept, how many it then tries to fold after all
 
 
-class Row(NamedTuple):
-    """A model with some layers folded: a line of the table."""
-
-    kept: tuple[str, ...]  # layers that are dynamic
-    value: float  # of the metric
-    recalibrated: bool  # whether its running statistics were estimated again
-    parameters: int
-    mult_adds: int
-    milliseconds: float
-    changed: float | None = None  # the metric on changed images
-
-
-# Configs.
-
-
-def with_batch_norm(node):
-    """A model's config with BatchNorm wherever it has Dynamic Normalization."""
-    if isinstance(node, (list, tuple)):
-        return type(node)(with_batch_norm(child) for child in node)
-    if not isinstance(node, dict):
-        return node
-    if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
-        return with_batch_norm(node['part'])
-    if is_of(MODELS, node, (_DynamicNorm, RewrittenBN)):
-        cls = resolve(MODELS, node['type'])
-        kept = {
-            key: node[key] for key in ('eps', 'momentum', 'track_running_stats') if key in node
-        }
-        if not (node.get('requires_grad', True) and node.get('bn_requires_grad', True)):
-            kept['requires_grad'] = False
-        return type(node)(kept, type=BATCH_NORMS[getattr(cls, 'bn_type', nn.BatchNorm2d)])
-    return type(node)({key: with_batch_norm(child) for key, child in node.items()})
-
-
-def folded_config(cfg: Config, names, dynamic) -> Config:
-    """The config of the model in which only the layers ``dynamic`` of ``names`` are dynamic.
-
-    Where there is none it needs nothing of this package but what else the config names.
-    """
-    cfg = copy.deepcopy(cfg)
-    if dynamic:
-        for key, node in list(cfg.model.items()):
-            if isinstance(node, (list, tuple)):
-                cfg.model[key] = [
-                    _folded_part(child, f'{key}.{i}.', names, dynamic)
-                    for i, child in enumerate(node)
-                ]
-            else:
-                cfg.model[key] = _folded_part(node, f'{key}.', names, dynamic)
-    else:
-        cfg.model = with_batch_norm(cfg.model)
-        if isinstance(cfg.get('norm_cfg'), dict):
-            cfg.norm_cfg = with_batch_norm(cfg.norm_cfg)
-    if cfg.get('custom_hooks'):
-        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.get('type') != 'RecordRun']
-    remove_imports(
-        cfg,
-        'dn_mmdet',
-        'dn_mmdet.experiments.controls',
-        'dn_mmdet.experiments.recording',
-        'dn_mmdet.fold',
-    )
-    if dynamic:
-        add_imports(cfg, 'dn_mmdet.fold')
-    return cfg
-
-
-def _folded_part(node, prefix, names, dynamic):
-    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    kept = [name for name in inside if f'{prefix}{name}' in dynamic]
-    if not isinstance(node, dict) or len(kept) == len(inside):
-        return node
-    if not kept:
-        return with_batch_norm(node)
-    return dict(type='PartlyFolded', part=node, dynamic=kept)
-
-
-def built(cfg: Config) -> nn.Module:
-    """The model of a config as mmengine's runner builds it, on the CPU.
-
-    Raises:
-        ConfigError: see `check_model`.
-    """
-    cfg = copy.deepcopy(cfg)
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return preflight.check_model(cfg)
-
-
-def check_twin(cfg: Config, model: nn.Module) -> None:
-    """Raises ConfigError where the config with BatchNorm builds more than another norm."""
-    wanted = {}
-    inside = {f'{name}.' for names in foldable(model).values() for name in names}
-    for key, value in model.state_dict().items():
-        layer = next((name for name in inside if key.startswith(name)), '')
-        leaf = key.removeprefix(layer)
-        if not layer or leaf.startswith('bn.'):
-            wanted[layer + leaf.removeprefix('bn.')] = value.shape
-    twin = built(folded_config(cfg, (), ())).state_dict()
-    affine = {f'{name}{leaf}' for name in inside for leaf in ('weight', 'bias')}
-    differing = sorted(
-        key
-        for key in {*wanted, *twin} - affine
-        if key not in wanted or key not in twin or wanted[key] != twin[key].shape
-    )
-    if differing:
-        raise ConfigError(
-            f'{cfg.filename}: with BatchNorm in the place of Dynamic Normalization '
-            f'it builds a model that differs in more than the norm, in '
-            f'{len(differing)} weights ({some(differing)}): fold the model in '
-            f'Python, by dn_mmdet.fold.fold_norm'
-        )
-
-
-# Data.
-
-
-def _leaf(dataset):
-    while True:
-        if isinstance(dataset.get('dataset'), dict):
-            dataset = dataset['dataset']
-        elif dataset.get('datasets'):
-            dataset = dataset['datasets'][0]
-        else:
-            return dataset
-
-
 def calibration_dataset(cfg: Config) -> dict:
     """The config's training data, each image once and as evaluation reads it."""
-    pipeline = _leaf(cfg.val_dataloader.dataset).get('pipeline')
+    _, evaluated = next(innermost(cfg.val_dataloader.dataset, 'val_dataloader.dataset'))
+    pipeline = evaluated.get('pipeline')
 
     def plain(dataset):
         if isinstance(dataset.get('dataset'), dict):  # repeated, mixed, balanced
@@ -229,7 +87,7 @@ class Evaluation:
     """The config's own evaluation; calling it gives the metric of a model.
 
     Args:
-        metric (str | None): by default the first of `METRICS` there is.
+        metric (str | None): by default `main_metric`.
         prepare (bool): prepare images as the config's ``data_preprocessor`` does, and not
             as that of the model.
     """
@@ -256,7 +114,7 @@ class Evaluation:
     def __call__(self, model) -> float:
         found = self.metrics(model)
         if self.metric is None:
-            self.metric = next((name for name in METRICS if name in found), next(iter(found)))
+            self.metric = main_metric(found)
         if self.metric not in found:
             raise ConfigError(
                 f'--metric: the evaluator gives no {self.metric!r}, but {", ".join(found)}'
@@ -265,11 +123,7 @@ class Evaluation:
 
     def one_image(self, model):
         """Arguments of a model's forward, of the first image."""
-        data = self.loader.collate_fn([self.loader.dataset[0]])
-        data = model.data_preprocessor(data, False)
-        inputs = data['inputs']
-        inputs = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
-        return inputs, data['data_samples']
+        return first_image(model, self.loader)
 
 
 @contextlib.contextmanager
@@ -285,7 +139,16 @@ def quiet():
         logger.setLevel(level)
 
 
-# Folding.
+class Row(NamedTuple):
+    """A model with some layers folded: a line of the table."""
+
+    kept: tuple[str, ...]  # layers that are dynamic
+    value: float  # of the metric
+    recalibrated: bool  # whether its running statistics were estimated again
+    parameters: int
+    mult_adds: int
+    milliseconds: float
+    changed: float | None = None  # the metric on changed images
 
 
 class Folding:
@@ -357,7 +220,7 @@ class Folding:
         try:
             recalibrate(model, self.calibration.batches(chosen, self.calibration.trained))
         except ValueError as error:
-            if 'more than 1 value per channel' not in str(error):
+            if not wants_larger_batch(error):
                 raise
             return False
         return True
@@ -530,160 +393,3 @@ def fold(
         len(calibration.chosen) if halves else 0,
         halves,
     )
-
-
-# What is written.
-
-
-def check_out(out: Path) -> None:
-    """Raises ConfigError where a result would replace a file or cannot be written."""
-    if out.suffix != '.pth':
-        raise ConfigError(f'--out: expected a file name in .pth, got {out}')
-    there = [path for path in map(out.with_suffix, SUFFIXES) if path.exists()]
-    if there:
-        raise ConfigError(f'{some(there)}: exists already; name another file with --out')
-    preflight.make_folder(out.parent, '--out')
-
-
-def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
-    """The checkpoint, its config, the tables and the figure; returns what the tables say.
-
-    Raises:
-        ConfigError: the checkpoint would not load into the config. Nothing was written then.
-    """
-    dynamic = result.chosen.kept
-    cfg = folded_config(cfg, [row.name for row in result.report], dynamic)
-    cfg = Config(cfg.to_dict())  # names in place of classes
-    state = result.model.state_dict()
-    try:
-        built(Config.fromstring(cfg.pretty_text, '.py')).load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(
-            f'{out}: not written, the folded weights do not fit the config that '
-            f'belongs to them: {error}'
-        ) from error
-    meta = dict(
-        checkpoint.get('meta') or {},
-        cfg=cfg.pretty_text,
-        folded=dict(
-            layers=[row.name for row in result.report if row.folded], dynamic=list(dynamic)
-        ),
-    )
-    text = in_words(result)
-    figure = io.BytesIO()
-    draw(result, figure)
-    for suffix, content in zip(
-        SUFFIXES,
-        (
-            lambda path: torch.save(dict(meta=meta, state_dict=state), path),
-            lambda path: path.write_text(cfg.pretty_text),
-            lambda path: path.write_text(text),
-            lambda path: path.write_bytes(figure.getvalue()),
-        ),
-        strict=True,
-    ):
-        with replacing(out.with_suffix(suffix)) as part:
-            content(part)
-    return text
-
-
-def in_words(result: Result) -> str:
-    """The table of the models, a sentence about the images, and the table of the layers."""
-    first = result.rows[0]
-    header = [
-        'layers',
-        result.metric,
-        'to dynamic',
-        'new statistics',
-        'parameters',
-        'Mult-Adds',
-        'ms per image',
-    ]
-    lines = [
-        [
-            row_name(row, result),
-            f'{row.value:.4g}',
-            f'{row.value - first.value:+.4g}',
-            'yes' if row.recalibrated else 'no',
-            f'{row.parameters / 1e6:.3f} M',
-            f'{row.mult_adds / 1e6:.2f} M',
-            f'{row.milliseconds:.2f}',
-        ]
-        for row in result.rows
-    ]
-    if first.changed is not None:
-        header.append('on changed images')
-        for row, line in zip(result.rows, lines, strict=True):
-            line.append(f'{row.changed:.4g}')
-    text = f'{markdown_table(header, lines)}\n'
-    text += (
-        f'Chosen: {row_name(result.chosen, result)}. Times are of the network alone, one '
-        f'image, BatchNorms folded into convolutions, {timed_on()}.\n'
-    )
-    if result.halves:
-        low, high = sorted(result.halves)
-        text += (
-            f'Calibrated with {result.images} training images; with the first and the second '
-            f'half of them alone {result.metric} is {result.halves[0]:.4g} and '
-            f'{result.halves[1]:.4g}, {high - low:.4g} apart. They have to be like the '
-            f'images that the model will see: for others, fold again.\n'
-        )
-    else:
-        text += 'All layers have constant scale and shift: folding is exact.\n'
-    header = ['layer', 'was', 'std of g', 'std of h', 'share of variance', 'now']
-    lines = [
-        [
-            row.name,
-            row.kind,
-            f'{row.g_std:.4f}',
-            f'{row.h_std:.4f}',
-            f'{row.share:.2e}',
-            'BatchNorm'
-            if row.folded
-            else 'dynamic, reached by no image'
-            if math.isnan(row.share)
-            else 'dynamic',
-        ]
-        for row in result.report
-    ]
-    return f'{text}\n{markdown_table(header, lines)}'
-
-
-def row_name(row: Row, result: Result) -> str:
-    """'12 of 66 dynamic'"""
-    count, all_layers = len(row.kept), len(result.report)
-    if count == all_layers:
-        return 'all dynamic'
-    return f'{count} of {all_layers} dynamic' if count else f'all {all_layers} folded'
-
-
-def timed_on() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f'CPU, {threads} thread{"s" if threads > 1 else ""}'
-
-
-def draw(result: Result, out) -> None:
-    """The metric over the time for an image, as PNG."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-    rows = result.rows
-    axes.plot([row.milliseconds for row in rows], [row.value for row in rows], 'o-')
-    for row in rows:
-        axes.annotate(
-            row_name(row, result),
-            (row.milliseconds, row.value),
-            fontsize=8,
-            textcoords='offset points',
-            xytext=(4, 6),
-        )
-    axes.plot(result.chosen.milliseconds, result.chosen.value, 'o', ms=12, mfc='none')
-    axes.set(xlabel=f'ms per image, network alone, {timed_on()}', ylabel=result.metric)
-    axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=110, format='png')
-    plt.close(figure)

@@ -3,12 +3,11 @@
 A row is a model with some of its layers dynamic; models of one config are its seeds.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from ..checks.preflight import ConfigError
+from ..checkpoint import meta_of
 from ..experiments import results
 from ..experiments.compare import data_name
 from ..files import write_text
@@ -56,32 +55,26 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
         commit (str): of the code.
         changed (dict | None): options of the images that ``value_changed`` is of.
     """
-    seed = (checkpoint.get('meta') or {}).get('seed')
+    seed = meta_of(checkpoint).get('seed')
     options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
     return [
         dict(
-            zip(
-                COLUMNS,
-                (
-                    data_name(cfg),
-                    config,
-                    seed,
-                    options or None,
-                    len(result.report),
-                    len(row.kept),
-                    result.metric,
-                    row.value,
-                    'yes' if row.recalibrated else 'no',
-                    row.changed,
-                    row.parameters,
-                    row.mult_adds,
-                    round(row.milliseconds, 3),
-                    result.images,
-                    hardware(),
-                    commit,
-                ),
-                strict=True,
-            )
+            data=data_name(cfg),
+            config=config,
+            seed=seed,
+            changed=options or None,
+            layers=len(result.report),
+            dynamic=len(row.kept),
+            metric=result.metric,
+            value=row.value,
+            recalibrated='yes' if row.recalibrated else 'no',
+            value_changed=row.changed,
+            parameters=row.parameters,
+            mult_adds=row.mult_adds,
+            milliseconds=round(row.milliseconds, 3),
+            images=result.images,
+            hardware=hardware(),
+            commit=commit,
         )
         for row in result.rows
     ]
@@ -93,22 +86,7 @@ def read(path) -> list[dict]:
     Raises:
         ConfigError: it has other columns.
     """
-    if not Path(path).is_file():
-        return []
-    with open(path, newline='') as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ConfigError(
-                f'{path}: expected the columns {", ".join(COLUMNS)}, found '
-                f'{", ".join(reader.fieldnames or ()) or "none"}'
-            )
-        return [
-            {
-                key: None if value == '' else NUMBERS.get(key, str)(value)
-                for key, value in row.items()
-            }
-            for row in reader
-        ]
+    return results.read_table(path, [COLUMNS], NUMBERS) if Path(path).is_file() else []
 
 
 def merge(path, rows) -> None:

@@ -35,9 +35,9 @@ from rich.progress import (
 from ..checkpoint import CheckpointError, check_resumable, open_checkpoint
 from ..checks import preflight
 from ..checks.data_checks import metrics_of
-from ..checks.preflight import ConfigError
 from ..config_tree import add_imports
-from ..files import write_json
+from ..files import read_json, write_json
+from ..messages import ConfigError
 from ..provenance import ROOT
 from ..registered import is_of, name_of
 from .recording import PARENT, nothing_to_fold, read_log
@@ -163,20 +163,16 @@ def differences(first: Config, other: Config) -> list[str]:
 
 def _flat(node, name=''):
     """{'model.neck.in_channels.0': 96, ...}"""
-    children = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, (list, tuple))
-        else None
-    )
-    if children is None:
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
         return {name[1:]: node}
-    return {
-        key: value
-        for child, content in children
-        for key, value in _flat(content, f'{name}.{child}').items()
-    }
+    flat = {}
+    for child, content in children:
+        flat.update(_flat(content, f'{name}.{child}'))
+    return flat
 
 
 def configured(point: Point) -> tuple[Config, dict]:
@@ -331,15 +327,13 @@ def plan(points, out, question, commit) -> list[Run]:
 
 
 def _check_same(run):
-    path = run.folder / 'run.json'
-    if path.is_file():
-        there = json.loads(path.read_text())
-        if there['config_hash'] != run.spec['config_hash']:
-            raise ConfigError(
-                f'{run.folder}: holds a run of another config ({there["data"]}, '
-                f'{there["config_file"]}, or options or the file changed since). '
-                f'Choose another --out, or remove the folder'
-            )
+    there = read_json(run.folder / 'run.json')
+    if there is not None and there['config_hash'] != run.spec['config_hash']:
+        raise ConfigError(
+            f'{run.folder}: holds a run of another config ({there["data"]}, '
+            f'{there["config_file"]}, or options or the file changed since). '
+            f'Choose another --out, or remove the folder'
+        )
 
 
 def data_name(cfg: Config) -> str:
@@ -363,19 +357,16 @@ def harvest(folder) -> dict | None:
 def read_result(folder) -> dict | None:
     """A run's result from what its process left behind; None where it has not ended."""
     folder = Path(folder)
-    if (folder / 'result.json').is_file():
-        return json.loads((folder / 'result.json').read_text())
+    kept = read_json(folder / 'result.json')
+    if kept is not None:
+        return kept
     lines = read_log(folder)
-    told = _told_divergence(folder)
+    told, measured = _told_divergence(folder), read_json(folder / 'measured.json')
     if lines and 'diverged' in lines[-1] or told:
         result = dict(status='diverged', reason=told or lines[-1]['diverged'], metrics={})
-    elif (folder / 'measured.json').is_file():
+    elif measured is not None:
         metrics = [line['metrics'] for line in lines if 'metrics' in line]
-        result = dict(
-            status='finished',
-            metrics=metrics[-1] if metrics else {},
-            **json.loads((folder / 'measured.json').read_text()),
-        )
+        result = dict(status='finished', metrics=metrics[-1] if metrics else {}, **measured)
     else:
         return None
     times = sorted(line['time'] for line in lines if 'time' in line)
@@ -383,16 +374,16 @@ def read_result(folder) -> dict | None:
         seconds=sum(line['seconds'] for line in lines),
         steps=lines[-1]['step'] if lines else 0,
         iteration_seconds=times[len(times) // 2] if times else None,
-        starts=_read_json(folder / 'starts.json', 0),
-        run=_read_json(folder / 'run.json', {}),
-        environment=_read_json(folder / 'environment.json', {}),
+        starts=read_json(folder / 'starts.json', 0),
+        run=read_json(folder / 'run.json', {}),
+        environment=read_json(folder / 'environment.json', {}),
     )
     return result
 
 
 def read_folded(folder) -> dict | None:
     """What `fold_run` wrote: metrics by column, or why there are none; None where it did not."""
-    return _read_json(Path(folder, 'folded.json'), None)
+    return read_json(Path(folder, 'folded.json'))
 
 
 def awaits_folding(folder) -> bool:
@@ -425,10 +416,6 @@ def _told_divergence(folder):
     log = folder / LOGS['training']
     found = DIVERGED.search(log.read_text(errors='replace')) if log.is_file() else None
     return found and found[1]
-
-
-def _read_json(path, default):
-    return json.loads(path.read_text()) if path.is_file() else default
 
 
 def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
@@ -572,7 +559,7 @@ def _training(run):
     """The command of a training, from the last whole checkpoint where there is one."""
     folder = run.folder
     write_json(folder / 'run.json', run.spec)
-    write_json(folder / 'starts.json', _read_json(folder / 'starts.json', 0) + 1)
+    write_json(folder / 'starts.json', read_json(folder / 'starts.json', 0) + 1)
     run.cfg.dump(folder / 'config.py')
     return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder)]
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import torch
+from mmengine.model import BaseModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -96,6 +97,14 @@ def mult_adds(model: nn.Module, forward) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return dict(counting.found)
+
+
+def first_image(model: BaseModel, loader) -> tuple:
+    """Arguments of a model's forward, of the first image that a data loader has."""
+    data = model.data_preprocessor(loader.collate_fn([loader.dataset[0]]), False)
+    inputs = data['inputs']
+    inputs = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
+    return inputs, data['data_samples']
 
 
 def peak_memory() -> dict:

@@ -82,32 +82,26 @@ def _curves(runs):
         named = dict(zip(SETTING, setting, strict=True))
         title = f'{named["data"]}, lr {named["lr"]:g}, batch {named["batch"]}'
         metric = next((run.row['metric'] for run in group if run.row['metric']), None)
-        configs = grouped(group, lambda run: run.row['config'])
         for label, pick in (
             ('training loss', lambda line: line.get('loss')),
             ('training top-1', lambda line: line.get(TRAINING_ACCURACY)),
             (metric, lambda line, m=metric: line.get('metrics', {}).get(m)),
         ):
             lines = [
-                _band(
-                    name,
-                    [
-                        _thinned(
-                            [
-                                (line['epoch'], pick(line))
-                                for line in run.lines
-                                if pick(line) is not None
-                            ]
-                        )
-                        for run in members
-                    ],
-                )
-                for name, members in configs.items()
+                _band(name, [_curve(run, pick) for run in members])
+                for name, members in grouped(group, lambda run: run.row['config']).items()
             ]
             lines = [line for line in lines if line.x]
             if lines:
-                panels.append(Panel(title, 'epoch', label, lines, False, label == 'training loss'))
+                log_y = label == 'training loss'
+                panels.append(Panel(title, 'epoch', label, lines, log_y=log_y))
     return panels
+
+
+def _curve(run, pick):
+    """(epoch, value) of the lines of a run's log that have what ``pick`` takes of them."""
+    values = [(line['epoch'], pick(line)) for line in run.lines]
+    return _thinned([(epoch, value) for epoch, value in values if value is not None])
 
 
 def _thinned(points):
@@ -122,13 +116,18 @@ def _band(name, curves):
     at = defaultdict(list)
     for x, y in itertools.chain(*curves):
         at[round(x, 6)].append(y)
-    points = [(x, interval(at[x])) for x in sorted(at)]
+    xs = sorted(at)
+    return _line(name, xs, [interval(at[x]) for x in xs])
+
+
+def _line(name, xs, intervals, bars=False):
     return Line(
         name,
-        [x for x, _ in points],
-        [i.mean for _, i in points],
-        [i.low for _, i in points],
-        [i.high for _, i in points],
+        xs,
+        [each.mean for each in intervals],
+        [each.low for each in intervals],
+        [each.high for each in intervals],
+        bars,
     )
 
 
@@ -149,7 +148,7 @@ def _against(runs, axis, group_by):
                 axis,
                 members[0].row['metric'],
                 [line._replace(bars=True) for line in lines],
-                True,
+                log_x=True,
             )
         )
     return panels
@@ -169,20 +168,11 @@ def _per_class(runs, baseline):
             if name == baseline or not seeds:
                 continue
             classes = sorted(by_seed[seeds[0]])
-            found = [
+            differences = [
                 interval([by_seed[seed][c] - reference[seed][c] for seed in seeds])
                 for c in classes
             ]
-            lines.append(
-                Line(
-                    name,
-                    classes,
-                    [i.mean for i in found],
-                    [i.low for i in found],
-                    [i.high for i in found],
-                    bars=True,
-                )
-            )
+            lines.append(_line(name, classes, differences, bars=True))
         if lines:
             return [Panel(group[0].row['data'], 'class', 'difference in AP', lines)]
     return []
@@ -201,14 +191,8 @@ def _scale_shift(runs):
     """Of the first finished run of each config."""
     panels = []
     for name, members in grouped(runs, lambda run: run.row['config']).items():
-        layers = next(
-            (
-                run.result['scale_and_shift']
-                for run in members
-                if run.result.get('scale_and_shift')
-            ),
-            None,
-        )
+        of_runs = [run.result.get('scale_and_shift') for run in members]
+        layers = next(filter(None, of_runs), None)
         for key in ('gamma', 'beta') if layers else ():
             q05, q25, q50, q75, q95 = zip(*(layer[key] for layer in layers), strict=True)
             x = list(range(len(layers)))
@@ -226,6 +210,16 @@ def _scale_shift(runs):
     return panels
 
 
+def _layout(panels):
+    """Rows and columns: two panels in a row."""
+    return math.ceil(len(panels) / 2), min(2, len(panels))
+
+
+def _colour_of(line, colours):
+    """A line has the same colour in all panels of a figure; ``colours`` remembers it."""
+    return colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
+
+
 def draw(drawn, out):
     """The figures as PNG files, two panels in a row."""
     import matplotlib
@@ -234,23 +228,21 @@ def draw(drawn, out):
     import matplotlib.pyplot as plt
 
     for name, (title, panels) in drawn.items():
-        rows = -(-len(panels) // 2)
-        width = max(
-            6,
-            max(len(line.x) for panel in panels for line in panel.lines) / 5
-            if name == 'per_class'
-            else 6,
-        )
+        rows, columns = _layout(panels)
+        width = 6.0
+        if name == 'per_class':
+            classes = max(len(line.x) for panel in panels for line in panel.lines)
+            width = max(width, classes / 5)
         figure, axes = plt.subplots(
             rows,
-            min(2, len(panels)),
+            columns,
             squeeze=False,
-            figsize=(width * min(2, len(panels)), 4 * rows),
+            figsize=(width * columns, 4 * rows),
             layout='constrained',
         )
         for cell in axes.flat[len(panels) :]:
             cell.set_visible(False)
-        colours = {}  # a line's is the same in every panel
+        colours = {}
         for cell, panel in zip(axes.flat, panels, strict=False):
             _draw_panel(cell, panel, colours)
         figure.suptitle(title)
@@ -260,7 +252,7 @@ def draw(drawn, out):
 
 def _draw_panel(axes, panel, colours):
     for line in panel.lines:
-        colour = colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
+        colour = _colour_of(line, colours)
         banded = [i for i, low in enumerate(line.low) if low is not None]
         low, high, middle = ([side[i] for i in banded] for side in (line.low, line.high, line.y))
         if line.bars:
@@ -308,28 +300,27 @@ def interactive(drawn) -> list[str] | None:
         return None
     pieces = []
     for title, panels in drawn.values():
-        figure = make_subplots(
-            -(-len(panels) // 2),
-            min(2, len(panels)),
-            subplot_titles=[panel.title for panel in panels],
-        )
+        rows, columns = _layout(panels)
+        figure = make_subplots(rows, columns, subplot_titles=[panel.title for panel in panels])
         colours = {}
         for index, panel in enumerate(panels):
-            place = dict(row=index // 2 + 1, col=index % 2 + 1)
-            for line in panel.lines:
-                shown = line.name not in colours
-                colour = colours.setdefault(line.name, COLOURS[len(colours) % len(COLOURS)])
-                for trace in _traces(go, line, panel, colour, shown):
-                    figure.add_trace(trace, **place)
+            place = dict(row=index // columns + 1, col=index % columns + 1)
+            for trace in _traces_of(go, panel, colours):
+                figure.add_trace(trace, **place)
             figure.update_xaxes(title_text=panel.x, type='log' if panel.log_x else None, **place)
             figure.update_yaxes(title_text=panel.y, type='log' if panel.log_y else None, **place)
-        figure.update_layout(
-            title_text=title, template='plotly_white', height=120 + 380 * -(-len(panels) // 2)
-        )
+        figure.update_layout(title_text=title, template='plotly_white', height=120 + 380 * rows)
         pieces.append(
             figure.to_html(full_html=False, include_plotlyjs=False if pieces else 'inline')
         )
     return pieces
+
+
+def _traces_of(go, panel, colours):
+    """Of each line; the legend has its name once, in the first panel that it is in."""
+    for line in panel.lines:
+        shown = line.name not in colours
+        yield from _traces(go, line, panel, _colour_of(line, colours), shown)
 
 
 def _traces(go, line, panel, colour, shown):

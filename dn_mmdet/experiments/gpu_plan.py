@@ -8,12 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
-from ..checks.preflight import ConfigError, make_folder
+from ..checks.preflight import make_folder
 from ..cli.command_line import load_config
 from ..files import write_json
+from ..messages import ConfigError
 from ..provenance import commit_of
 from . import compare, presets
-from .gpu_training import ARCHIVE, PLAN, check_recipe
+from .gpu_grid import ARCHIVE, PLAN
+from .gpu_recipe import check_recipe
 from .results import COLUMNS, EXTRA, METRICS
 
 # dnb:0-4, or several variants with seeds outermost, bn,dnb:0,2,5-7@lr8@batch32@epochs3

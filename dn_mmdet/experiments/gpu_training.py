@@ -1,21 +1,17 @@
-"""Trains many small classifiers on one GPU, several at once: which norm is better, with seeds.
+"""A small classifier in training on a GPU, as one CUDA graph; and whether it computes right.
 
 A small model does not fill a GPU, and its step takes the host longer than the GPU. So the
 images lie in GPU memory, a step of a model (crop, forward, backward, update) is one CUDA
 graph, and the graphs of several models run side by side, each in its own stream.
 
-What is trained comes from a plan (see `gpu_plan`). This file needs torch and mmengine, of
-OpenCV only what decodes images, and neither MMDetection nor MMPretrain.
+This needs torch and mmengine, of OpenCV only what decodes images, and neither MMDetection nor
+MMPretrain.
 """
 
 import contextlib
 import copy
-import csv
-import json
-import math
 import os
 import tarfile
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,259 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from ..convert import convert_norm, dn_layers
+from ..convert import dn_layers
 from ..fold import MOST, Outputs, batch_norm_of, calibrate, put, recalibrate
-from ..provenance import hardware
-from ..reference import widen
-from ..sc import no_autocast
-from . import controls  # noqa: F401  registers the controls' norms
-from .recording import norm_counts
+from .gpu_recipe import Classifier, build, check_recipe, learning_rates, parameter_groups
 
-PLAN, ARCHIVE = 'plan.json', 'images.tar.xz'  # in the folder that is carried to the GPU
-BACKENDS = ('auto', 'triton', 'torch')  # of DN layers, in the order in which to try them
 WARM_UP = 3  # steps before a capture: libraries and kernels settle
-ROUNDS = 16  # steps of each model between two looks at the clock
 EVALUATED = 1000  # images at once
 CALIBRATION, CALIBRATION_BATCH = 512, 128  # training images that tell the mean g and h
 AVERAGED_EPOCHS = 2  # time constant of the average of weights
-MEASURED = ('value', 'averaged', 'folded', 'folded_most', 'folded_recalibrated', 'train_loss')
 # What a fused layer may be off from the float64 reference, of the norm of each result; a
 # wrong kernel is off by a tenth and more. Or 4 times what plain PyTorch is off.
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 GRAPH_ALLOWED = 0.2  # what two replays may differ from two steps: sums in another order
-# expansion, channels, blocks of MobileNetV2's groups; strides are the config's
-GROUPS = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 
 
 class Refused(RuntimeError):
     """A variant that cannot be trained here: its layers are wrong, or it was not captured."""
-
-
-# The recipe: what a config says, and nothing that this file would pass over in silence.
-
-
-def check_recipe(recipe: dict) -> None:
-    """Raises ValueError for what a config asks for and this training does not do."""
-    known = dict(
-        model=({'type', 'backbone', 'neck', 'head'}, recipe['model']),
-        head=({'type', 'num_classes', 'in_channels', 'loss', 'topk'}, recipe['model']['head']),
-        loss=({'type', 'loss_weight'}, recipe['model']['head']['loss']),
-        backbone=(
-            {'type', 'widen_factor', 'out_indices', 'norm_cfg', 'strides'},
-            _plain_backbone(recipe)[0],
-        ),
-        data_preprocessor=({'num_classes', 'mean', 'std', 'to_rgb'}, recipe['data_preprocessor']),
-        optim_wrapper=({'optimizer', 'paramwise_cfg'}, recipe['optim_wrapper']),
-        optimizer=(
-            {'type', 'lr', 'momentum', 'weight_decay'},
-            recipe['optim_wrapper']['optimizer'],
-        ),
-    )
-    for name, (keys, node) in known.items():
-        if set(node) - keys:
-            raise ValueError(
-                f'{name}: this training does not know {", ".join(sorted(set(node) - keys))}'
-            )
-    model = recipe['model']
-    types = [
-        model['type'],
-        model['neck']['type'],
-        model['head']['type'],
-        model['head']['loss']['type'],
-        _plain_backbone(recipe)[0]['type'],
-        recipe['optim_wrapper']['optimizer']['type'],
-        *(step['type'] for step in recipe['train_pipeline']),
-    ]
-    expected = [
-        'ImageClassifier',
-        'GlobalAveragePooling',
-        'LinearClsHead',
-        'CrossEntropyLoss',
-        'StridedMobileNetV2',
-        'SGD',
-        'LoadImageFromFile',
-        'RandomCrop',
-        'RandomFlip',
-        'PackInputs',
-    ]
-    if types != expected:
-        raise ValueError(f'expected a recipe of {", ".join(expected)}, got {", ".join(types)}')
-    crop, flip = recipe['train_pipeline'][1:3]
-    if (
-        not recipe['drop_last']
-        or crop.get('padding_mode') != 'reflect'
-        or flip.get('direction') != 'horizontal'
-        or model['head']['loss']['loss_weight'] != 1
-    ):
-        raise ValueError(
-            'expected drop_last, a crop with reflected borders, a horizontal flip '
-            'and a loss of weight 1'
-        )
-
-
-def _plain_backbone(recipe):
-    """The backbone's config with BatchNorm or another norm everywhere, and what is converted."""
-    node = recipe['model']['backbone']
-    if node['type'] == 'PartlyConverted':
-        return node['part'], node
-    return node, None
-
-
-def learning_rates(recipe: dict, steps_per_epoch: int, steps: int) -> list[float]:
-    """The rate of each step, from mmengine's own scheduler."""
-    scheduled = recipe['param_scheduler']
-    if isinstance(scheduled, list) or not (
-        scheduled.get('convert_to_iter_based') or scheduled.get('by_epoch') is False
-    ):
-        raise ValueError(
-            'param_scheduler: expected one that counts in steps, or with '
-            'convert_to_iter_based=True'
-        )
-    lr = recipe['optim_wrapper']['optimizer']['lr']
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
-    scheduler = PARAM_SCHEDULERS.build(
-        dict(scheduled), default_args=dict(optimizer=optimizer, epoch_length=steps_per_epoch)
-    )
-    optimizer.step()  # else the scheduler warns
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]['lr'])
-        scheduler.step()
-    return rates
-
-
-def parameter_groups(model: nn.Module, recipe: dict) -> list[dict]:
-    """Parameters by weight decay, as mmengine's constructor reads ``paramwise_cfg``."""
-    optimizer = build_optim_wrapper(
-        model, json.loads(json.dumps(recipe['optim_wrapper']))
-    ).optimizer
-    base = recipe['optim_wrapper']['optimizer']['lr']
-    found = defaultdict(list)
-    for group in optimizer.param_groups:
-        if group['lr'] != base and recipe['param_scheduler']['type'] != 'OneCycleLR':
-            raise ValueError('paramwise_cfg: expected one learning rate for all parameters')
-        found[group['weight_decay'], group['momentum']] += group['params']
-    return [
-        dict(params=params, decay=decay, momentum=momentum)
-        for (decay, momentum), params in found.items()
-    ]
-
-
-# The model: mmdet's MobileNetV2 and MMPretrain's classifier, parameter by parameter.
-
-
-class _ConvNorm(nn.Module):
-    """Convolution, norm and perhaps ReLU6, named as in mmcv's ConvModule."""
-
-    def __init__(self, given, made, size, stride, groups, norm, activation=True):
-        super().__init__()
-        self.conv = nn.Conv2d(given, made, size, stride, size // 2, groups=groups, bias=False)
-        self.bn = norm(made)
-        self.activation = activation
-
-    def forward(self, x):
-        x = self.bn(self.conv(x))
-        return F.relu6(x, inplace=True) if self.activation else x
-
-
-class _Block(nn.Module):
-    def __init__(self, given, made, stride, expansion, norm):
-        super().__init__()
-        middle = given * expansion
-        self.expand_conv = _ConvNorm(given, middle, 1, 1, 1, norm) if expansion != 1 else None
-        self.depthwise_conv = _ConvNorm(middle, middle, 3, stride, middle, norm)
-        self.linear_conv = _ConvNorm(middle, made, 1, 1, 1, norm, activation=False)
-        self.adds = stride == 1 and given == made
-
-    def forward(self, x):
-        y = x if self.expand_conv is None else self.expand_conv(x)
-        y = self.linear_conv(self.depthwise_conv(y))
-        return x + y if self.adds else y
-
-
-class _MobileNetV2(nn.Sequential):
-    def __init__(self, widen_factor, strides, norm):
-        super().__init__()
-        channels = _divisible_by_8(32 * widen_factor)
-        self.conv1 = _ConvNorm(3, channels, 3, strides[0], 1, norm)
-        for i, ((expansion, made, blocks), stride) in enumerate(
-            zip(GROUPS, strides[1:], strict=True)
-        ):
-            made = _divisible_by_8(made * widen_factor)
-            group = []
-            for j in range(blocks):
-                group.append(_Block(channels, made, stride if j == 0 else 1, expansion, norm))
-                channels = made
-            self.add_module(f'layer{i + 1}', nn.Sequential(*group))
-        self.out_channels = int(1280 * max(widen_factor, 1))
-        self.conv2 = _ConvNorm(channels, self.out_channels, 1, 1, 1, norm)
-
-
-def _divisible_by_8(channels):
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-class Classifier(nn.Module):
-    """The model of a recipe, with the names of its parameters in MMPretrain."""
-
-    def __init__(self, recipe):
-        super().__init__()
-        plain, converted = _plain_backbone(recipe)
-        self.backbone = _MobileNetV2(
-            plain['widen_factor'],
-            plain['strides'],
-            lambda channels: make_norm(plain['norm_cfg'], channels),
-        )
-        if converted:
-            convert_norm(
-                self.backbone,
-                converted['norm'],
-                only=converted['only'],
-                **(converted.get('norm_args') or {}),
-            )
-        self.head = nn.Module()
-        self.head.fc = nn.Linear(
-            self.backbone.out_channels, recipe['model']['head']['num_classes']
-        )
-
-    def forward(self, x):
-        features = widen(self.backbone(x)).mean((2, 3))
-        with no_autocast(x.device.type):  # rounded to bfloat16, many classes would be equal
-            return self.head.fc(features)
-
-
-def make_norm(norm_cfg: dict, channels: int) -> nn.Module:
-    """What mmcv's `build_norm_layer` makes; its BN is torch's."""
-    args = dict(norm_cfg)
-    kind = args.pop('type')
-    cls = nn.BatchNorm2d if kind == 'BN' else MODELS.get(kind)
-    if cls is None:
-        raise ValueError(f'norm_cfg: {kind} is not registered')
-    return cls(channels, **args)
-
-
-def build(recipe: dict, seed: int) -> Classifier:
-    """A model with initial weights. Models of one seed share their convolutions' and the head's.
-
-    Drawn after the norms are made, so that what these draw makes no difference.
-    """
-    torch.manual_seed(seed)
-    model = Classifier(recipe)
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-    nn.init.normal_(model.head.fc.weight, std=0.01)
-    nn.init.zeros_(model.head.fc.bias)
-    return model
-
-
-# The images.
 
 
 def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -318,9 +79,6 @@ def load_images(archive, to_rgb: bool, device) -> dict[str, tuple[torch.Tensor, 
     return found
 
 
-# A training.
-
-
 class Training:
     """A model in training, step by step; started again with another seed it keeps its graph.
 
@@ -357,26 +115,35 @@ class Training:
             torch.tensor(preprocessor[key], device=self.device).view(1, -1, 1, 1)
             for key in ('mean', 'std')
         )
-        self.rates = torch.tensor(
-            learning_rates(recipe, self.steps_per_epoch, self.steps), device=self.device
-        )
-        crop, self.flip = recipe['train_pipeline'][1:3]
+        self._make_places()
+        self._make_tables()
+        if self.stream:  # what was made in the current one must be there first
+            self.stream.wait_stream(torch.cuda.current_stream())
+
+    def _make_places(self):
+        """Where in an image a crop reads: positions behind the border are reflected at it."""
+        crop, self.flip = self.recipe['train_pipeline'][1:3]
         size, self.padding = crop['crop_size'], crop['padding']
-        if size != x.shape[-1] or x.shape[-1] != x.shape[-2]:
+        height, width = self.images['train'][0].shape[-2:]
+        if not size == height == width:
             raise ValueError(
-                f'crop_size: expected that of the images, {tuple(x.shape[-2:])}, got {size}'
+                f'crop_size: expected that of the images, {(height, width)}, got {size}'
             )
         positions = torch.arange(-self.padding, size + self.padding).abs()
         last = size - 1
         self.reflected = (last - (last - positions).abs()).to(self.device)
         self.within = torch.arange(size, device=self.device)
         self.channels = torch.arange(3, device=self.device).view(1, -1, 1, 1)
-        self.counter = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def _make_tables(self):
+        """What a step reads, and its loss that it writes, at the counter."""
+        rates = learning_rates(self.recipe, self.steps_per_epoch, self.steps)
+        whole = dict(dtype=torch.long, device=self.device)
+        self.counter = torch.zeros(1, **whole)
+        self.rates = torch.tensor(rates, device=self.device)
+        self.order = torch.zeros(self.steps, self.batch, **whole)
+        self.crops = torch.zeros(self.steps, self.batch, 3, **whole)
         self.losses = torch.zeros(self.steps, device=self.device)
-        self.order = torch.zeros(self.steps, batch, dtype=torch.long, device=self.device)
-        self.crops = torch.zeros(self.steps, batch, 3, dtype=torch.long, device=self.device)
-        if self.stream:  # what was made in the current one must be there first
-            self.stream.wait_stream(torch.cuda.current_stream())
 
     def start(self, seed: int) -> None:
         """Puts everything to where the training of a seed begins, in place."""
@@ -516,38 +283,28 @@ class Training:
             self._check_graph()
 
     def _check_graph(self):
+        replayed, stepped = self._moved_by(self.graph.replay), self._moved_by(self.step)
         inside = [layer.bn for layer in self.model.modules() if hasattr(layer, 'bn')]
-        norms = {
-            id(p)
-            for layer in (*inside, *dn_layers(self.model).values())
-            for p in layer.parameters()
-        }
-        moved = []
-        for replay in (True, False):
-            self.start(0)
-            before = [p.detach().clone() for p in self.parameters]
-            for _ in range(2):
-                self.graph.replay() if replay else self.step()
-            moved.append(
-                [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
-            )
+        layers = (*inside, *dn_layers(self.model).values())
+        norms = {id(p) for layer in layers for p in layer.parameters()}
         for part, wanted in (('norms', True), ('convolutions', False)):
-            replayed, stepped = (
-                torch.cat(
-                    [
-                        change.flatten()
-                        for change, p in zip(changes, self.parameters, strict=True)
-                        if (id(p) in norms) == wanted
-                    ]
-                )
-                for changes in moved
-            )
-            error = ((replayed - stepped).norm() / stepped.norm()).item()
+            chosen = [i for i, p in enumerate(self.parameters) if (id(p) in norms) == wanted]
+            ours = torch.cat([replayed[i].flatten() for i in chosen])
+            theirs = torch.cat([stepped[i].flatten() for i in chosen])
+            error = ((ours - theirs).norm() / theirs.norm()).item()
             if not error <= GRAPH_ALLOWED:
                 raise Refused(
                     f'two replays move the parameters of {part} otherwise than two '
                     f'steps do, by {error:.3g} of the change'
                 )
+
+    def _moved_by(self, step):
+        """How far the first two steps of a training move each parameter."""
+        self.start(0)
+        before = [p.detach().clone() for p in self.parameters]
+        for _ in range(2):
+            step()
+        return [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
 
     def diverged(self) -> bool:
         return not bool(self.losses[: self.done].isfinite().all())
@@ -583,12 +340,12 @@ class Training:
             outputs = self.generated()
             varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
             most = varying[: round(MOST * len(varying))]
-            for key, names in (('folded_most', most), ('folded', varying)):
-                with folded(self.model, {name: outputs[name] for name in names}):
-                    found[key] = self.top1()
-                    if key == 'folded':
-                        self.recalibrate()
-                        found['folded_recalibrated'] = self.top1()
+            with folded(self.model, {name: outputs[name] for name in most}):
+                found['folded_most'] = self.top1()
+            with folded(self.model, outputs):
+                found['folded'] = self.top1()
+                self.recalibrate()
+                found['folded_recalibrated'] = self.top1()
         with torch.no_grad():
             for tensor, average in zip(self.averaging, self.average, strict=True):
                 tensor.copy_(average)
@@ -641,9 +398,6 @@ def folded(model: nn.Module, outputs: dict[str, Outputs]):
             put(model, name, layer)
 
 
-# Parity.
-
-
 def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> float:
     """DN layers of a recipe's model against the reference in float64, training and eval.
 
@@ -669,24 +423,35 @@ def check_layers(recipe: dict, backend: str, device, size: int, batch: int) -> f
             for _ in range(2)
         )
         for training in (True, False):
-            steps = {}
-            for kind in ('fused', 'plain', 'exact'):
-                layer: Any = copy.deepcopy(fresh.get_submodule(name))
-                layer.backend = backend if kind == 'fused' else 'reference'
-                dtype = torch.float64 if kind == 'exact' else torch.float32
-                layer.to(device, dtype).train(training)
-                wide = torch.float64 if kind == 'exact' else torch.bfloat16
-                steps[kind] = _step(layer, x.to(wide), dy.to(wide))
-            for what, wanted in steps['exact'].items():
-                error, plain = (_error(steps[kind][what], wanted) for kind in ('fused', 'plain'))
-                allowed = max(ALLOWED[steps['fused'][what].dtype], 4 * plain)
-                worst = max(worst, error / allowed)
-                if not error <= allowed:
-                    raise Refused(
-                        f'{name}, {tuple(x.shape)}, {"training" if training else "eval"}: {what} '
-                        f'is off by {error:.3g} of its norm, allowed {allowed:.3g}, plain '
-                        f'PyTorch {plain:.3g}'
-                    )
+            where = f'{name}, {tuple(x.shape)}, {"training" if training else "eval"}'
+            steps = _in_three_ways(fresh.get_submodule(name), backend, training, x, dy)
+            worst = max(worst, _largest_error(steps, where))
+    return worst
+
+
+def _in_three_ways(fresh, backend, training, x, dy):
+    """A layer's step by the backend, by plain PyTorch as precise, and exactly."""
+    steps = {}
+    for kind in ('fused', 'plain', 'exact'):
+        layer = copy.deepcopy(fresh)
+        layer.backend = backend if kind == 'fused' else 'reference'
+        layer.to(x.device, torch.float64 if kind == 'exact' else torch.float32).train(training)
+        dtype = torch.float64 if kind == 'exact' else torch.bfloat16
+        steps[kind] = _step(layer, x.to(dtype), dy.to(dtype))
+    return steps
+
+
+def _largest_error(steps, where):
+    worst = 0.0
+    for what, wanted in steps['exact'].items():
+        error, plain = (_error(steps[kind][what], wanted) for kind in ('fused', 'plain'))
+        allowed = max(ALLOWED[steps['fused'][what].dtype], 4 * plain)
+        worst = max(worst, error / allowed)
+        if not error <= allowed:
+            raise Refused(
+                f'{where}: {what} is off by {error:.3g} of its norm, allowed {allowed:.3g}, '
+                f'plain PyTorch {plain:.3g}'
+            )
     return worst
 
 
@@ -718,248 +483,3 @@ def _error(actual, wanted):
     actual, wanted = actual.double(), wanted.double()
     size = wanted.norm().clamp(min=1e-12)
     return ((actual - wanted).norm() / size).item()
-
-
-# The grid.
-
-
-class Grid:
-    """Trains the runs of a plan, several at once, and writes a row for each that ended.
-
-    Runs whose row is in the file already are left out. Runs start in the order of the plan;
-    one that cannot end before the limit, by the pace so far, is not started, and a shorter
-    one behind it may be.
-
-    Args:
-        plan (dict): of `gpu_plan`.
-        images: of `load_images`.
-        path: CSV file of the rows.
-        parallel (int): trainings at once.
-        seconds (float): limit, from now on.
-        backends: see `BACKENDS`.
-        log: called with a line of text about what goes on.
-    """
-
-    def __init__(
-        self, plan, images, path, parallel=8, seconds=math.inf, backends=BACKENDS, log=print
-    ):
-        self.columns, self.runs = plan['columns'], plan['runs']
-        self.images, self.path, self.parallel = images, Path(path), parallel
-        self.log, self.backends = log, backends
-        self.begin = time.perf_counter()
-        self.seconds = seconds
-        self.slots = []  # trainings with their graphs, at work or idle
-        self.running = {}  # training: its run and when it began
-        self.pace = None  # seconds for a step of the usual batch, other trainings beside it
-        self.usual_batch = max((run['row']['batch'] for run in self.runs), default=1)
-        self.refused, self.late, self.good_backend = {}, [], {}
-
-    def elapsed(self):
-        return time.perf_counter() - self.begin
-
-    def train(self) -> bool:
-        """Returns whether every run of the plan has a row now."""
-        ended = [_key(row) for row in read_rows(self.path)]
-        todo = [run for run in self.runs if _key(run['row']) not in ended]
-        self.log(f'{len(self.runs)} runs, {len(self.runs) - len(todo)} of them ended before')
-        while todo or self.running:
-            while todo and len(self.running) < self.parallel:
-                self._begin(todo.pop(0))
-            self._advance()
-            for training in list(self.running):
-                if training.done >= training.steps or training.diverged():
-                    self._end(training)
-            if self.elapsed() >= self.seconds:
-                break
-        left = [_title(run) for run, _ in self.running.values()] + [
-            _title(run) for run in self.late + todo
-        ]
-        if left:
-            more = f' and {len(left) - 8} more' if len(left) > 8 else ''
-            self.log(
-                f'{self.elapsed():.0f} s: the time is over, left: {", ".join(left[:8])}{more}'
-            )
-        for name, why in self.refused.items():
-            self.log(f'{name} was refused: {why}')
-        return not left and not self.refused
-
-    def _begin(self, run):
-        if run['name'] in self.refused:
-            return
-        if self._too_late(run):
-            self.late.append(run)
-            return
-        try:
-            training = self._slot(run)
-        except Refused as error:
-            self.refused[run['name']] = str(error)
-            self.log(f'{run["name"]} is not trained: {error}')
-            return
-        training.start(run['row']['seed'])
-        self.running[training] = run, time.perf_counter()
-
-    def _too_late(self, run):
-        """Whether all that is at work and this run would not end before the limit."""
-        if self.pace is None:
-            return False
-        row = run['row']
-        steps = len(self.images['train'][0]) // row['batch'] * row['epochs']
-        work = steps * self._share(row['batch']) + sum(
-            (training.steps - training.done) * self._share(training.batch)
-            for training in self.running
-        )
-        return self.elapsed() + work * self.pace > self.seconds
-
-    def _share(self, batch):
-        """What a step costs, of one of the usual batch: small ones leave the GPU half idle."""
-        return max(batch / self.usual_batch, 0.25)
-
-    def _slot(self, run):
-        """An idle training of the same recipe, or a new one, with its graph."""
-        row = run['row']
-        same = (run['recipe'], row['batch'], row['epochs'])
-        idle = [slot for slot in self.slots if slot not in self.running]
-        for slot in idle:
-            if (slot.recipe, slot.batch, slot.epochs) == same:
-                return slot
-        for slot in idle[: max(0, len(self.slots) - self.parallel + 1)]:
-            self.slots.remove(slot)
-        begin = time.perf_counter()
-        slot = self._captured(run, *same)
-        self.slots.append(slot)
-        self.log(
-            f'{self.elapsed():.0f} s: {_title(run)}: ready in '
-            f'{time.perf_counter() - begin:.1f} s, backend {slot.backend}'
-        )
-        return slot
-
-    def _captured(self, run, recipe, batch, epochs):
-        """With the first backend that computes what the reference does and can be captured."""
-        known = self.good_backend.get(run['name'])
-        device, size = self.images['train'][0].device, self.images['train'][0].shape[-1]
-        has_dn = bool(dn_layers(Classifier(recipe)))
-        reasons = []
-        for backend in [known] if known else self.backends if has_dn else ['-']:
-            try:
-                if not known and has_dn:
-                    worst = check_layers(recipe, backend, device, size, min(batch, 128))
-                    self.log(
-                        f'{run["name"]}, backend {backend}: errors at most {worst:.2f} of '
-                        f'what is allowed'
-                    )
-                training = Training(recipe, batch, epochs, self.images, backend)
-                training.capture()
-                if not known:
-                    training.check_graph()
-            except (Refused, ImportError, RuntimeError, ValueError) as error:
-                reasons.append(f'{backend}: {error}')
-                self.log(f'{run["name"]}, backend {backend}: {error}')
-                continue
-            self.good_backend[run['name']] = backend
-            return training
-        raise Refused('; '.join(reasons))
-
-    def _advance(self):
-        begin = time.perf_counter()
-        for _ in range(ROUNDS // 4):
-            for training in self.running:
-                training.advance(4 * max(1, self.usual_batch // training.batch))
-            if self.elapsed() >= self.seconds:
-                return
-        for training in self.running:
-            training.synchronize()
-        if all(training.batch == self.usual_batch for training in self.running):
-            self.pace = (time.perf_counter() - begin) / ROUNDS / max(len(self.running), 1)
-
-    def _end(self, training):
-        run, begin = self.running.pop(training)
-        seconds = round(time.perf_counter() - begin, 1)
-        row = dict(
-            run['row'],
-            norm='+'.join(norm_counts(training.model)),
-            params=sum(p.numel() for p in training.parameters),
-            seconds=seconds,
-            hardware=hardware(),
-            backend=training.backend,
-        )
-        if training.diverged():
-            row.update(status='diverged')
-        else:
-            row.update(training.results(), status='finished')
-        append_row(self.path, row, self.columns)
-        measured = ', '.join(f'{key} {row[key]:.4g}' for key in MEASURED if key in row)
-        self.log(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
-
-
-def _title(run):
-    row = run['row']
-    return (
-        f'{run["name"]}:{row["seed"]} (lr {row["lr"]:g}, batch {row["batch"]}, '
-        f'{row["epochs"]} epochs)'
-    )
-
-
-def _key(row):
-    """What tells a run from the others, as it is read from a file."""
-    return tuple(
-        str(row[name]) for name in ('question', 'data', 'config', 'seed', 'epochs', 'lr', 'batch')
-    )
-
-
-def read_rows(path) -> list[dict]:
-    path = Path(path)
-    if not path.is_file():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(path, row: dict, columns) -> None:
-    """A row at the end of a CSV file, with a header where it is new.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    path = Path(path)
-    new = not path.is_file()
-    if not new:
-        with open(path, newline='') as file:
-            found = next(csv.reader(file), [])
-        if found != list(columns):
-            raise ValueError(
-                f'{path}: expected the columns {", ".join(columns)}, found '
-                f'{", ".join(found)}; name another file'
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-
-
-def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=None) -> bool:
-    """Trains what `gpu_plan.prepare` wrote into a folder; see `Grid`."""
-    folder, begin = Path(folder), time.perf_counter()
-    for name in (PLAN, ARCHIVE):
-        if not (folder / name).is_file():
-            raise ValueError(f'{folder / name}: no such file; make it with --prepare')
-    plan = json.loads((folder / PLAN).read_text())
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    to_rgb = {run['recipe']['data_preprocessor']['to_rgb'] for run in plan['runs']}
-    if len(to_rgb) != 1:
-        raise ValueError(f'{folder / PLAN}: expected runs with the same to_rgb')
-    images = load_images(folder / ARCHIVE, to_rgb.pop(), device)
-
-    def log(text):
-        print(text, flush=True)
-
-    log(
-        f'{hardware()}, torch {torch.__version__}; images decoded in '
-        f'{time.perf_counter() - begin:.1f} s'
-    )
-    grid = Grid(
-        plan, images, path, parallel, seconds - (time.perf_counter() - begin), backends, log
-    )
-    return grid.train()

@@ -9,10 +9,11 @@ import fnmatch
 
 import torch
 
-from ..checks.preflight import ConfigError, check_model
+from ..checks.preflight import check_model
 from ..config_tree import add_imports
 from ..convert import batch_norm_cfgs, batch_norms, in_scope_of, swap_norm
 from ..kernels.choice import fused_backends
+from ..messages import ConfigError
 from .compare import NamedConfig, product
 
 
@@ -259,14 +260,9 @@ def _widen(cfg, factor):
     before = _out_channels(cfg)
     cfg.model.backbone.widen_factor = factor
     after = _out_channels(cfg)
-    followers = [
-        node
-        for part in ('neck', 'bbox_head', 'head')
-        for node in [cfg.model.get(part)]
-        if isinstance(node, dict)
-    ]
-    for node in followers:
-        for key in ('in_channels', 'out_channels'):
+    for part in ('neck', 'bbox_head', 'head'):
+        node = cfg.model.get(part)
+        for key in ('in_channels', 'out_channels') if isinstance(node, dict) else ():
             channels = node.get(key)
             if isinstance(channels, int) and [channels] == before[-1:]:
                 node[key] = after[-1]

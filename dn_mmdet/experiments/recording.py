@@ -24,10 +24,11 @@ from torch import nn
 
 from ..convert import batch_norms, dn_layers
 from ..files import write_json, write_text
+from ..fold import affine_of
 from ..provenance import hardware
 from ..version import __version__
 from .controls import BNSE, ScaledBN, StaticDN
-from .cost import mult_adds, peak_memory
+from .cost import first_image, mult_adds, peak_memory
 
 # The process that started the run, which a run does not outlive.
 PARENT = 'DN_MMDET_COMPARE_PID'
@@ -282,11 +283,8 @@ def _mult_adds_of_one_image(model, runner):
     """See `mult_adds`; of the first image of the validation set, or None without one."""
     if runner.val_loop is None:
         return None
-    loader = runner.val_dataloader
-    data = model.data_preprocessor(loader.collate_fn([loader.dataset[0]]), False)
-    inputs = data['inputs']
-    inputs = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
-    return mult_adds(model, lambda: model(inputs, data['data_samples'], mode='tensor'))
+    image = first_image(model, runner.val_dataloader)
+    return mult_adds(model, lambda: model(*image, mode='tensor'))
 
 
 @torch.no_grad()
@@ -317,39 +315,23 @@ def scale_and_shift(model: BaseModel, batches) -> list[dict]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    plain = [
-        (name, bn)
-        for name, bn in batch_norms(model).items()
-        if getattr(bn, 'weight', None) is not None
-    ]
-    found = {
-        name: (layers[name].bn, *map(torch.cat, zip(*pairs, strict=True)))
-        for name, pairs in generated.items()
-    }
-    found.update((name, (bn, torch.zeros(1), torch.zeros(1))) for name, bn in plain)
-    return [
-        _distribution(name, *found[name]) for name, _ in model.named_modules() if name in found
-    ]
+    found = {}
+    for name, pairs in generated.items():
+        g, h = (torch.cat(of_batches) for of_batches in zip(*pairs, strict=True))
+        found[name] = _distribution(name, layers[name].bn, g, h)
+    for name, bn in batch_norms(model).items():
+        if getattr(bn, 'weight', None) is not None:
+            found[name] = _distribution(name, bn, torch.zeros(1), torch.zeros(1))
+    return [found[name] for name, _ in model.named_modules() if name in found]
 
 
 def _distribution(name, bn, g, h):
-    w, b = (
-        (t.detach().float().cpu() if t is not None else torch.full((1,), fill))
-        for t, fill in ((bn.weight, 1.0), (bn.bias, 0.0))
-    )
-    gamma, beta = w * (1 + g), b * (1 + g) + h
+    """Of the scale and shift (N, C) of a DN layer, or with g = h = 0 (1,) those of a BatchNorm."""
+    w, b = affine_of(bn, g)
     levels = torch.tensor(QUANTILES)
-    return dict(
-        layer=name,
-        **{
-            key: value
-            for label, t in (('gamma', gamma), ('beta', beta))
-            for key, value in (
-                (label, torch.quantile(t.flatten(), levels).tolist()),
-                (
-                    f'{label}_over_samples',
-                    t.std(0, correction=0).mean().item() if t.dim() == 2 else 0.0,
-                ),
-            )
-        },
-    )
+    found = dict(layer=name)
+    for label, values in (('gamma', w * (1 + g)), ('beta', b * (1 + g) + h)):
+        over_samples = values.std(0, correction=0).mean().item() if values.dim() == 2 else 0.0
+        found[label] = torch.quantile(values.flatten(), levels).tolist()
+        found[f'{label}_over_samples'] = over_samples
+    return found

@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checks.preflight import ConfigError
+from ..messages import ConfigError
 from .compare import read_folded
 from .figures import draw, figures, interactive
 from .results import (

@@ -5,7 +5,6 @@ Folders and files are read as they are, so they may come from another machine.
 
 import csv
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ..checks.preflight import ConfigError
-from ..files import write_text
+from ..files import read_json, write_text
+from ..messages import ConfigError
 from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
@@ -189,15 +188,13 @@ def read(sources, metric=None) -> list[Recorded]:
 
 
 def _recorded(folder, metric):
-    spec = json.loads((folder / 'run.json').read_text())
+    spec = read_json(folder / 'run.json')
     result = read_result(folder) or {}
     status = result.get('status') or (
         'failed' if (folder / 'failure.json').is_file() else 'unfinished'
     )
     metrics = result.get('metrics', {})
-    metric = metric or next(
-        (name for name in METRICS if name in metrics), next(iter(metrics), None)
-    )
+    metric = metric or main_metric(metrics)
     row = dict(
         question=spec['question'],
         data=spec['data'],
@@ -221,22 +218,42 @@ def _recorded(folder, metric):
     return Recorded(row, folder, result, read_log(folder))
 
 
+def main_metric(metrics) -> str | None:
+    """The metric by which to judge where nobody chose: the first of `METRICS` there is."""
+    return next((name for name in METRICS if name in metrics), next(iter(metrics), None))
+
+
 def read_rows(path) -> list[dict]:
     """Rows of a CSV file with `COLUMNS` and perhaps `EXTRA` behind them.
 
     Raises:
         ConfigError: it has other columns.
     """
+    rows = read_table(path, [COLUMNS, COLUMNS + EXTRA], NUMBERS)
+    return [dict(row, question=row['question'] or '') for row in rows]
+
+
+def read_table(path, allowed, numbers) -> list[dict]:
+    """Rows of a CSV file, its numbers as numbers and None in empty cells.
+
+    Args:
+        allowed: the columns that it may have, in one or several versions; messages name the
+            first.
+        numbers: the type of each column that holds numbers.
+
+    Raises:
+        ConfigError: it has other columns.
+    """
     with open(path, newline='') as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS + EXTRA):
+        if tuple(reader.fieldnames or ()) not in allowed:
             raise ConfigError(
-                f'{path}: expected the columns {", ".join(COLUMNS)}, found '
+                f'{path}: expected the columns {", ".join(allowed[0])}, found '
                 f'{", ".join(reader.fieldnames or ()) or "none"}'
             )
         return [
             {
-                key: None if value == '' and key != 'question' else NUMBERS.get(key, str)(value)
+                key: None if value == '' else numbers.get(key, str)(value)
                 for key, value in row.items()
             }
             for row in reader
@@ -270,9 +287,10 @@ def csv_text(rows, columns):
 
 
 def spec_of(run):
-    return run.result.get('run', {}) or (
-        json.loads((run.folder / 'run.json').read_text()) if run.folder else {}
-    )
+    """What run.json says of a run; nothing of one from a CSV file."""
+    if run.result.get('run') or run.folder is None:
+        return run.result.get('run', {})
+    return read_json(run.folder / 'run.json')
 
 
 def grouped(items, key):
@@ -289,47 +307,50 @@ def summarise(runs, baseline) -> list[dict]:
         configs = grouped(group, lambda run: run.row['config'])
         reference = _values(configs.get(baseline, []))
         for name, members in sorted(configs.items(), key=lambda item: item[0] != baseline):
-            values = _values(members)
-            found = interval(list(values.values()))
-            folded = interval(
-                [run.row['folded'] for run in members if run.row.get('folded') is not None]
-            )
-            difference, p = (
-                paired(values, reference)
-                if name != baseline
-                else (Interval(0, None, None, None), None)
-            )
-            apart, apart_p = (
-                unpaired(values, reference)
-                if name != baseline
-                else (Interval(0, None, None, None), None)
-            )
             table.append(
                 dict(
                     zip(SETTING, setting, strict=True),
                     config=name,
                     norm=next((run.row['norm'] for run in members if run.row['norm']), ''),
                     metric=next((run.row['metric'] for run in members if run.row['metric']), ''),
-                    seeds=found.n,
-                    diverged=sum(run.row['status'] == 'diverged' for run in members),
-                    mean=found.mean,
-                    low=found.low,
-                    high=found.high,
-                    folded_seeds=folded.n,
-                    folded=folded.mean,
-                    pairs=difference.n,
-                    difference=difference.mean,
-                    difference_low=difference.low,
-                    difference_high=difference.high,
-                    p=p,
-                    unpaired=apart.mean,
-                    unpaired_low=apart.low,
-                    unpaired_high=apart.high,
-                    unpaired_p=apart_p,
+                    **_over_seeds(members),
+                    **_differences(_values(members), reference if name != baseline else {}),
                     **_cost(members),
                 )
             )
     return table
+
+
+def _over_seeds(runs):
+    """What came out over the seeds, also with all DN layers folded."""
+    found = interval(list(_values(runs).values()))
+    folded = interval([run.row['folded'] for run in runs if run.row.get('folded') is not None])
+    return dict(
+        seeds=found.n,
+        diverged=sum(run.row['status'] == 'diverged' for run in runs),
+        mean=found.mean,
+        low=found.low,
+        high=found.high,
+        folded_seeds=folded.n,
+        folded=folded.mean,
+    )
+
+
+def _differences(values, reference):
+    """The differences to the baseline, {seed: value} each; none where that is empty."""
+    difference, p = paired(values, reference)
+    apart, apart_p = unpaired(values, reference)
+    return dict(
+        pairs=difference.n,
+        difference=difference.mean,
+        difference_low=difference.low,
+        difference_high=difference.high,
+        p=p,
+        unpaired=apart.mean,
+        unpaired_low=apart.low,
+        unpaired_high=apart.high,
+        unpaired_p=apart_p,
+    )
 
 
 def _values(runs):

@@ -270,17 +270,9 @@ def _exercise(model, with_bn, cfg, size, enter):
 
 def example(model, cfg, size) -> dict:
     """Two random images with boxes, masks, and what else a model asks for in training."""
-    classes = [
-        module.num_classes
-        for module in model.modules()
-        if isinstance(getattr(module, 'num_classes', None), int)
-    ]
-    things = [
-        module.num_things_classes
-        for module in model.modules()
-        if isinstance(getattr(module, 'num_things_classes', None), int)
-    ]
-    num_classes = min(things or [number for number in classes if number > 1] or [1])
+    things = _numbers(model, 'num_things_classes')
+    classes = [number for number in _numbers(model, 'num_classes') if number > 1]
+    num_classes = min(things or classes or [1])
     pipelines = str(cfg)
     panoptic = 'LoadPanopticAnnotations' in pipelines
     segments = "'with_seg': True" in pipelines or panoptic
@@ -301,6 +293,12 @@ def example(model, cfg, size) -> dict:
             sample.proposals = InstanceData(bboxes=boxes, scores=torch.ones(2))
         sample.set_metainfo(dict(homography_matrix=np.eye(3, dtype=np.float32)))
     return data
+
+
+def _numbers(model, name):
+    """What the modules of a model have under a name, where that is a whole number."""
+    found = [getattr(module, name, None) for module in model.modules()]
+    return [number for number in found if isinstance(number, int)]
 
 
 def _branches(data):

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,10 +158,9 @@ def report(rows, command, total, left_out=()) -> str:
         left_out: sentences on configs that have none.
     """
     rows = [rows[name] for name in sorted(rows)]
-    by_status = {
-        status: [row for row in rows if row['status'] == status]
-        for status in (PASS, FAIL, NOT_APPLICABLE)
-    }
+    by_status = {PASS: [], FAIL: [], NOT_APPLICABLE: []}
+    for row in rows:
+        by_status[row['status']].append(row)
     parts = [
         "# DN-B over MMDetection's model zoo",
         f'{len(rows)} of the {total} distinct detectors among the configs that mmdet ships '
@@ -176,7 +175,7 @@ def report(rows, command, total, left_out=()) -> str:
         *(f'- {text}' for text in sorted({row['versions'] for row in rows})),
         *(f'- {_cell(text)}' for text in left_out),
         _table(
-            ('result', 'detectors'), [(status, len(by_status[status])) for status in by_status]
+            ('result', 'detectors'), [(status, len(mine)) for status, mine in by_status.items()]
         ),
         '**pass**: the model is built, gives the output of the BatchNorm model, trains one step '
         'with finite losses and an SC that changes, and predicts. The column "difference" has the '
@@ -211,30 +210,26 @@ def report(rows, command, total, left_out=()) -> str:
 
 
 def _by_reason(rows):
-    reasons = Counter(row['reason'] for row in rows)
-    return (
-        _table(
-            ('reason', 'detectors', 'configs'),
-            [
-                (
-                    _cell(reason),
-                    count,
-                    ', '.join(row['config'] for row in rows if row['reason'] == reason),
-                )
-                for reason, count in reasons.most_common()
-            ],
-        )
-        if rows
-        else 'None.'
+    """A table of reasons, the most frequent first, with the configs of each."""
+    if not rows:
+        return 'None.'
+    configs = defaultdict(list)
+    for row in rows:
+        configs[row['reason']].append(row['config'])
+    reasons = sorted(configs, key=lambda reason: -len(configs[reason]))
+    return _table(
+        ('reason', 'detectors', 'configs'),
+        [(_cell(each), len(configs[each]), ', '.join(configs[each])) for each in reasons],
     )
 
 
 def by_architecture(rows) -> str:
     """A Markdown table: per folder of mmdet's configs, what works with DN-B."""
-    folders = sorted({name.split('/')[0] for name in rows})
+    by_folder = defaultdict(list)
+    for name, row in rows.items():
+        by_folder[name.split('/')[0]].append(row)
     lines = []
-    for folder in folders:
-        mine = [row for name, row in rows.items() if name.split('/')[0] == folder]
+    for folder, mine in sorted(by_folder.items()):
         count = Counter(row['status'] for row in mine)
         left = [int(row['left']) for row in mine if row['status'] == PASS]
         reasons = Counter(row['reason'] for row in mine if row['status'] != PASS)
