@@ -266,10 +266,14 @@ def trade_off_of_runs(question: str, config: str, twin: str) -> str:
             f'docs/results/runs.csv: {question!r} has no runs of '
             f'{" and ".join(name for name in found if not found[name])}'
         )
-    value = {row['seed']: row['value'] for row in found[config]}
+    metric = rows[0]['metric']
+    name, factor = SHOWN.get(metric, (metric, 1))
+    value = {row['seed']: factor * row['value'] for row in found[config]}
     lines = []
     for column, words in COLUMNS_IN_WORDS.items():
-        folded = {row['seed']: row[column] for row in found[config] if row[column] is not None}
+        folded = {
+            row['seed']: factor * row[column] for row in found[config] if row[column] is not None
+        }
         lost, _ = results.paired(folded, value)
         lines.append(
             [
@@ -278,10 +282,8 @@ def trade_off_of_runs(question: str, config: str, twin: str) -> str:
                 '' if column == 'value' else _with_interval(lost, '+'),
             ]
         )
-    lines.append(['BatchNorm twin', *_mean([row['value'] for row in found[twin]]), ''])
-    return report.markdown_table(
-        ['layers', 'seeds', rows[0]['metric'], 'to dynamic, within a run'], lines
-    )
+    lines.append(['BatchNorm twin', *_mean([factor * row['value'] for row in found[twin]]), ''])
+    return report.markdown_table(['layers', 'seeds', name, 'to dynamic, within a run'], lines)
 
 
 def _mean(values):

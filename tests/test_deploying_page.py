@@ -1,5 +1,6 @@
 """docs/deploying.md: its code runs, and its commands have the tool's options."""
 
+import collections
 import csv
 import re
 import runpy
@@ -37,26 +38,38 @@ def test_the_commands_are_the_tools():
         None,
         12,
         ['backbone.conv1', '*.linear_conv.bn'],
-        None,
-        None,
-        None,
+        *[None] * 5,
     ]
     std = command_line.load_config(CONFIG).model.data_preprocessor.std
-    for args, contrast in zip(parsed[4:], (0.4, 0.6, 0.4), strict=True):
+    for args, contrast in zip(parsed[4:7], (0.4, 0.6, 0.4), strict=True):
         assert args.changed['model.data_preprocessor.std'] == pytest.approx(
             [value / contrast for value in std]
         )
 
 
-def test_the_table_of_runtimes_is_that_of_the_rows():
-    table = PAGE.split('<!-- rows of results/runtimes.csv -->')[1].split('<!-- end -->')[0]
-    shown = [
+def table_and_rows(name, kind):
+    """The cells of a table in the page, and the CSV file that it was made from."""
+    table = PAGE.split(f'<!-- {kind} of results/{name} -->')[1].split('<!-- end -->')[0]
+    cells = [
         [cell.strip() for cell in line.strip('|').split('|')]
         for line in table.strip().splitlines()[2:]
     ]
-    with open(TESTS.parent / 'docs' / 'results' / 'runtimes.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
+    with open(TESTS.parent / 'docs' / 'results' / name, newline='') as file:
+        return cells, list(csv.DictReader(file))
+
+
+def test_the_table_of_runtimes_is_that_of_the_rows():
+    shown, rows = table_and_rows('runtimes.csv', 'rows')
     assert rows and shown == [
         [f'{row["runtime"]} {row["version"]}', row['model'], row['ms'], row['ratio'], row['error']]
         for row in rows
     ]
+
+
+def test_the_errors_are_the_largest_of_each_runtime():
+    shown, rows = table_and_rows('runtimes_digits.csv', 'errors')
+    errors = collections.defaultdict(list)
+    for row in rows:
+        errors[f'{row["runtime"]} {row["version"]}'].append(row['error'])
+    assert shown == [[name, max(found, key=float)] for name, found in errors.items()]
+    assert all(float(row['error']) < 1e-5 for row in rows)

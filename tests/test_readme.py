@@ -232,6 +232,8 @@ def test_what_the_page_on_causes_says_is_what_the_runs_say():
     for baseline in (None, 'mobilenetv2_dnb_tinyin100'):
         for found in evidence.differences('Causes, on a GPU', baseline).values():
             tables += '\n{:+.2f} ({:+.2f} to {:+.2f})'.format(*found)
+    for found in evidence.differences('Causes, digits').values():
+        tables += '\n{:+.2f} ({:+.2f} to {:+.2f})'.format(*(100 * value for value in found))
     folding = {triple for triple in said if triple not in tables}
     assert not folding, folding
 
