@@ -67,3 +67,15 @@ def test_without_a_checkpoint_the_weights_are_random(measure):
     code, rows = measure('onnxruntime-detections', weights=())
     assert code == 0 and len(rows) == 4
     assert all(float(row['error']) < 1e-3 for row in rows)  # roundings grow in random weights
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # the converters' own, on names that are deprecated
+@pytest.mark.parametrize('name', list(runtimes.RUNTIMES))
+def test_every_runtime_that_is_installed_agrees_with_pytorch(measure, name):
+    missing = runtimes.RUNTIMES[name].missing()
+    if missing:
+        pytest.skip(f'needs {", ".join(missing)}')
+    code, rows = measure(name)
+    assert code == 0 and len(rows) == 4
+    assert all(float(row['error']) < 1e-4 for row in rows)
