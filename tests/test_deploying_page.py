@@ -73,3 +73,5 @@ def test_the_errors_are_the_largest_of_each_runtime():
         errors[f'{row["runtime"]} {row["version"]}'].append(row['error'])
     assert shown == [[name, max(found, key=float)] for name, found in errors.items()]
     assert all(float(row['error']) < 1e-5 for row in rows)
+    slower = [float(row['ratio']) for row in rows if row['model'] == 'dynamic']
+    assert f"{min(slower):.0f} to {max(slower):.0f} times BatchNorm's" in PAGE

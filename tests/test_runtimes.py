@@ -79,3 +79,24 @@ def test_every_runtime_that_is_installed_agrees_with_pytorch(measure, name):
     code, rows = measure(name)
     assert code == 0 and len(rows) == 4
     assert all(float(row['error']) < 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize(
+    'norm, options, expected',
+    [
+        ('BN', ['--size', '64', '64'], 'builds no DN layers'),
+        ('DNB', ['--size', '0', '64'], 'expected an integer of at least 1, got 0'),
+        ('DNB', ['--size', '64', '64', '--rounds', '0'], 'expected an integer of at least 1'),
+        ('DNB', ['--size', '64', '64', '--out', 'other.csv'], 'other.csv: expected the columns'),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, monkeypatch, capsys, norm, options, expected):
+    init_default_scope('mmdet')
+    monkeypatch.chdir(tmp_path)
+    Path('other.csv').write_text('name,value\na,1\n')
+    with pytest.raises(SystemExit) as done:
+        main([str(write_config(tmp_path, norm)), *options])
+    message = capsys.readouterr().err
+    assert done.value.code == 2 and expected in message
+    assert Path('other.csv').read_text() == 'name,value\na,1\n'
+    assert not Path('runtimes.csv').exists()

@@ -7,7 +7,6 @@ ends with exit code 1.
 """
 
 import argparse
-import csv
 import sys
 import tempfile
 from pathlib import Path
@@ -18,9 +17,12 @@ from dn_mmdet.benchmark.variants import wake
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
+from dn_mmdet.convert import dn_layers
 from dn_mmdet.deploy import export, runtimes
-from dn_mmdet.files import replacing
+from dn_mmdet.experiments import results
+from dn_mmdet.files import write_text
 from dn_mmdet.fold import recalibrate
+from dn_mmdet.messages import ConfigError
 
 
 def parse(argv):
@@ -34,7 +36,7 @@ def parse(argv):
     )
     parser.add_argument(
         '--size',
-        type=int,
+        type=command_line.positive,
         nargs=2,
         required=True,
         metavar=('HEIGHT', 'WIDTH'),
@@ -49,7 +51,7 @@ def parse(argv):
     )
     parser.add_argument(
         '--rounds',
-        type=int,
+        type=command_line.positive,
         default=40,
         help='how often each model runs (default: %(default)s)',
     )
@@ -68,8 +70,11 @@ def run(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
     torch.manual_seed(0)
     model = preflight.check_model(cfg)
-    coarse = torch.rand(8, 3, *(side // 8 for side in args.size))
-    images = 255 * torch.nn.functional.interpolate(coarse, tuple(args.size), mode='bilinear')
+    if not dn_layers(model):
+        raise ConfigError(f"{args.config}: builds no DN layers; set norm_cfg to dict(type='DNB')")
+    detector = export.Detector(model, args.size)
+    coarse = torch.rand(8, 3, *(-(-side // 8) for side in args.size))
+    images = 255 * torch.nn.functional.interpolate(coarse, detector.size, mode='bilinear')
     if args.checkpoint:
         checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
         check_fits(model, checkpoint, args.checkpoint)
@@ -77,8 +82,9 @@ def run(args):
         recalibrate(wake(model), [export.batch_of(images)])
     out = Path(args.out)
     preflight.make_folder(out.parent, '--out')
-    rows = read(out)
-    models = runtimes.models_of(model, tuple(args.size), images.numpy())
+    columns = runtimes.FIELDS
+    rows = results.read_table(out, [columns], {}) if out.exists() else []
+    models = runtimes.models_of(detector, images.numpy())
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.runtimes:
@@ -109,22 +115,8 @@ def run(args):
                         error=f'{row.error:.1e}',
                     )
                 )
-            write(out, rows)
+            write_text(out, results.csv_text(rows, columns))
     return 1 if failed else 0
-
-
-def write(path, rows):
-    with replacing(path) as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, runtimes.FIELDS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(path):
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def main(argv=None):

@@ -60,13 +60,13 @@ def parse(argv):
     parser.add_argument(
         '--batch',
         nargs='+',
-        type=_positive,
+        type=command_line.positive,
         metavar='SIZE',
         help='training batch sizes; the learning rate changes in proportion',
     )
     parser.add_argument(
         '--epochs',
-        type=_positive,
+        type=command_line.positive,
         help='passes over the training data (default: as in the configs)',
     )
     parser.add_argument(
@@ -77,7 +77,7 @@ def parse(argv):
     )
     parser.add_argument(
         '--jobs',
-        type=_positive,
+        type=command_line.positive,
         help='how many runs train at once (default: one per CPU core or GPU)',
     )
     parser.add_argument(
@@ -136,12 +136,6 @@ def _factor(text):
     if value <= 0:
         raise argparse.ArgumentTypeError(f'expected a factor above 0 such as x4, got {text}')
     return value
-
-
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'expected an integer of at least 1, got {text}')
-    return int(text)
 
 
 def grid(args):

@@ -33,7 +33,7 @@ def parse(argv):
     )
     parser.add_argument(
         '--size',
-        type=int,
+        type=command_line.positive,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
         help='height and width of the images (default: the scale of Resize in test_dataloader)',

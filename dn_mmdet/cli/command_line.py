@@ -119,6 +119,13 @@ def _plugin_names():
     return dict(layers, SSDLiteHead='dn_mmdet.models.ssdlite_head')
 
 
+def positive(text: str) -> int:
+    """The type of an option that takes an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected an integer of at least 1, got {text}')
+    return int(text)
+
+
 def check_launcher(launcher: str) -> None:
     """Raises ConfigError where a launcher's processes cannot be joined."""
     if launcher == 'pytorch' and 'RANK' not in os.environ:

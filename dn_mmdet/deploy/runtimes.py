@@ -260,13 +260,14 @@ def _quiet():
 
 
 @torch.no_grad()
-def models_of(model: nn.Module, size, images: np.ndarray, folded=0.5) -> dict[str, nn.Module]:
+def models_of(
+    detector: export.Detector, images: np.ndarray, folded: float = 0.5
+) -> dict[str, nn.Module]:
     """The models to compare: with BatchNorm, with all layers dynamic, and with some folded.
 
     The largest maps are folded first, with g and h as they are for the images; what a
     trained model loses by that is for `tools/fold.py` to say.
     """
-    detector = export.Detector(model, size)
     outputs = calibrate(detector, [torch.from_numpy(images)])
     values = {}
 
