@@ -785,10 +785,23 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+# Python imports it at its start. Threads of gloo that Python leaves behind can abort the process.
+NO_GROUP_AT_EXIT = """
+import atexit, os, pathlib
+
+@atexit.register
+def check():
+    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]
+    if 'RANK' in os.environ:
+        print('gloo threads at the end:', sum('gloo' in name for name in names))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_test_over_gloo(user):
     """Without a GPU, through the scripts; the learning rate counts both processes."""
-    env = without_gpu(PYTHON=sys.executable, PORT=free_port())
+    env = without_gpu(PYTHON=sys.executable, PORT=free_port(), PYTHONPATH=user)
+    (user / 'sitecustomize.py').write_text(NO_GROUP_AT_EXIT)
 
     def run(script, *argv):
         done = subprocess.run(
@@ -816,6 +829,7 @@ def test_two_processes_train_and_test_over_gloo(user):
         'auto_scale_lr.base_batch_size=2',
     )
     assert code == 0, output
+    assert output.count('gloo threads at the end: 0') == 2, output
     assert scalars(user / 'new', 'lr') == [0.02]  # one step: 2 x 2 of the 4 images
     (logged,) = scalars(user / 'new', 'coco/bbox_mAP')
 
@@ -830,6 +844,7 @@ def test_two_processes_train_and_test_over_gloo(user):
         'two.pkl',
     )
     assert code == 0, output
+    assert output.count('gloo threads at the end: 0') == 2, output
     succeed(
         'test', 'tiny_dnb.py', 'new/epoch_1.pth', '--work-dir', 'one', '--out', 'one.pkl', cwd=user
     )

@@ -88,6 +88,14 @@ def check(cfg, tested, args):
         preflight.make_folder(Path(args.out).parent, '--out')
 
 
+def test(cfg, out):
+    runner = command_line.build_runner(cfg)
+    if out:
+        dump = DumpDetResults if cfg.default_scope == 'mmdet' else DumpResults
+        runner.test_evaluator.metrics.append(dump(out_file_path=out))
+    runner.test()
+
+
 def main(argv=None):
     parser, args = parse(argv)
     command_line.set_local_rank(args.local_rank)
@@ -96,11 +104,8 @@ def main(argv=None):
         tested = augmented(cfg) if args.tta else cfg
         if command_line.is_first_process(args.launcher):
             check(cfg, tested, args)
-        runner = command_line.build_runner(tested)
-        if args.out:
-            dump = DumpDetResults if cfg.default_scope == 'mmdet' else DumpResults
-            runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
-        runner.test()
+        test(tested, args.out)
+        command_line.leave_processes(tested)
 
 
 if __name__ == '__main__':

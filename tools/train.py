@@ -145,6 +145,13 @@ def check(cfg, args):
     return resume
 
 
+def train(cfg, overwrite):
+    runner = command_line.build_runner(cfg)
+    if overwrite:
+        runner.register_hook(command_line.RemoveOldCheckpoints())
+    runner.train()
+
+
 def main(argv=None):
     parser, args = parse(argv)
     command_line.set_local_rank(args.local_rank)
@@ -155,10 +162,8 @@ def main(argv=None):
         if command_line.is_first_process(args.launcher):
             resume = check(cfg, args)
             stack.enter_context(preflight.reserved(cfg.work_dir, resume, args.overwrite))
-        runner = command_line.build_runner(cfg)
-        if args.overwrite:
-            runner.register_hook(command_line.RemoveOldCheckpoints())
-        runner.train()
+        train(cfg, args.overwrite)
+        command_line.leave_processes(cfg)
 
 
 if __name__ == '__main__':

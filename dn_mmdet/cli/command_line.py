@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import gc
 import importlib.util
 import os
 import sys
@@ -153,6 +154,18 @@ def join_without_gpu(cfg: Config) -> None:
                 find_unused_parameters=cfg.get('find_unused_parameters', False),
             ),
         )
+
+
+def leave_processes(cfg: Config) -> None:
+    """Waits for the other processes of a training or test that went well, and ends their group.
+
+    Threads of a group that outlives Python may abort the process. The group lives as long as
+    something uses it, so the runner has to be out of scope.
+    """
+    if cfg.launcher != 'none' and dist.is_initialized():
+        gc.collect()  # the runner, which refers to itself
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def set_local_rank(local_rank: int) -> None:
