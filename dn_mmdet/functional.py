@@ -129,7 +129,8 @@ def dynamic_norm(
     call = Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     check_count(x, call)
     kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
-    ops = backend_for(x, backend) if plain and not seen else None
+    fused = plain and not seen and (x.is_cpu or _integers_hold(x, sc_parts))
+    ops = backend_for(x, backend) if fused else None
     if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
     planes = x if x.dim() > 2 else x.unsqueeze(2)
@@ -514,11 +515,16 @@ def _kernels_of_operator(call, x, w, b, backend):
         or (steps(call.bn) and call.bn.running_mean is None)
         or not all(t.is_contiguous() and t.device == x.device for t in state)
         or x.numel() == 0
-        or x.shape[0] * x.shape[1] >= LARGEST
-        or x.numel() >= x.shape[0] * x.shape[1] * LARGEST
+        or not _integers_hold(x, call.sc_parts)
     ):
         return ''
     return kept_by_compile(backend, x.device.type, x.device.index)
+
+
+def _integers_hold(x, sc_parts):
+    """Whether the GPU kernels can count the values of a channel, and of SC in a batch."""
+    n, c = x.shape[:2]
+    return n * max(c, len(sc_parts[1])) < LARGEST and x.numel() < n * c * LARGEST
 
 
 def _by_operator(kernels, call, x, w, b):

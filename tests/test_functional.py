@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 from conftest import awake
-from mmdet.models.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
+from torchvision.ops import FrozenBatchNorm2d
 
-from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, kernels
-from dn_mmdet.inner_norm import SC_PARAMETERS
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, functional, kernels
+from dn_mmdet.inner_norm import SC_PARAMETERS, parts_of_sc
 from dn_mmdet.kernels import choice
 
 FUSED = ('torch', 'auto')
@@ -159,6 +159,20 @@ def shortened(part):
         return layer
 
     return make
+
+
+@pytest.mark.parametrize(
+    'shape, fits',
+    [
+        ((2**27 - 1, 3, 1), True),
+        ((2**27, 3, 1), False),  # 8 hidden units in each
+        ((2**20, 2**10, 1), False),
+        ((1, 1, 2**30 - 1), True),
+        ((1, 1, 2**30), False),
+    ],
+)
+def test_gpu_kernels_are_for_what_their_integers_hold(shape, fits):
+    assert functional._integers_hold(torch.empty(1).expand(shape), parts_of_sc(DNB(1).sc)) == fits
 
 
 def with_another_norm(backend):

@@ -73,6 +73,7 @@ if not INTERPRETED:
             pytest.param('slow and not gpu', marks=[slow, pytest.mark.timeout(2400)]),
         ],
     )
+    @pytest.mark.skipif(DEVICE == 'cuda', reason='a GPU runs the kernels themselves')
     def test_in_the_interpreter(marker):
         pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
         assert_interpreted_tests_pass(__file__, marker)

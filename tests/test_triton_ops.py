@@ -35,6 +35,8 @@ from parity import (
 from dn_mmdet.kernels import choice
 
 triton = pytest.importorskip('triton', reason='needs Triton, which is not made for this system')
+import triton.language as tl  # noqa: E402
+
 from dn_mmdet.kernels import plans, triton_kernels  # noqa: E402
 
 HOST = choice.gpu_host() is not None
@@ -309,6 +311,28 @@ def test_any_shape(backend, device, n, c, height, width, kind, training, layout)
         height = 2  # BatchNorm needs more than one value per channel
     x = torch.randn(n, c, height, width, dtype=torch.float64, device=device)
     assert_equals_reference(backend, kind, LAYOUTS[layout](x), training)
+
+
+@triton.jit
+def sum_of_tiles_kernel(part_ptr, sum_ptr, parts, size):
+    tile = tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    b_sum = triton_kernels._sum_parts(part_ptr, parts, size, tile, tile < 16, 4, 4, tl.float32)
+    tl.store(sum_ptr + tile, b_sum)
+
+
+@DEVICES
+def test_partial_sums_past_two_billion_values(device, tmp_path):
+    """As of 131,072 images in 4,096 channels."""
+    size, parts = 2**28, 9
+    count = size * (parts - 1) + 16
+    if device == 'cpu':  # a file that is empty but for its end
+        values = torch.from_file(str(tmp_path / 'zeros'), shared=True, size=count)
+    else:
+        values = torch.zeros(count, device=device)
+    values[-16:] = torch.arange(16, device=device)
+    found = torch.empty(16, device=device)
+    sum_of_tiles_kernel[(1,)](values, found, parts, size)
+    assert found.tolist() == [*range(16)]
 
 
 if not INTERPRETED:

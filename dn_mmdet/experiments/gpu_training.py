@@ -307,7 +307,8 @@ class Training:
         return [p.detach() - was for p, was in zip(self.parameters, before, strict=True)]
 
     def diverged(self) -> bool:
-        return not bool(self.losses[: self.done].isfinite().all())
+        with self.in_stream():  # after the steps that were asked for
+            return not bool(self.losses[: self.done].isfinite().all())
 
     # At the end of a run.
 

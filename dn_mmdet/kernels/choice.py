@@ -13,6 +13,7 @@ from torch import Tensor
 from . import Backend, torch_ops
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpp', 'triton')
+LEAST_CAPABILITY = (8, 0)  # of a GPU, for the Triton kernels
 FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -109,6 +110,10 @@ def gpu_host():
         return None
 
 
+def as_version(capability: tuple[int, int]) -> str:
+    return '.'.join(map(str, capability))
+
+
 def on_gpu(index):
     """The Triton kernels launched from Python, or None where they do not run on this GPU."""
     host = gpu_host()
@@ -119,10 +124,10 @@ def on_gpu(index):
 
 @functools.cache
 def _triton_on_gpu(index):
-    if torch.cuda.get_device_capability(index) < (8, 0):
+    if torch.cuda.get_device_capability(index) < LEAST_CAPABILITY:
         print_log(
             f"dn_mmdet: on GPU {index}, DN layers run on torch's own operators, which is slower: "
-            f'the Triton kernels need compute capability 8.0',
+            f'the Triton kernels need compute capability {as_version(LEAST_CAPABILITY)}',
             logger='current',
             level=logging.WARNING,
         )

@@ -32,7 +32,11 @@ from dn_mmdet.sc import SC
 from dn_mmdet.statistics import process_group
 
 from . import _host, plans, triton_kernels
+from .choice import LEAST_CAPABILITY, as_version
 
+INTERFACE = 1  # host.cpp's
+if getattr(_host, 'INTERFACE', None) != INTERFACE:
+    raise ImportError(f'{_host.__file__} was built from other sources of this package')
 # Where an argument comes from, in the order of host.cpp's Source.
 SOURCES = (
     'x',
@@ -309,18 +313,23 @@ def compile_kernel(signature: Signature, capability: int):
     return binary
 
 
+# Of a kernel that is launched as host.cpp does it. A name that is missing may be new elsewhere.
+METADATA = dict(
+    num_ctas=1,
+    launch_cooperative_grid=False,
+    launch_pdl=False,
+    global_scratch_size=0,
+    profile_scratch_size=0,
+)
+
+
 def _check_arguments(binary, types):
     meta = binary.metadata
     entry = re.search(r'\.entry\s+\w+\((.*?)\)', binary.asm['ptx'], re.S).group(1)
     sizes = [int(bits) // 8 for bits in re.findall(r'\.param \.[a-z](\d+)', entry)]
     wanted = [4 if t == 'i32' else 8 for t in types] + [8, 8]  # two scratch pointers
-    if (
-        sizes != wanted
-        or meta.num_ctas != 1
-        or meta.launch_cooperative_grid
-        or meta.launch_pdl
-        or meta.global_scratch_size
-        or meta.profile_scratch_size
+    if sizes != wanted or any(
+        getattr(meta, name, None) != value for name, value in METADATA.items()
     ):
         raise UnknownTriton(
             f"expected Triton's kernels to take {wanted} bytes of arguments, got "
@@ -335,6 +344,11 @@ def _load(plan, launch, device):
     key = Signature.of(plan, launch), device
     if key not in _loaded:
         capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            raise RuntimeError(
+                'expected compute capability '
+                f'{as_version(LEAST_CAPABILITY)} or later, got {as_version(capability)}'
+            )
         binary = compile_kernel(key[0], 10 * capability[0] + capability[1])
         function, *_ = _host.load(
             binary.asm['cubin'], binary.metadata.name, binary.metadata.shared, device

@@ -481,8 +481,8 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
             b_s = tl.where(mask, tl.sqrt(b_v + eps), 0.)
             b_u = tl.dot(b_m, b_wm, input_precision=PRECISION, out_dtype=ACC)
             b_u += tl.dot(b_s, b_ws, input_precision=PRECISION, out_dtype=ACC)
-            o_up = (i_c * n + o_n)[:, None] * padded + o_h[None, :]
-            tl.store(up_ptr + o_up, b_u, m_n[:, None] & m_pad[None, :])
+            o_up = o_n[:, None] * padded + o_h[None, :]
+            tl.store(_part(up_ptr, i_c, n * padded) + o_up, b_u, m_n[:, None] & m_pad[None, :])
         if BATCH and table_ptr is None:
             if first == 0:
                 b_shift = tl.sum(b_m, 0) / tl.minimum(n, N)
@@ -526,8 +526,14 @@ def statistics_kernel(m_part_ptr, v_part_ptr, m_ptr, v_ptr, mu_ptr, sigma_ptr, w
             b_s = tl.where(mask, (tl.sqrt(b_v + eps) - b_sigma[None, :]) / b_sigma[None, :], 0.)
             b_u = tl.dot(b_m, b_wm, input_precision=PRECISION, out_dtype=ACC)
             b_u += tl.dot(b_s, b_ws, input_precision=PRECISION, out_dtype=ACC)
-            o_up = (i_c * n + o_n)[:, None] * padded + o_h[None, :]
-            tl.store(up_ptr + o_up, b_u, m_n[:, None] & m_pad[None, :])
+            o_up = o_n[:, None] * padded + o_h[None, :]
+            tl.store(_part(up_ptr, i_c, n * padded) + o_up, b_u, m_n[:, None] & m_pad[None, :])
+
+
+@triton.jit
+def _part(part_ptr, i, size):
+    """Where part i of some that are `size` values apart begins: they can hold more than 2^31."""
+    return part_ptr + tl.cast(i, tl.int64) * size
 
 
 @triton.jit
@@ -538,7 +544,7 @@ def _sum_parts(part_ptr, parts, size, offsets, mask, ROWS: tl.constexpr, COLUMNS
     for i_first in range(0, parts, 8):
         for i_next in tl.static_range(8):
             i = i_first + i_next
-            b_sum += tl.load(part_ptr + i * size + offsets, mask & (i < parts), 0.)
+            b_sum += tl.load(_part(part_ptr, i, size) + offsets, mask & (i < parts), 0.)
     return b_sum
 
 
@@ -713,9 +719,9 @@ def output_gradient_kernel(da_part_ptr, dc_part_ptr, m_ptr, mu_ptr, sigma_ptr, g
             m_np = m_n[:, None] & m_pad[None, :]
             b_dr = tl.dot(b_dg, b_wg, input_precision=PRECISION, out_dtype=ACC)
             b_dr += tl.dot(b_dh, b_wh, input_precision=PRECISION, out_dtype=ACC)
-            o_dr = (i_c * n + o_n)[:, None] * padded + o_h[None, :]
-            tl.store(dr_ptr + o_dr, b_dr, m_np)
-            b_r = tl.load(r_ptr + o_n[:, None] * padded + o_h[None, :], m_np, 0.)
+            o_np = o_n[:, None] * padded + o_h[None, :]
+            tl.store(_part(dr_ptr, i_c, n * padded) + o_np, b_dr, m_np)
+            b_r = tl.load(r_ptr + o_np, m_np, 0.)
             b_dwg += tl.dot(tl.trans(b_dg), b_r, input_precision=PRECISION, out_dtype=ACC)
             b_dwh += tl.dot(tl.trans(b_dh), b_r, input_precision=PRECISION, out_dtype=ACC)
         b_dbg += tl.sum(b_dg, 0)
@@ -957,7 +963,7 @@ def sample_moments_kernel(x_ptr, m_ptr, v_ptr, up_ptr, w_in_ptr, running_mean_pt
         b_s = (b_s - b_sigma) / b_sigma
     b_m = tl.where(m_row, b_m, 0.)[None, :]
     b_s = tl.where(m_row, b_s, 0.)[None, :]
-    up_ptr += (i_row * n + i_outer) * padded
+    up_ptr = _part(up_ptr, i_row, n * padded) + i_outer * padded
     for first in range(0, hidden, H):
         o_h = first + tl.arange(0, H)
         m_w = (o_h < hidden)[:, None] & m_row[None, :]

@@ -10,6 +10,7 @@
 #include <Python.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -103,6 +104,21 @@ void check(CUresult code, const char* what) {
                    ": the GPU has no memory left for the kernels of a DN layer (", text, ")");
   TORCH_CHECK(false, what, ": CUDA error ", code, " (", text ? text : "unknown", ")");
 }
+
+// While it lives, a call that a stream in capture would not allow does not end the capture. The
+// driver may load a kernel's code at any of the calls that ask for it.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() {
+    check(driver().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode");
+  }
+  ~RelaxedCapture() { driver().exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  int mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED; then what it was before
+};
 
 // A thread of autograd's may have no context yet: the runtime makes one at its first real
 // call, and to set the device that is set already is none.
@@ -672,14 +688,15 @@ int misfit(const Tensor& x, const Call& call) {
 // False where the kernels' integers cannot hold a size.
 bool make_key(const Tensor& x, const Call& call, int64_t world, int64_t rank, Key& key) {
   const int64_t n = x.size(0), c = x.size(1), s = x.numel() / (n * c);
-  if (s > INT32_MAX / 2 || n * c > INT32_MAX / 2) return false;
+  const int64_t hidden = call.parameters[3]->numel();
+  if (s > INT32_MAX / 2 || n * std::max(c, hidden) > INT32_MAX / 2) return false;
   int64_t dtypes = 0;
   auto add = [&](const Tensor* t) {
     dtypes = (dtypes << 6) | (t->defined() ? 1 + (int64_t)t->scalar_type() : 0);
   };
   for (const Tensor* t : call.parameters) add(t);
   for (const Tensor* t : call.state) add(t);
-  key = {x.device().index(), n, c, s, call.parameters[3]->numel(),
+  key = {x.device().index(), n, c, s, hidden,
          (int64_t)x.scalar_type() << MODES | call.mode, dtypes, world, rank};
   return true;
 }
@@ -814,7 +831,8 @@ void read_tensors(const Tensor& x, PyObject* parameters, PyObject* state, Call& 
                       " with strides ", t.strides(), " on ", t.device());
   }
   TORCH_CHECK_VALUE(make_key(x, call, 1, 0, key), "x: expected less than ", INT32_MAX / 2,
-                    " values in a channel, and channels in a batch, got ", x.sizes());
+                    " values in a channel, and channels or SC's hidden units in a batch, got ",
+                    x.sizes(), " and ", call.parameters[3]->numel(), " hidden units");
 }
 
 // ---------------------------------------------------------------- Python
@@ -904,7 +922,10 @@ PyObject* forward_of_tensors(PyObject*, PyObject* args) {
     const auto [x, plan] = find_plan(given, key);
     if (plan == nullptr) return as_tuple(key);
     Made made = run_forward(*plan, x, found);
-    if (!made.kept.defined()) made.kept = empty({0}, {1}, plan->accumulator, x);
+    if (!made.kept.defined()) {
+      c10::OptionalDeviceGuard guard(x.device());
+      made.kept = empty({0}, {1}, plan->accumulator, x);
+    }
     return Py_BuildValue("[NN]", wrap(made.y), wrap(made.kept));
   });
 }
@@ -1030,12 +1051,9 @@ PyObject* load(PyObject*, PyObject* args) {
     std::optional<c10::OptionalDeviceGuard> guard;
     if (!accepts_cpu) guard.emplace(c10::Device(c10::DeviceType::CUDA, device));
     ensure_context(device);
-    int mode = 2;  // relaxed: a stream that is being captured does not mind
-    check(driver().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
+    const RelaxedCapture relaxed;
     Handle module = nullptr, function = nullptr;
-    const CUresult loaded = driver().module_load(&module, image);
-    check(driver().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
-    check(loaded, "cuModuleLoadData");
+    check(driver().module_load(&module, image), "cuModuleLoadData");
     check(driver().get_function(&function, module, name), "cuModuleGetFunction");
     if (shared > 48 * 1024)
       check(driver().set_attribute(function, 8 /* MAX_DYNAMIC_SHARED_SIZE_BYTES */, shared),
@@ -1086,6 +1104,10 @@ PyObject* forget_plans(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
+// host.py's: one more where what they tell each other changes, so that a host that was built
+// earlier is not used.
+constexpr int INTERFACE = 1;
+
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
      nullptr},
@@ -1104,5 +1126,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, methods};
 
 PyMODINIT_FUNC PyInit__host() {
   names = new Names;
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made != nullptr && PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0)
+    Py_CLEAR(made);
+  return made;
 }
