@@ -7,6 +7,8 @@ from torch import nn
 from dn_mmdet import SC
 
 torch.set_num_threads(1)  # two workers on two cores
+# pytest says which values an `assert` compared in test_*.py, and elsewhere only where asked to.
+pytest.register_assert_rewrite('host_cases')
 
 # The error allowed when a result is compared with a float64 reference. float64:
 # rounding in another order; the others: a few units in the last place of what the

@@ -65,6 +65,7 @@ def test_most_important_first_and_each_setting(tmp_path):
     tests = next(line for line in asked if line.startswith('-m pytest'))
     assert '-m gpu' in tests and '-p no:benchmark' in tests and '-p cuda_isolation' in tests
     assert 'tests/test_kernels.py' in tests and 'test_gpu_check.py' not in tests
+    assert 'tests/test_host_gpu.py' in tests and 'tests/test_host_autograd.py' in tests
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
         'bars.txt',
         'benchmark_gpu.csv',

@@ -96,7 +96,7 @@ fi
 # Python 3.12 warns of escapes in the strings of MMDetection where it compiles the files first.
 if wanted tests; then
     tests=()
-    for file in tests/test_gpu_*.py tests/test_{host,kernels,functional,operators,triton_ops,tuning}.py; do
+    for file in tests/test_{gpu,host}_*.py tests/test_{kernels,functional,operators,triton_ops,tuning}.py; do
         [ "$file" != tests/test_gpu_check.py ] && [ -f "$file" ] && tests+=("$file")
     done
     [ -z "${TESTS:-}" ] || read -ra tests <<< "$TESTS"
