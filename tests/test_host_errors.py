@@ -1,5 +1,6 @@
 """The compiled GPU host: parts and maps that do not fit, launches and modules that fail."""
 
+import importlib
 from types import SimpleNamespace
 
 import host_cases
@@ -191,6 +192,18 @@ if INTERPRETED:
         refusing(0)
         check(*pair('cpu'), values('cpu', 2, 3, 2, 2))  # those that are there run
 
+    def test_a_gpu_that_is_too_old_for_the_kernels(monkeypatch):
+        logged = []
+        monkeypatch.setattr(host, '_load', emulated_gpu.load_by_driver)
+        monkeypatch.setattr(host, '_unusable', {})
+        monkeypatch.setattr(host, '_loaded', {})
+        monkeypatch.setattr(host, 'print_log', lambda text, **kwargs: logged.append(text))
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+        layer, twin = pair('cpu')
+        check(layer, twin, values('cpu', 2, 3, 1, 19), host=False)  # nobody else's
+        assert len(logged) == 1 and 'compute capability 8.0 or later, got 7.5' in logged[0]
+        assert choice.on_gpu(0) is None
+
     def test_a_full_memory_is_no_fault_of_the_gpu(refusing, monkeypatch):
         """It is told as torch tells it, and the next call runs."""
         binary = SimpleNamespace(
@@ -228,6 +241,12 @@ if INTERPRETED:
         assert emulated_gpu.load_by_driver(None, None, 1) != first  # each GPU its own
 
 
+def test_a_host_that_was_built_from_other_sources(monkeypatch):
+    monkeypatch.setattr(host._host, 'INTERFACE', host.INTERFACE - 1)
+    with pytest.raises(ImportError, match='was built from other sources of this package'):
+        importlib.reload(host)
+
+
 def test_another_way_to_pass_arguments_is_noticed():
     known = dict(
         num_ctas=1,
@@ -243,10 +262,12 @@ def test_another_way_to_pass_arguments_is_noticed():
         (pair_ + ', .param .u64 k_4', {}),
         (pair_, dict(num_ctas=2)),
         (pair_, dict(launch_pdl=True)),
+        (pair_, dict(launch_pdl=None)),  # it has another name
         (pair_, dict(global_scratch_size=4)),
     ):
+        given = {name: v for name, v in dict(known, **changed).items() if v is not None}
         binary = SimpleNamespace(
-            metadata=SimpleNamespace(**dict(known, **changed)), asm=dict(ptx=ptx.format(extra))
+            metadata=SimpleNamespace(**given), asm=dict(ptx=ptx.format(extra))
         )
         with pytest.raises(host.UnknownTriton, match='this version of Triton is not known'):
             host._check_arguments(binary, ['*fp32', 'i32'])
