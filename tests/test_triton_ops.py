@@ -44,15 +44,7 @@ if INTERPRETED and HOST:
     import emulated_gpu
 
     emulated_gpu.install()
-BACKENDS = pytest.mark.parametrize(
-    'backend',
-    [
-        'triton',
-        pytest.param(
-            'cpp', marks=[pytest.mark.skipif(not HOST, reason='the compiled host was not built')]
-        ),
-    ],
-)
+BACKENDS = pytest.mark.parametrize('backend', ['triton', 'cpp'] if HOST else ['triton'])
 # Of the long lists of cases, the interpreter, which is slow, runs the way that GPUs take.
 NUMERICS = BACKENDS if not (INTERPRETED and HOST) else pytest.mark.parametrize('backend', ['cpp'])
 ROUNDED = pytest.mark.parametrize(
