@@ -163,7 +163,7 @@ def differences(question: str, baseline: str | None = None) -> dict:
         run.row['config'] for run in runs if BASELINE.match(run.row['config'])
     )
     found = {}
-    for column in ('value', 'folded', 'train_loss'):
+    for column in ('value', 'folded', 'folded_recalibrated', 'train_loss'):
         measured = [results.Recorded(dict(run.row, value=run.row.get(column))) for run in runs]
         for row in results.summarise(measured, baseline):
             if row['config'] != baseline and row['unpaired'] is not None:
@@ -246,8 +246,10 @@ def folding(config: str) -> str:
 
 def _layers(point):
     if point['dynamic'] in (0, point['layers']):
-        return f'all {point["layers"]} {"dynamic" if point["dynamic"] else "folded"}'
-    return f'{point["dynamic"]} of {point["layers"]} dynamic'
+        words = f'all {point["layers"]} {"dynamic" if point["dynamic"] else "folded"}'
+    else:
+        words = f'{point["dynamic"]} of {point["layers"]} dynamic'
+    return words + (', new statistics' if point['recalibrated'] == 'yes' else '')
 
 
 def trade_off_of_runs(question: str, config: str, twin: str) -> str:

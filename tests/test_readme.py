@@ -2,6 +2,7 @@
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 import claims
@@ -159,6 +160,13 @@ SPEED = {
         'time',
         'of BN',
     ),
+    'the 76 layers alone, inference, geometric mean': (
+        'layers',
+        'inference',
+        '8',
+        'time',
+        'of BN',
+    ),
     'bytes saved for backward': ('layers', 'train', '8', 'bytes saved', 'of BN'),
 }
 
@@ -221,6 +229,22 @@ def test_the_gain_is_that_of_the_runs():
     assert f'DN-B gains {gain:.2f} points of top-1 (95 %: {low:.2f} to {high:.2f})' in text
     lost, low, high = (-x for x in found['mobilenetv2_dnb_tinyin100', 'folded'])
     assert f'it is {lost:.2f} points behind BN ({high:.2f} to {low:.2f})' in text
+    lost, low, high = (-x for x in found['mobilenetv2_dnb_tinyin100', 'folded_recalibrated'])
+    assert f'or {lost:.2f} ({high:.2f} to {low:.2f}) with new running statistics' in text
+
+
+def test_the_times_when_deployed_are_those_of_the_runtimes():
+    with open(ROOT / 'docs' / 'results' / 'runtimes.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len({row['runtime'].split('-')[0] for row in rows}) == 6
+    dynamic, folded = (
+        [float(row['ratio']) for row in rows if row['model'] == model]
+        for model in ('dynamic', '76 of 76 folded')
+    )
+    assert (
+        f'six runtimes, against folded BN: {min(dynamic):.1f} to {max(dynamic):.1f} times its time, '
+        f'or {min(folded):.2f} to {max(folded):.2f} with'
+    ) in README
 
 
 def test_what_the_page_on_causes_says_is_what_the_runs_say():
@@ -236,6 +260,35 @@ def test_what_the_page_on_causes_says_is_what_the_runs_say():
         tables += '\n{:+.2f} ({:+.2f} to {:+.2f})'.format(*(100 * value for value in found))
     folding = {triple for triple in said if triple not in tables}
     assert not folding, folding
+
+
+def test_what_the_page_on_causes_says_of_the_pilot_is_what_its_rows_say():
+    top1 = {}
+    with open(ROOT / 'docs' / 'results' / 'pilot_h200.csv', newline='') as file:
+        for row in csv.DictReader(file):
+            top1.setdefault(row['norm'], []).append(float(row['top1']))
+    bn = top1['bn']
+    dnb, dnc, wide, wider = (
+        statistics.mean(top1[name]) - statistics.mean(bn)
+        for name in ('dnb_b=0.25', 'dnc', 'bnwide1.1', 'bnwide1.28')
+    )
+    text = one_line('why.md')
+    assert (
+        f'four seeds of DN-B were {dnb:.2f} above four of BN. From two seeds each, DN-C was at '
+        f'{dnc:+.2f}, BN of 1.1 times the width at {wide:+.2f}, and BN of 1.28 times the width at '
+        f'{wider:+.2f}'
+    ) in text
+    spread = ', '.join(f'{statistics.stdev(top1[name]):.2f}' for name in ('bn', 'dnb_b=0.25'))
+    assert f'(a pilot) | {spread} | {statistics.correlation(bn, top1["dnb_b=0.25"]):.2f} |' in text
+
+
+def test_what_the_page_on_causes_says_of_repeated_runs_is_what_their_rows_say():
+    with open(ROOT / 'docs' / 'results' / 'repeats.csv', newline='') as file:
+        changes = [
+            float(row['second CPU']) - float(row['first CPU']) for row in csv.DictReader(file)
+        ]
+    *all_but_last, last = (f'{change:+.1f}' for change in changes)
+    assert f'Top-1 changed by {", ".join(all_but_last)} and {last}.' in one_line('why.md')
 
 
 def test_the_speed_on_a_gpu_is_the_benchmarks():
@@ -445,7 +498,7 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
     rows = [
         row,
         dict(row, dynamic=1, value=0.4, milliseconds=6.0),
-        dict(row, dynamic=0, value=0.3, milliseconds=3.0),
+        dict(row, dynamic=0, value=0.3, milliseconds=3.0, recalibrated='yes'),
     ]
     changed = [dict(r, config='dnc', changed='std=2', value_changed=0.1) for r in rows]
     monkeypatch.setattr(trade_off, 'read', lambda _: [*rows, *changed])
@@ -454,7 +507,7 @@ def test_a_curve_of_folding_follows_its_rows(monkeypatch):
     assert '| all 4 dynamic | 0.5 | +0 | 2.000 M | 3.00 M | 3.00 |' in made
     assert '| 1 of 4 dynamic | 0.4 | -0.1 | 2.000 M | 3.00 M | 2.00 |' in made
     made = evidence.with_tables('<!-- folding of dnc -->\n<!-- end -->')
-    assert '| all 4 folded | 0.3 | -0.2 | 0.1 | 2.000 M' in made
+    assert '| all 4 folded, new statistics | 0.3 | -0.2 | 0.1 | 2.000 M' in made
     assert 'changed images: `std=2`' in made
     with pytest.raises(ValueError, match="no rows of 'other'"):
         evidence.with_tables('<!-- folding of other -->\n<!-- end -->')
