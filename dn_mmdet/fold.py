@@ -28,7 +28,7 @@ from .convert import (
     misfolded,
     norms_in_words,
 )
-from .inner_norm import is_torch_batch_norm
+from .inner_norm import is_torch_batch_norm, parts_of_sc
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
 from .reference import call_sc
@@ -252,6 +252,8 @@ def constant(layer: _DynamicNorm | RewrittenBN) -> Outputs | None:
         return Outputs.of(*call_sc(sc, mu[None], var[None], mu, torch.sqrt(var + eps), eps, True))
     w_out = getattr(sc, 'w_out', None)
     if w_out is None or w_out.any():
+        return None
+    if parts_of_sc(sc) is None and not sc.is_identity():  # it has a forward of its own, or hooks
         return None
     statistics = torch.ones(1, layer.num_features, dtype=dtype, device=like.device)
     return Outputs.of(*sc(statistics, statistics))

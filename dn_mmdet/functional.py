@@ -11,6 +11,7 @@ and needs one more pass over dy and x, with S the values behind each m::
     dx = a dy + p (x - m) + q,       p = 2 dv / S,            q = (dm - a dc) / S         (8)
 """
 
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -588,17 +589,27 @@ def _check_called(x, norm, sc):
     check_parts(x, sc, (*affine, *parts), parts_of_sc(sc))
 
 
+_registering = threading.Lock()
+
+
 def _watched_call(norm, x):
     """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
-    seen = []
+    seen, thread = [], threading.get_ident()
 
-    def look(norm, args, keywords):
+    def look(norm, args, keywords=None):  # without keywords while another thread removes its own
+        if threading.get_ident() != thread:  # threads share the norm and its hooks
+            return
         running = running_statistics(norm)
-        given = [*args, *keywords.values()][0]  # a hook may give it by name
+        given = [*args, *(keywords or {}).values()][0]  # a hook may give it by name
         seen[:] = given, running and tuple(t.clone() for t in running)
 
     if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
-        look(norm, (x,), {})
+        look(norm, (x,))
         return norm(x), *seen
-    with norm.register_forward_pre_hook(look, with_kwargs=True):  # the last one
+    with _registering:  # torch counts its handles without a lock
+        handle = norm.register_forward_pre_hook(look, with_kwargs=True)  # the last one
+    try:
         return norm(x), *seen
+    finally:
+        with _registering:
+            handle.remove()

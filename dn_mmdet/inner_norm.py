@@ -32,7 +32,7 @@ def is_torch_batch_norm(bn: nn.Module) -> bool:
     """
     cls = type(bn)
     return (
-        cls.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        getattr(cls, 'forward', None) in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
         and cls.__call__ is nn.Module.__call__
     )
 
@@ -74,7 +74,7 @@ def parts_of_norm(bn):
 def parts_of_sc(sc):
     """SC's four parameters, or None where sc is more than an SC, or another module."""
     if (
-        type(sc).forward is SC.forward
+        getattr(type(sc), 'forward', None) is SC.forward
         and not has_registered(sc)
         and tuple(sc._parameters) == SC_PARAMETERS
     ):

@@ -106,6 +106,11 @@ class _DynamicNorm(nn.Module):
         self.bn_requires_grad = bn_requires_grad
         self.bn.requires_grad_(bn_requires_grad)
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'training' and 'bn' in self._modules:  # whose mode it is
+            self.bn.training = value
+
     def forward(self, x: Tensor) -> Tensor:
         # As attributes, both would cost as much as the whole compiled call.
         parts: dict[str, Any] = self._modules

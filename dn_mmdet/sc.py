@@ -5,6 +5,7 @@ import copy
 import math
 import operator
 from collections.abc import Iterable
+from fractions import Fraction
 from numbers import Real
 
 import torch
@@ -44,6 +45,12 @@ def _positive_integer(name, value):
     if number < 1:
         raise ValueError(f'{name}: expected an integer of at least 1, got {value!r}')
     return number
+
+
+def _checked_bound(bound):
+    if bound is None or isinstance(bound, Real) and 0 < bound < math.inf:
+        return float(bound) if isinstance(bound, Fraction) else bound
+    raise ValueError(f'bound: expected a number above 0, or None for no bound, got {bound!r}')
 
 
 class SC(nn.Module):
@@ -106,11 +113,6 @@ class SC(nn.Module):
         num_features = _positive_integer('num_features', num_features)
         reduction = _positive_integer('reduction', reduction)
         min_channels = _positive_integer('min_channels', min_channels)
-        check_choices(dict(inputs=inputs), dict(inputs=INPUTS))
-        if bound is not None and not (isinstance(bound, Real) and 0 < bound < math.inf):
-            raise ValueError(
-                f'bound: expected a number above 0, or None for no bound, got {bound!r}'
-            )
         self.num_features = num_features
         self.inputs = inputs
         self.bound = bound
@@ -118,6 +120,13 @@ class SC(nn.Module):
             max(num_features // reduction, min_channels), dict(device=device, dtype=dtype)
         )
         self.reset_parameters()
+
+    def __setattr__(self, name, value):
+        if name == 'inputs':
+            check_choices(dict(inputs=value), dict(inputs=INPUTS))
+        elif name == 'bound':
+            value = _checked_bound(value)
+        super().__setattr__(name, value)
 
     def _make_parameters(self, hidden, factory, given=2, made=2):
         self.w_in = nn.Parameter(torch.empty(hidden, given * self.num_features, **factory))
@@ -145,7 +154,13 @@ class SC(nn.Module):
 
     def is_identity(self) -> bool:
         """Whether g = h = 0 for every input: the module is not trained yet, or was reset."""
-        return not any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS)
+        if any(getattr(self, name).any() for name in self.OUTPUT_PARAMETERS):
+            return False
+        mean, std = self.w_out.new_tensor([[-1.7, 0.3], [2.1, 0.9]])[..., None].expand(
+            -1, -1, self.num_features
+        )
+        with torch.no_grad():  # a forward of a subclass's own, or a hook, may add something
+            return not any(outputs.any() for outputs in self(mean, std))
 
     def identity_state_dict(
         self, prefix: str = '', device: torch.device | None = None
@@ -164,14 +179,15 @@ class SC(nn.Module):
             sc.reset_parameters()
         state = {prefix + name: tensor.clone() for name, tensor in sc.state_dict().items()}
         for name in self.OUTPUT_PARAMETERS:
-            pruned = f'{prefix}{name}_orig'
-            if prefix + name not in state and pruned not in state:
+            weights = f'{prefix}{name}_orig' if f'{prefix}{name}_mask' in state else prefix + name
+            if weights not in state:
                 raise ValueError(
                     f'{prefix}{name} is computed from other parameters, so it cannot be '
                     f'set to zero for g = h = 0: remove its parametrization first, with '
-                    f'torch.nn.utils.parametrize.remove_parametrizations'
+                    f'torch.nn.utils.parametrize.remove_parametrizations, '
+                    f'remove_spectral_norm or remove_weight_norm'
                 )
-            state[pruned if pruned in state else prefix + name].zero_()
+            state[weights].zero_()
         return state
 
     def extra_repr(self):

@@ -12,7 +12,7 @@ from mmengine.model import revert_sync_batchnorm
 from test_convert import used
 from torch import nn
 
-from dn_mmdet import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
 from dn_mmdet.convert import convert_norm, dn_layers
 from dn_mmdet.experiments.ablation import VariantSC
 from dn_mmdet.experiments.controls import ScaledBN, StaticDN
@@ -66,6 +66,22 @@ def test_a_layer_of_constant_outputs_folds_exactly_without_images(cls, args, clo
     assert not bn.training and (bn.eps, bn.momentum) == (layer.eps, layer.momentum)
     assert bn.weight.requires_grad == args.get('bn_requires_grad', True)
     assert torch.equal(bn.running_mean, layer.running_mean)
+
+
+class Shifted(SC):
+    def forward(self, mean, std):
+        g, h = super().forward(mean, std)
+        return g, h + mean
+
+
+def test_an_sc_of_another_kind_or_with_a_hook_needs_images():
+    """Zeros in w_out say nothing of what these give."""
+    other, hooked = DNB(4), DNB(4)
+    other.sc = Shifted(4)
+    hooked.sc.register_forward_hook(lambda sc, args, out: (out[0] + args[0], out[1]))
+    for layer in (other, hooked):
+        with pytest.raises(ValueError, match='images'):
+            fold_norm(nn.Sequential(layer).eval())
 
 
 @pytest.mark.parametrize('reduction', [4, 1])

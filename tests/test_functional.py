@@ -2,6 +2,8 @@
 
 import copy
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -432,6 +434,37 @@ def test_sc_sees_what_the_norm_saw_after_a_pre_hook(kind, training, close):
     hooked.bn.register_forward_pre_hook(lambda bn, inputs: (2 * inputs[0].exp(),))
     x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
     close(hooked.train(training)(x), layer.train(training)(2 * x.exp()))
+
+
+def test_threads_that_share_a_layer_with_a_pre_hook_do_not_see_each_others_maps(close):
+    """One is in the norm, and the other comes and goes, before the first reads what SC gets."""
+    layer, _ = twins(DNB, 5, backend='auto')
+    prune.identity(layer.bn, 'weight')
+    x, other = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64)
+    expected = layer.eval()(x)
+    inside, passed = threading.Event(), threading.Event()
+
+    def wait(bn, inputs, output):
+        if torch.equal(inputs[0], x):
+            inside.set()
+            assert passed.wait(60)
+
+    layer.bn.register_forward_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(layer, x)
+        assert inside.wait(60)
+        layer(other)
+        passed.set()
+        close(found.result(60), expected)
+    assert len(layer.bn._forward_pre_hooks) == 1  # of the pruning
+
+
+def test_a_scripted_norm_is_called(close):
+    layer, twin = twins(DNB, 5, backend='auto')
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    layer.eval()
+    layer.bn = torch.jit.script(layer.bn)
+    close(layer(x), twin.eval()(x))
 
 
 @BACKENDS

@@ -316,6 +316,18 @@ def test_attributes_of_batch_norm():
     assert bare.weight is bare.bias is bare.running_mean is bare.running_var is None
 
 
+@pytest.mark.parametrize('cls', [DNB, DNC])
+def test_the_mode_can_be_assigned_as_in_torch(cls, close):
+    layer, bn = cls(6), nn.BatchNorm2d(6)
+    x = torch.randn(4, 6, 5, 5) * 3 + 1
+    for norm in (layer, bn):
+        norm(x)
+        norm.training = False
+        norm(2 * x)
+    close(layer.running_mean, bn.running_mean)
+    close(layer(x), bn(x))
+
+
 def test_settings_of_the_norm_can_be_changed_as_in_torch(close):
     layer, bn = DNB(6), nn.BatchNorm2d(6)
     x = torch.randn(4, 6, 5, 5) * 3 + 1

@@ -242,8 +242,8 @@ def test_the_times_when_deployed_are_those_of_the_runtimes():
         for model in ('dynamic', '76 of 76 folded')
     )
     assert (
-        f'six runtimes, against folded BN: {min(dynamic):.1f} to {max(dynamic):.1f} times its time, '
-        f'or {min(folded):.2f} to {max(folded):.2f} with'
+        f'six runtimes, against folded BN: {min(dynamic):.1f} to {max(dynamic):.1f} times its '
+        f'time, or {min(folded):.2f} to {max(folded):.2f} with'
     ) in README
 
 

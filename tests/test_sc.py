@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import awake
 from torch import nn
+from torch.nn.utils import prune
 
 from dn_mmdet import SC
 
@@ -126,6 +127,38 @@ def test_identity_state_dict_is_identity_and_a_copy():
     assert not state['a.sc.w_out'].any() and not state['a.sc.b_out'].any()
     state['a.sc.w_in'].zero_()
     assert sc.w_in.any() and sc.w_out.any()
+
+
+def test_a_state_that_something_else_computes_is_not_set_to_zero():
+    """Spectral norm would divide zero by zero."""
+    sc = torch.nn.utils.spectral_norm(awake(SC(16)), 'w_out')
+    with pytest.raises(ValueError, match='remove_spectral_norm'):
+        sc.identity_state_dict()
+    state = prune.identity(awake(SC(16)), 'w_out').identity_state_dict()
+    assert not state['w_out_orig'].any() and state['w_out_mask'].all()
+
+
+class Shifted(SC):
+    def forward(self, mean, std):
+        g, h = super().forward(mean, std)
+        return g, h + mean
+
+
+def test_identity_is_asked_of_a_forward_of_its_own_and_of_hooks():
+    assert SC(4).is_identity() and not awake(SC(4)).is_identity()
+    assert not Shifted(4).is_identity()
+    hooked = SC(4)
+    hooked.register_forward_hook(lambda sc, args, out: (out[0] + 0.1, out[1]))
+    assert not hooked.is_identity()
+
+
+@pytest.mark.parametrize('name, value', [('bound', -1), ('bound', 0), ('inputs', 'raW')])
+def test_settings_are_checked_when_they_are_changed(name, value):
+    sc = SC(4)
+    before = getattr(sc, name)
+    with pytest.raises(ValueError, match=f'{name}: expected'):
+        setattr(sc, name, value)
+    assert getattr(sc, name) == before
 
 
 @pytest.mark.parametrize(
