@@ -51,7 +51,7 @@ def clear(out):
     Raises:
         ConfigError: there are files in the folder, and no demo has marked it.
     """
-    if not (out / MARK).is_file() and out.exists() and any(out.iterdir()):
+    if not (out / MARK).is_file() and out.is_dir() and any(out.iterdir()):
         raise ConfigError(
             f'{out}: expected a new folder, an empty one or one of an earlier demo; '
             f'choose another --out, or remove it'

@@ -223,9 +223,10 @@ def _literals(text):
         return set()
     names = set()
     for statement in ast.parse(text).body:
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(target, ast.Name):
             return set()
-        names.add(statement.targets[0].id)
+        names.add(target.id)
         for node in ast.walk(statement.value):
             is_name = isinstance(node, ast.Name) and node.id in ('dict', 'inf', 'nan')
             if not is_name and not isinstance(node, LITERALS):

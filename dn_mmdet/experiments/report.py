@@ -29,11 +29,7 @@ class Written(NamedTuple):
 
 
 def check_out(out: Path) -> None:
-    """Raises ConfigError where a report would be written among files of others.
-
-    Raises:
-        ConfigError: the folder has files, but no table of runs, which every report has.
-    """
+    """Raises ConfigError where a folder has files, but no table of runs, as a report has."""
     if (out / RUNS).is_file():
         read_rows(out / RUNS)
     elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
