@@ -28,6 +28,23 @@ def dicts(node: Any, option: str) -> Iterator[tuple[str, dict]]:
         yield from dicts(child, f'{option}.{key}')
 
 
+def strings(node: Any, option: str = '') -> Iterator[tuple[str, str]]:
+    """Every text in a config, with the option that sets it.
+
+    Example:
+        >>> list(strings(dict(a=[dict(b='x')], c=1)))
+        [('a.0.b', 'x')]
+    """
+    if isinstance(node, str):
+        yield option, node
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from strings(child, f'{option}.{key}' if option else str(key))
+    elif isinstance(node, (list, tuple)):
+        for index, child in enumerate(node):
+            yield from strings(child, f'{option}.{index}')
+
+
 def innermost(dataset: dict, option: str) -> Iterator[tuple[str, dict]]:
     """The data sets inside wrappers, which repeat or join others, with the options that set them.
 

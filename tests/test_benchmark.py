@@ -214,9 +214,14 @@ def test_rows_are_not_appended_to_another_table(tmp_path):
         (['--pairs', '0'], 'at least 1'),
         (['--plot', 'x.png', '--parts', 'detector'], '--parts'),
         (['--csv', 'missing/rows.csv'], 'no such folder'),
+        (['--csv', 'mine.csv'], 'mine.csv: expected the columns of a benchmark'),
+        (['--plot', 'mine.csv'], 'mine.csv: exists already'),
     ],
 )
-def test_wrong_options(main, argv, message, capsys):
+def test_wrong_options(main, argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('mine.csv').write_text('a,b\n1,2\n')
     with pytest.raises(SystemExit, match='2'):
         main(argv)
     assert message in capsys.readouterr().err
+    assert Path('mine.csv').read_text() == 'a,b\n1,2\n'

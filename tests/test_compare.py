@@ -509,3 +509,17 @@ def test_the_tool_says_what_is_wrong_before_it_writes(
     assert left.value.code == 2
     assert message in ' '.join(capsys.readouterr().err.split())
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name', ['out/report/report.md', 'rows.csv'])
+def test_a_report_replaces_no_file_of_others(name, detectors, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text('mine')
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(TOOL))['main']([str(detectors[0]), '--out', 'out', '--csv', 'rows.csv'])
+    signal.signal(signal.SIGTERM, handler)
+    assert left.value.code == 2 and 'expected' in capsys.readouterr().err
+    assert [path for path in Path().rglob('*') if path.is_file()] == [Path(name)]
+    assert Path(name).read_text() == 'mine'

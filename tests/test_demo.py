@@ -14,6 +14,7 @@ from tiny_detector import make_coco, write_config
 from dn_mmdet.checkpoint import open_checkpoint
 from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import results
+from dn_mmdet.messages import ConfigError
 
 ROOT = Path(__file__).parents[1]
 DEMO = runpy.run_path(str(ROOT / 'tools' / 'demo.py'))
@@ -30,6 +31,7 @@ def configs(tmp_path):
 def test_leaves_figures_and_results_of_both(configs, tmp_path):
     out, console = tmp_path / 'demo', Console(record=True, width=200)
     earlier = [out / 'images' / 'old.png', out / 'runs' / 'epoch_9.pth']
+    DEMO['clear'](out)  # as an earlier demo begins
     for path in earlier:
         path.parent.mkdir(parents=True)
         path.write_text('of an earlier demo')
@@ -49,6 +51,26 @@ def test_leaves_figures_and_results_of_both(configs, tmp_path):
     twin.load_state_dict(open_checkpoint(out / 'folded.pth')['state_dict'])
     for name in ('report/learning_curves.png', 'detections.png'):
         assert plt.imread(out / name)[..., :3].std() > 0.01  # something is drawn
+
+
+@pytest.mark.parametrize('name', ['runs/epoch_9.pth', 'images/a.png', 'folded.pth'])
+def test_files_that_no_demo_has_written_are_refused(configs, tmp_path, name):
+    mine = tmp_path / 'demo' / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text('mine')
+    with pytest.raises(ConfigError, match='expected a new folder, an empty one or one of an'):
+        DEMO['run'](configs, tmp_path / 'demo', 0, Console(file=sys.stderr))
+    assert [path for path in (tmp_path / 'demo').rglob('*') if path.is_file()] == [mine]
+
+
+def test_runs_and_images_of_an_earlier_demo_are_removed_and_nothing_else(tmp_path):
+    out = tmp_path / 'demo'
+    DEMO['clear'](out)
+    for name in ('runs/a/run.json', 'images/a.png', 'report/report.md'):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).touch()
+    DEMO['clear'](out)
+    assert sorted(path.name for path in out.iterdir()) == ['.demo', 'report']
 
 
 @pytest.mark.slow

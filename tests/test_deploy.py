@@ -414,6 +414,11 @@ def test_a_config_or_checkpoint_that_cannot_be_folded_is_refused(trained, tmp_pa
             tmp_path, capsys, *trained, '--changed', 'val_dataloader.dataset.ann_file=absent.json'
         ).lower()
     )
+    message = refused(tmp_path, capsys, *trained, '--csv', tmp_path / 'dnb_folded.csv')
+    assert '--csv: expected a file name in .csv that differs from that of' in message
+    (tmp_path / 'mine.png').write_text('mine')
+    message = refused(tmp_path, capsys, *trained, '--csv', tmp_path / 'mine.csv')
+    assert 'mine.png: exists already' in message
     (tmp_path / 'dnb_folded.md').write_text('of an earlier run')
     assert 'exists already' in refused(tmp_path, capsys, *trained)
 

@@ -329,6 +329,18 @@ def test_weights_of_another_detector_are_refused(tmp_path, capsys):
     assert 'not of the model' in refused(tmp_path, capsys, config, tmp_path / 'other.pth')
 
 
+@with_extra
+def test_no_file_is_replaced(tmp_path, capsys):
+    checkpoint, earlier = tmp_path / 'dnb.pth', tmp_path / 'dnb.onnx'
+    for path in (checkpoint, earlier):
+        path.write_text('mine')
+    config = write_config(tmp_path, 'DNB')
+    message = refused(tmp_path, capsys, config, checkpoint, '--out', checkpoint)
+    assert '--out: expected a file name in .onnx' in message
+    assert 'dnb.onnx: exists already' in refused(tmp_path, capsys, config, checkpoint)
+    assert checkpoint.read_text() == earlier.read_text() == 'mine'
+
+
 def test_other_detectors_and_sizes_are_refused(tmp_path):
     cfg = get_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py').model
     cfg.backbone.update(init_cfg=None, base_channels=8)

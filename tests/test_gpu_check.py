@@ -113,6 +113,19 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, here, message):
     assert len(asked) == 1 and not (tmp_path / 'out').exists()
 
 
+def test_files_that_no_check_has_written_are_refused(tmp_path):
+    mine = tmp_path / 'out' / 'log.txt'
+    mine.parent.mkdir()
+    mine.write_text('mine')
+    done, asked = check(tmp_path)
+    assert done.returncode == 2 and 'log.txt: exists already' in done.stderr
+    assert mine.read_text() == 'mine' and len(asked) == 1
+    mine.unlink()
+    for _ in range(2):  # the second replaces the results of the first
+        done, _ = check(tmp_path, STAGES='detector')
+        assert done.returncode == 0, done.stderr
+
+
 def test_without_mmdet_the_layers_alone_are_timed(tmp_path):
     done, asked = check(tmp_path, here='torch cuda test-tools')
     assert done.returncode == 1 and 'mmdet or mmcv.ops cannot be imported' in done.stderr

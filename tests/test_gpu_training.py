@@ -348,6 +348,16 @@ def test_runs_can_be_put_behind_those_of_a_plan(config, archive, tmp_path):
     assert len(json.loads((tmp_path / 'plan.json').read_text())['runs']) == 1
 
 
+@pytest.mark.parametrize('name', [gpu_grid.PLAN, gpu_grid.ARCHIVE])
+def test_a_plan_and_images_of_others_are_not_replaced(config, archive, tmp_path, name):
+    (tmp_path / 'gpu').mkdir()
+    (tmp_path / 'gpu' / name).write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=f'{name}: exists already; name another folder'):
+        gpu_plan.prepare(config, ['bn:0'], tmp_path / 'gpu', archive, 1, 'first')
+    assert [path.name for path in (tmp_path / 'gpu').iterdir()] == [name]
+    assert (tmp_path / 'gpu' / name).read_text() == '{"mine": 1}'
+
+
 def test_rows_of_a_grid_and_what_is_left_for_a_second_call(config, images, tmp_path):
     plan = planned(config, 'bn,dnb,static,dnc:0', 'bn:1')
     path, said = tmp_path / 'rows.csv', []
@@ -407,6 +417,12 @@ def test_rows_of_other_columns_are_not_written_to(config, images, tmp_path):
     (tmp_path / 'rows.csv').write_text('a,b\n1,2\n')
     with pytest.raises(ValueError, match='expected the columns question, data'):
         gpu_grid.append_row(tmp_path / 'rows.csv', dict(question='a'), results.COLUMNS)
+    (tmp_path / gpu_grid.PLAN).write_text(json.dumps(planned(config, 'bn:0')))
+    (tmp_path / gpu_grid.ARCHIVE).touch()
+    with pytest.raises(
+        ValueError, match='expected the columns question, data'
+    ):  # before it trains
+        gpu_grid.train(tmp_path, tmp_path / 'rows.csv')
 
 
 def test_a_backend_that_computes_wrong_values_is_not_trained_with(

@@ -4,13 +4,16 @@ import copy
 import gc
 import inspect
 import io
+import math
 import os
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,13 +419,28 @@ def test_code_that_folds_by_attributes_is_refused(cls, fold):
     fold(conv, layer.bn)  # on purpose
 
 
-@pytest.mark.parametrize('fold', [by_another_name, by_a_part, by_a_call])
+def in_place(conv, bn):
+    return conv.weight * (bn.weight / bn.running_var.clone().add_(bn.eps).sqrt_())[:, None, None]
+
+
+def one_by_one(conv, bn):
+    return [1 / math.sqrt(value + bn.eps) for value in bn.running_var]
+
+
+def by_function(conv, bn):
+    x = torch.randn(1, 6, 2, 2)
+    return nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+
+
+@pytest.mark.parametrize(
+    'fold', [by_another_name, by_a_part, by_a_call, in_place, one_by_one, by_function]
+)
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_of_any_name_that_looks_as_if_it_folded_is_warned(cls, fold):
     conv, layer = nn.Conv2d(6, 6, 3).eval(), awake(cls(6)).eval()
     with pytest.warns(
         UserWarning,
-        match=f'(by_another_name|scale|by_a_call) seems to fold a '
+        match=f'({fold.__name__}|scale) seems to (fold|compute) a '
         f'BatchNorm.* With a {cls.__name__}, .* would be lost',
     ) as caught:
         fold(conv, layer)
@@ -443,8 +461,31 @@ def test_code_that_only_looks_goes_on_to_work():
     def observe(layer):
         return layer.running_var.sqrt(), layer.running_var
 
+    def average(layer):  # a norm that is called as torch's function
+        model = SimpleNamespace(batch_norm=layer)
+        return model.batch_norm(torch.ones(2, 6, 2, 2)), torch.stack(
+            [model.batch_norm.running_var]
+        )
+
+    assert average(layer)[1].shape == (1, 6)
     assert is_refused(layer)['running_var'] is diffuse(layer) is layer.bn.running_var
     assert observe(layer)[1] is layer.bn.running_var
+
+
+CELLS = {
+    'bn.weight / torch.sqrt(bn.running_var + bn.eps)': True,
+    '[(value + bn.eps) ** -0.5 for value in bn.running_var]': True,
+    'shown = bn.running_var\neps = bn.eps\nother = torch.sqrt(torch.ones(3))': False,
+    'print(bn.running_var.sqrt())': False,
+}
+
+
+@pytest.mark.parametrize('text', CELLS)
+def test_a_line_of_a_notebook_that_folds_is_warned(text):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        exec(compile(text, 'cell', 'exec'), dict(bn=awake(DNB(6)).eval(), torch=torch))
+    assert bool(caught) == CELLS[text]
 
 
 def test_a_deleted_layer_is_freed_at_once():

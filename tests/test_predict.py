@@ -130,6 +130,21 @@ def test_classes_come_from_the_config_where_the_checkpoint_names_none(arguments,
     assert [category['name'] for category in content['categories']] == ['cat', 'dog']
 
 
+@pytest.mark.parametrize('name', ['predictions.json', 'vis/2.png'])
+def test_no_file_is_replaced(arguments, root, tmp_path, name):
+    mine = tmp_path / 'found' / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('mine')
+    message = refuse(*arguments, root / 'images', '--out-dir', 'found', cwd=tmp_path)
+    assert f'found/{name}: exists already; name another folder with --out-dir' in message
+    assert mine.read_text() == 'mine'
+
+
+def test_a_prediction_may_be_made_again(arguments, root, tmp_path):
+    for _ in range(2):
+        succeed(*arguments, root / 'images', '--out-dir', 'found', cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     'images, options, expected',
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.fileio import dump
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import init_default_scope
 from tiny_detector import make_coco, write_config
@@ -268,6 +269,102 @@ def test_only_mmengines_checkpoints_are_removed(tmp_path):
     (tmp_path / 'epoch_9.pth').mkdir()  # deepspeed's are folders
     preflight.remove_checkpoints(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == other | {'epoch_9.pth'}
+
+
+@pytest.mark.parametrize(
+    'option',
+    [
+        'load_from',
+        'model.init_cfg.checkpoint',
+        'model.backbone.init_cfg.checkpoint',
+        'hook.0.file',
+    ],
+)
+def test_a_checkpoint_that_the_config_names_is_not_removed(tmp_path, option):
+    for name in ('epoch_7.pth', 'mine.pth'):
+        (tmp_path / name).touch()
+    (tmp_path / 'link.pth').symlink_to('epoch_7.pth')
+    cfg = dict(work_dir=str(tmp_path), load_from=None, hook=[dict()], model=dict(backbone=dict()))
+
+    def named(name):
+        whole = Config(copy.deepcopy(cfg))
+        whole.merge_from_dict({option: str(tmp_path / '..' / tmp_path.name / name)})
+        return whole
+
+    for name in ('epoch_7.pth', 'link.pth'):
+        with pytest.raises(ConfigError, match=f'--overwrite would remove .*{option}'):
+            preflight.check_overwrite(named(name))
+    for name in ('mine.pth', 'epoch_8.pth'):
+        preflight.check_overwrite(named(name))
+
+
+BY_HAND = (
+    "work_dir = 'x'\nlauncher = 'none'\nmodel = dict(type='SSD', bias=-1.0, scales=[(1, 2)])\n"
+)
+NO_COPIES = {
+    'a comment': BY_HAND + '# of my own\n',
+    'a parent': BY_HAND + "_base_ = 'a.py'\n",
+    'a variable': BY_HAND + 'lr = 0.1\noptim = dict(lr=lr)\n',
+    'an expression': BY_HAND + 'lr = 0.1 / 8\n',
+    'an import': 'from os import path\n' + BY_HAND,
+    'not of a run': 'model = dict()\n',
+    'no config': 'model = (\n',
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A config in a work folder, as mmengine leaves it, and what mmengine would write there."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    cfg = Config(dict(model=dict(type='SSD', scales=[(1, 2)], low=-float('inf'), half={'a.b': 1})))
+    cfg.merge_from_dict(dict(work_dir=str(work_dir), launcher='none'))
+    cfg.dump(work_dir / 'config.py')
+    (tmp_path / 'config.py').write_text(BY_HAND)
+    return Config(cfg.to_dict(), filename=str(tmp_path / 'config.py'))
+
+
+@pytest.mark.parametrize('test', [False, True])
+@pytest.mark.parametrize('text', NO_COPIES.values(), ids=NO_COPIES)
+def test_a_config_by_hand_is_not_replaced_by_its_copy(run, text, test):
+    Path(run.work_dir, 'config.py').write_text(text)
+    with pytest.raises(ConfigError, match='config.py$'):
+        preflight.check_config_copy(run, test)
+
+
+def test_a_training_may_replace_the_copy_of_an_earlier_run(run):
+    preflight.check_config_copy(run)
+    Path(run.work_dir, 'epoch_1.pth').touch()
+    preflight.check_config_copy(run)
+    preflight.check_config_copy(Config(run.to_dict(), filename=f'{run.work_dir}/config.py'))
+    Path(run.work_dir, 'config.py').unlink()
+    preflight.check_config_copy(run)
+
+
+@pytest.mark.parametrize('suffix', ['.json', '.yml'])
+def test_copies_of_other_kinds_of_configs_are_known(run, suffix):
+    run.model.pop('low')
+    path = Path(run.work_dir, f'config{suffix}')
+    content = dict(run.to_dict(), model=dict(type='SSD', color='#fff'))
+    dump(content, path)
+    copied = Config(content, filename=str(path))
+    preflight.check_config_copy(copied)
+    path.write_text('# mine\n' + path.read_text())
+    with pytest.raises(ConfigError, match='expected another folder'):
+        preflight.check_config_copy(copied)
+
+
+def test_a_test_may_replace_the_copy_of_a_test_alone(run):
+    preflight.check_config_copy(run, test=True)
+    own = Config(run.to_dict(), filename=f'{run.work_dir}/config.py')
+    with pytest.raises(ConfigError, match='expected another folder'):
+        preflight.check_config_copy(own, test=True)
+    for name in ('epoch_1.pth', preflight.LOCK):  # of a training
+        path = Path(run.work_dir, name)
+        path.touch()
+        with pytest.raises(ConfigError, match='expected another folder'):
+            preflight.check_config_copy(run, test=True)
+        path.unlink()
 
 
 def test_every_norm_that_is_offered_can_be_built():

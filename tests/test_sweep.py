@@ -126,6 +126,14 @@ def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     assert set(rows['swin/c.py']) == set(FIELDS)
 
 
+def test_a_table_of_others_is_not_written_again(tmp_path, capsys):
+    (tmp_path / 'zoo.csv').write_text('config,mine\na,1\n')
+    with pytest.raises(SystemExit, match='2'):
+        TOOL['main'](['--out-dir', str(tmp_path), '--no-checks'])
+    assert 'zoo.csv: expected the columns config, status' in capsys.readouterr().err
+    assert (tmp_path / 'zoo.csv').read_text() == 'config,mine\na,1\n'
+
+
 def test_the_report_counts_and_explains():
     text = report({each['config']: each for each in ROWS}, 'the command', 9, ['d.py: left out'])
     assert '3 of the 9 distinct detectors' in text and '(5 configs). The sweep is not fin' in text

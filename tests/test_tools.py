@@ -244,6 +244,7 @@ def bad_files(user):
     (user / 'truncated.pth').write_bytes(checkpoint[: len(checkpoint) // 2])
     torch.save(dict(state_dict=torch.nn.Linear(2, 2).state_dict()), user / 'other.pth')
     (user / 'damaged.json').write_text('{"images": [{"id": 1')
+    (user / 'mine.pkl').touch()
     return user
 
 
@@ -268,6 +269,44 @@ def test_bad_input_is_one_message_and_spares_the_earlier_training(
     assert re.search(expected, message), message
     if option in STEPS:
         unchanged.add(bad_files / 'work' / 'tiny_dnb.py')
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ('train', 'tiny_dnb.py', '--work-dir', '.'),
+        ('test', 'tiny_dnb.py', 'work/epoch_1.pth', '--work-dir', '.'),
+        ('test', 'work/tiny_dnb.py', 'work/epoch_1.pth', '--work-dir', 'work'),
+    ],
+    ids=' '.join,
+)
+def test_no_copy_replaces_a_config_of_the_users_or_of_a_training(user, unchanged, argv):
+    message = refuse(*argv, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5', cwd=user)
+    assert 'expected another folder' in message and 'would replace' in message
+
+
+def test_the_copy_in_a_work_folder_continues_a_training_and_is_tested(user, unchanged):
+    unchanged |= {user / 'work' / 'tiny_dnb.py'}
+    succeed('train', 'work/tiny_dnb.py', '--work-dir', 'work', '--resume', cwd=user)
+    for _ in range(2):
+        options = ('--cfg-options', 'work_dir=work')
+        succeed('test', 'work/tiny_dnb.py', 'work/epoch_1.pth', *options, cwd=user)
+    assert 'coco/bbox_mAP' in metrics(user / 'work' / 'test')
+
+
+def test_weights_that_a_training_starts_from_are_not_removed(user, unchanged):
+    message = refuse(
+        'train',
+        'tiny_dnb.py',
+        '--work-dir',
+        'work',
+        '--overwrite',
+        '--cfg-options',
+        'model.init_cfg.type=Pretrained',
+        'model.init_cfg.checkpoint=work/epoch_1.pth',
+        cwd=user,
+    )
+    assert 'would remove work/epoch_1.pth, but the training needs it (model.init_cfg.' in message
 
 
 def test_mixed_precision_on_a_cpu_is_refused(user, unchanged):
@@ -567,6 +606,7 @@ def test_a_config_in_python_style_names_classes_and_works_with_every_tool(user, 
     text = PYTHON_STYLE.replace('MODEL', repr(model)).replace('ROOT', str(root))
     (user / 'style.py').write_text(text)
     succeed('train', 'style.py', '--work-dir', 'new', cwd=user)
+    succeed('train', 'new/style.py', '--work-dir', 'new', '--resume', cwd=user)
     succeed(
         'test',
         'style.py',
@@ -648,6 +688,7 @@ def test_a_test_leaves_the_training_folder_as_it_is(user, unchanged):
             ['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'boxes.txt'],
             'expected a file name that ends in .pkl',
         ),
+        (['tiny_dnb.py', 'work/epoch_1.pth', '--out', 'mine.pkl'], 'mine.pkl: exists already'),
         (
             [
                 'tiny_dnb.py',

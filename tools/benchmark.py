@@ -107,7 +107,9 @@ def parse(argv):
     parser.add_argument('--commit', help='commit of this code, if this is not a git checkout')
     parser.add_argument('--csv', metavar='FILE', help='append all rows to this file')
     parser.add_argument(
-        '--plot', metavar='FILE', help='draw the times of the layers into this image'
+        '--plot',
+        metavar='FILE',
+        help='draw the times of the layers into this image; it must not exist',
     )
     parser.add_argument(
         '--bars',
@@ -140,6 +142,13 @@ def checked(args, parser):
     for option, path in (('--csv', args.csv), ('--plot', args.plot)):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f'{option} {path}: there is no such folder')
+    if args.plot and Path(args.plot).exists():
+        parser.error(f'{args.plot}: exists already; name another file with --plot')
+    if args.csv:
+        try:
+            benchmark.check_columns(args.csv)
+        except (OSError, ValueError) as error:
+            parser.error(f'--csv {error}')
     if args.compile_only:
         args.compile_only = share(args.compile_only, parser)
     return args

@@ -115,12 +115,14 @@ def sweep(args):
 
 
 def write_docs(folder, rows, total, left_out):
+    models = folder / 'models.md'
+    page = with_table(models.read_text(), by_architecture(rows))
     preflight.make_folder(folder / 'results', '--docs')
+    read_rows(folder / 'results' / 'zoo.csv')  # which refuses another file
     write_rows(folder / 'results' / 'zoo.csv', rows)
     command = f'python tools/check_zoo.py --docs {folder.name}'
     (folder / 'zoo.md').write_text(report(rows, command, total, left_out))
-    models = folder / 'models.md'
-    models.write_text(with_table(models.read_text(), by_architecture(rows)))
+    models.write_text(page)
 
 
 def main(argv=None):

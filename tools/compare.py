@@ -168,6 +168,9 @@ def main(argv=None):
     console = Console(highlight=False)
     failures = {}
     with command_line.one_message(parser):
+        report.check_out(args.out / 'report')
+        if args.csv and args.csv.exists():
+            results.read_rows(args.csv)  # before hours of training
         folders = args.report_only
         if not folders:
             runs = compare.plan(grid(args), args.out, args.question, args.commit or commit_of())

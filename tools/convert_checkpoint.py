@@ -2,6 +2,7 @@
 """Turns a BatchNorm checkpoint into one with Dynamic Normalization that computes the same."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def parse(argv):
 
 def convert(args):
     out = Path(args.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f'{out}: exists already; choose another file name')
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     if args.config is None:

@@ -19,15 +19,18 @@ from mmengine.device import get_device
 from rich.console import Console
 
 from dn_mmdet.checkpoint import check_fits, open_checkpoint
+from dn_mmdet.checks.preflight import make_folder
 from dn_mmdet.cli import command_line
 from dn_mmdet.deploy import folded_files, folding
 from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import compare, report
+from dn_mmdet.messages import ConfigError
 from dn_mmdet.provenance import commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ROOT / 'tools' / 'predict.py'
 NAMES = ('ssdlite_mbv2_bn_digits', 'ssdlite_mbv2_dnb_digits')
+MARK = '.demo'  # a file in each folder that a demo has written
 PICTURES = 8
 SCORE_THR = 0.3
 NEXT = """\
@@ -42,9 +45,25 @@ class ChildFailed(Exception):
     """A tool that the demo started ended with an error; holds the end of its output."""
 
 
+def clear(out):
+    """Removes runs and images of an earlier demo, and marks the folder as one of the demo.
+
+    Raises:
+        ConfigError: there are files in the folder, and no demo has marked it.
+    """
+    if not (out / MARK).is_file() and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(
+            f'{out}: expected a new folder, an empty one or one of an earlier demo; '
+            f'choose another --out, or remove it'
+        )
+    make_folder(out, '--out')
+    (out / MARK).touch()
+    for name in ('runs', 'images'):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
 def train(configs, out, seed, console):
     """Runs both trainings at once, from the start; returns their runs."""
-    shutil.rmtree(out / 'runs', ignore_errors=True)
     variants = [
         compare.NamedConfig(path.stem, str(path), command_line.load_config(path))
         for path in configs
@@ -138,7 +157,6 @@ def _boxes_by_file(coco):
 def pick_images(dataset, folder):
     """Copies the first images of a COCO data set, and their annotations, into a folder."""
     coco = json.loads(Path(dataset.ann_file).read_text())
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     coco['images'] = coco['images'][:PICTURES]
     ids = {image['id'] for image in coco['images']}
@@ -182,6 +200,7 @@ def run(configs, out, seed, console):
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
 
+    clear(out)
     init_default_scope('mmdet')
     cfg = Config.fromfile(configs[0])
     console.print(f'Preparing the data set in {cfg.train_dataloader.dataset.data_root}')
@@ -214,7 +233,8 @@ def main(argv=None):
         '--out',
         type=Path,
         default=Path('work_dirs/demo'),
-        help='folder for the results (default: %(default)s)',
+        help='folder for the results. The results of an earlier demo in it are replaced, and a '
+        'folder with other files is refused (default: %(default)s)',
     )
     parser.add_argument(
         '--seed', type=int, default=0, help='random seed of both trainings (default: %(default)s)'

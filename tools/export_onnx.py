@@ -29,7 +29,8 @@ def parse(argv):
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out', help='file to write (default: name of the checkpoint, with .onnx)'
+        '--out',
+        help='file to write; it must not exist (default: name of the checkpoint, with .onnx)',
     )
     parser.add_argument(
         '--size',
@@ -84,6 +85,10 @@ def image_size(cfg, option):
 
 def run(args):
     export.check_installed()
+    out = Path(args.out or Path(args.checkpoint).with_suffix('.onnx'))
+    if out.suffix != '.onnx':
+        raise ConfigError(f'--out: expected a file name in .onnx, got {out}')
+    preflight.check_new([out], '--out')
     cfg = command_line.load_config(args.config, args.cfg_options)
     model = preflight.check_model(cfg)
     preflight.check_evaluation(model)
@@ -91,7 +96,6 @@ def run(args):
     check_fits(model, checkpoint, args.checkpoint)
     size = image_size(cfg, args.size)
     detector = export.Detector(model, size)
-    out = Path(args.out or Path(args.checkpoint).with_suffix('.onnx'))
     preflight.make_folder(out.parent, '--out')
     if args.images:
         images = export.read_images(find_images(args.images)[:8], size)

@@ -17,6 +17,7 @@ from dn_mmdet.cli import command_line
 from dn_mmdet.deploy import folded_files, folding, trade_off
 from dn_mmdet.deploy.folded_config import built, check_twin
 from dn_mmdet.fold import foldable
+from dn_mmdet.messages import ConfigError
 from dn_mmdet.provenance import commit_of
 
 
@@ -86,6 +87,19 @@ def parse(argv):
     return parser, args
 
 
+def check_csv(csv, out):
+    """Raises ConfigError where the table or its figure would replace another file."""
+    figure = csv.with_suffix('.png')
+    if csv.suffix != '.csv' or figure.resolve() == out.with_suffix('.png').resolve():
+        raise ConfigError(
+            f'--csv: expected a file name in .csv that differs from that of {out}, got {csv}'
+        )
+    if csv.exists():
+        trade_off.read(csv)
+    else:
+        preflight.check_new([figure], '--csv')
+
+
 def run(args):
     cfg = command_line.load_config(args.config, args.cfg_options)
     changed = args.changed and command_line.load_config(
@@ -106,7 +120,7 @@ def run(args):
     folded_files.check_out(out)
     if args.csv:
         preflight.make_folder(args.csv.parent, '--csv')
-        trade_off.read(args.csv)
+        check_csv(args.csv, out)
     commit = commit_of()
     result = folding.fold(
         cfg, model, args.images, args.keep, args.max_drop, args.metric, changed=changed

@@ -51,7 +51,14 @@ found test-tools || {
          "pytest-timeout pytest-xdist hypothesis" >&2; exit 2; }
 mkdir -p "$folder" || exit 2
 csv=$folder/benchmark_gpu.csv
-rm -f "$csv" "$folder"/{tests,results,table,bars,log}.txt "$folder/layers.png"
+results=("$csv" "$folder"/{tests,results,table,bars,log}.txt "$folder/layers.png")
+if ! [ -e "$folder/table.txt" ] || ! [ -e "$folder/bars.txt" ]; then  # which each check leaves
+    for file in "${results[@]}"; do
+        [ ! -e "$file" ] || { echo "gpu_check: $file: exists already, and no check of the GPU has" \
+                                   "written it. Name another folder: $0 FOLDER" >&2; exit 2; }
+    done
+fi
+rm -f "${results[@]}"
 : > "$folder/table.txt"
 : > "$folder/bars.txt"
 failed=()

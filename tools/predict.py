@@ -3,11 +3,12 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from dn_mmdet.checkpoint import check_fits, is_remote, open_checkpoint, safe_loading
 from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
-from dn_mmdet.cli.predict import find_images, predict
+from dn_mmdet.cli.predict import PICTURES, PREDICTIONS, find_images, holds_predictions, predict
 from dn_mmdet.messages import ConfigError
 
 
@@ -22,7 +23,10 @@ def parse(argv):
         'images', metavar='image_or_folder', help='an image, or a folder of images'
     )
     parser.add_argument(
-        '--out-dir', default='predictions', help='folder to write to (default: %(default)s)'
+        '--out-dir',
+        default='predictions',
+        help='folder to write to. Only the results of an earlier prediction are replaced in it '
+        '(default: %(default)s)',
     )
     parser.add_argument(
         '--score-thr',
@@ -46,6 +50,11 @@ def main(argv=None):
         if not is_remote(args.checkpoint):
             checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
             check_fits(model, checkpoint, args.checkpoint)
+        if not holds_predictions(args.out_dir):
+            pictures = [Path(args.out_dir, PICTURES, image.name) for image in images]
+            preflight.check_new(
+                [Path(args.out_dir, PREDICTIONS), *pictures], '--out-dir', kind='folder'
+            )
         preflight.make_folder(args.out_dir, '--out-dir')
         unreadable = predict(cfg, args.checkpoint, images, args.out_dir, args.score_thr)
         if unreadable:

@@ -29,7 +29,11 @@ def parse(argv):
         '--work-dir',
         help='folder for the log with the metrics (default: <work folder of the training>/test)',
     )
-    parser.add_argument('--out', metavar='FILE.pkl', help='write the detections to a pickle file')
+    parser.add_argument(
+        '--out',
+        metavar='FILE.pkl',
+        help='write the detections to a pickle file; it must not exist',
+    )
     parser.add_argument(
         '--show-dir',
         help='draw the detections into pictures, in this folder inside <work folder>/<time>',
@@ -83,6 +87,9 @@ def check(cfg, tested, args):
         checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
         check_fits(model, checkpoint, args.checkpoint)
         preflight.check_trained_classes(cfg, 'test', checkpoint, args.checkpoint)
+    preflight.check_config_copy(tested, test=True)
+    if args.out:
+        preflight.check_new([args.out], '--out')
     preflight.make_folder(cfg.work_dir, '--work-dir')
     if args.out:
         preflight.make_folder(Path(args.out).parent, '--out')

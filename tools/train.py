@@ -137,11 +137,9 @@ def check(cfg, args):
             check_resumable(checkpoint, path)
             preflight.check_trained_classes(cfg, 'train', checkpoint, path)
         check_fits(model, checkpoint, path, whole=bool(resume))
-        if args.overwrite and Path(path).resolve().parent == Path(cfg.work_dir).resolve():
-            raise ConfigError(
-                f'--overwrite would remove {path}, but the training starts from it: '
-                f'move it, or choose another --work-dir'
-            )
+    if args.overwrite:
+        preflight.check_overwrite(cfg)
+    preflight.check_config_copy(cfg)
     return resume
 
 

@@ -96,6 +96,15 @@ def matching(rows, **wanted) -> list[dict]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
+def check_columns(path) -> None:
+    """Raises ValueError where a file exists and has other columns than a benchmark's."""
+    if Path(path).exists() and read_header(path) != FIELDS:
+        raise ValueError(
+            f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
+            f'choose another file'
+        )
+
+
 def write_rows(path, rows) -> None:
     """Writes rows to a CSV file, or appends them to one of the same columns.
 
@@ -104,11 +113,7 @@ def write_rows(path, rows) -> None:
     """
     path = Path(path)
     new = not path.exists()
-    if not new and read_header(path) != FIELDS:
-        raise ValueError(
-            f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
-            f'choose another file'
-        )
+    check_columns(path)
     with open(path, 'a', newline='') as file:
         writer = csv.DictWriter(file, FIELDS, restval='')
         if new:

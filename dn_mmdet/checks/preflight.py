@@ -1,19 +1,23 @@
 """Checks of a config and of a work folder, before a tool writes anything."""
 
+import ast
 import contextlib
 import copy
 import errno
 import inspect
+import io
 import os
 import re
 import socket
 import tempfile
+import tokenize
 from pathlib import Path
 
 from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS, OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.fileio import load
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
@@ -21,7 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..config_tree import dicts
+from ..config_tree import dicts, strings
 from ..layers import _DynamicNorm
 from ..messages import ConfigError, did_you_mean, reason, some
 from ..registered import is_of, name_of, resolve
@@ -38,6 +42,21 @@ LOCK = '.train.lock'
 NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # The names that mmengine's CheckpointHook gives.
 CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
+
+RUN_OPTIONS = {'work_dir', 'launcher'}  # what every training and test sets in its config
+# What mmengine writes a config with.
+LITERALS = (
+    ast.Constant,
+    ast.List,
+    ast.Tuple,
+    ast.Set,
+    ast.Dict,
+    ast.Call,
+    ast.keyword,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.expr_context,
+)
 
 
 class FolderInUse(ConfigError):
@@ -156,6 +175,65 @@ def make_folder(path, option: str) -> None:
         ) from error
 
 
+def check_new(paths, option: str, kind='file') -> None:
+    """Raises ConfigError where one of the files that a tool is to write exists."""
+    there = [path for path in paths if os.path.lexists(path)]
+    if there:
+        raise ConfigError(f'{some(there)}: exists already; name another {kind} with {option}')
+
+
+def check_config_copy(cfg: Config, test=False) -> None:
+    """Raises ConfigError where the copy of the config would replace somebody's own file.
+
+    mmengine writes the whole config into the work folder, under the name of its file. A
+    training may replace the copy that an earlier training or test left, also if it is the
+    config itself: that is how trainings continue. A test may replace only that of a test.
+    """
+    copied = Path(cfg.work_dir, Path(cfg.filename).name) if cfg.filename else None
+    if copied is None or not copied.exists():
+        return
+    of_training = (copied.parent / LOCK).exists() or not is_fresh(copied.parent)
+    if not _is_copy(copied) or test and (of_training or copied.samefile(cfg.filename)):
+        raise ConfigError(
+            f'--work-dir {cfg.work_dir}: expected another folder, because a copy of the config '
+            f'with all its options is written into it and would replace {copied}'
+        )
+
+
+def _is_copy(path):
+    """Whether a file is the config of a training or test, as mmengine writes it.
+
+    It is whole and has neither comments nor expressions: nothing by hand would be lost.
+    """
+    try:
+        if path.suffix == '.py':
+            content = _literals(path.read_text(encoding='utf-8'))
+        else:
+            commented = path.suffix != '.json' and re.search(r'(^|\s)#', path.read_text(), re.M)
+            content = {} if commented else load(path)
+    except Exception:  # no config: a reader can raise anything
+        return False
+    return RUN_OPTIONS <= set(content) and '_base_' not in content
+
+
+def _literals(text):
+    """Names of the options in a Python file; none if it has more than literals in it."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    if any(token.type == tokenize.COMMENT for token in tokens):
+        return set()
+    names = set()
+    for statement in ast.parse(text).body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(target, ast.Name):
+            return set()
+        names.add(target.id)
+        for node in ast.walk(statement.value):
+            is_name = isinstance(node, ast.Name) and node.id in ('dict', 'inf', 'nan')
+            if not is_name and not isinstance(node, LITERALS):
+                return set()
+    return names
+
+
 def resumes(cfg: Config) -> str | None:
     """What a config continues, as in ``--resume``: None, 'auto' or a path."""
     return (cfg.get('load_from') or 'auto') if cfg.get('resume') else None
@@ -245,8 +323,31 @@ def checkpoint_to_resume(work_dir, resume):
     return str(last)
 
 
+def old_checkpoints(work_dir) -> list[Path]:
+    """The checkpoints that mmengine wrote into a folder."""
+    work_dir = Path(work_dir)
+    return [
+        path
+        for path in (work_dir.iterdir() if work_dir.is_dir() else ())
+        if CHECKPOINTS.fullmatch(path.name) and not path.is_dir()
+    ]
+
+
 def remove_checkpoints(work_dir) -> None:
     """Removes the checkpoints that mmengine wrote into a folder, and nothing else."""
-    for path in Path(work_dir).iterdir():
-        if CHECKPOINTS.fullmatch(path.name) and not path.is_dir():
-            path.unlink()
+    for path in old_checkpoints(work_dir):
+        path.unlink()
+
+
+def check_overwrite(cfg: Config) -> None:
+    """Raises ConfigError where `remove_checkpoints` would remove what the config names."""
+    removed = {path.parent.resolve() / path.name for path in old_checkpoints(cfg.work_dir)}
+    for option, text in strings(cfg.to_dict()):
+        if not text.endswith(('.pth', 'last_checkpoint')):
+            continue
+        path = Path(os.path.expanduser(text))
+        if removed & {path.parent.resolve() / path.name, path.resolve()}:
+            raise ConfigError(
+                f'--overwrite would remove {text}, but the training needs it ({option}): '
+                f'move it, or choose another --work-dir'
+            )

@@ -14,6 +14,9 @@ from rich.progress import track
 
 from ..messages import ConfigError
 
+PREDICTIONS = 'predictions.json'
+PICTURES = 'vis'  # the folder that DetInferencer draws into
+
 
 def find_images(path) -> list[Path]:
     """The image itself, or the images of a folder by name, without its subfolders.
@@ -69,8 +72,18 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
             pred_score_thr=score_thr,
         )['predictions'][0]
         _add(content, image.name, pixels.shape, sample.pred_instances.numpy(), score_thr)
-    (Path(out_dir) / 'predictions.json').write_text(json.dumps(content))
+    (Path(out_dir) / PREDICTIONS).write_text(json.dumps(content))
     return unreadable
+
+
+def holds_predictions(folder) -> bool:
+    """Whether `predict` has written into a folder before: it may replace what it wrote."""
+    try:
+        content = json.loads((Path(folder) / PREDICTIONS).read_text())
+        found = content.keys() == {'images', 'annotations', 'categories'}
+        return found and all('score' in annotation for annotation in content['annotations'])
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or a file of another kind
+        return False
 
 
 def _name_classes(inferencer, cfg):

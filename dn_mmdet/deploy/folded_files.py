@@ -11,7 +11,7 @@ from ..checkpoint import meta_of
 from ..checks import preflight
 from ..experiments.report import markdown_table
 from ..files import replacing, write_text
-from ..messages import ConfigError, some
+from ..messages import ConfigError
 from .folded_config import built, folded_config
 from .folding import Result, Row
 
@@ -22,9 +22,7 @@ def check_out(out: Path) -> None:
     """Raises ConfigError where a result would replace a file or cannot be written."""
     if out.suffix != '.pth':
         raise ConfigError(f'--out: expected a file name in .pth, got {out}')
-    there = [path for path in map(out.with_suffix, SUFFIXES) if path.exists()]
-    if there:
-        raise ConfigError(f'{some(there)}: exists already; name another file with --out')
+    preflight.check_new(map(out.with_suffix, SUFFIXES), '--out')
     preflight.make_folder(out.parent, '--out')
 
 

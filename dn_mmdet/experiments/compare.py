@@ -560,7 +560,9 @@ def _training(run):
     folder = run.folder
     write_json(folder / 'run.json', run.spec)
     write_json(folder / 'starts.json', read_json(folder / 'starts.json', 0) + 1)
-    run.cfg.dump(folder / 'config.py')
+    cfg = copy.deepcopy(run.cfg)
+    cfg.work_dir, cfg.launcher = str(folder), 'none'  # so that the training may replace the file
+    cfg.dump(folder / 'config.py')
     return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder)]
 
 

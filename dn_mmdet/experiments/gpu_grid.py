@@ -215,6 +215,19 @@ def read_rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def check_columns(path, columns) -> None:
+    """Raises ValueError where a file exists and has other columns."""
+    if not Path(path).is_file():
+        return
+    with open(path, newline='') as file:
+        found = next(csv.reader(file), [])
+    if found != list(columns):
+        raise ValueError(
+            f'{path}: expected the columns {", ".join(columns)}, found '
+            f'{", ".join(found)}; name another file'
+        )
+
+
 def append_row(path, row: dict, columns) -> None:
     """A row at the end of a CSV file, with a header where it is new.
 
@@ -223,14 +236,7 @@ def append_row(path, row: dict, columns) -> None:
     """
     path = Path(path)
     new = not path.is_file()
-    if not new:
-        with open(path, newline='') as file:
-            found = next(csv.reader(file), [])
-        if found != list(columns):
-            raise ValueError(
-                f'{path}: expected the columns {", ".join(columns)}, found '
-                f'{", ".join(found)}; name another file'
-            )
+    check_columns(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a', newline='') as file:
         writer = csv.DictWriter(file, columns, lineterminator='\n')
@@ -247,6 +253,7 @@ def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=
         if not (folder / name).is_file():
             raise ValueError(f'{folder / name}: no such file; make it with --prepare')
     plan = json.loads((folder / PLAN).read_text())
+    check_columns(path, plan['columns'])
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     to_rgb = {run['recipe']['data_preprocessor']['to_rgb'] for run in plan['runs']}
     if len(to_rgb) != 1:

@@ -8,9 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
-from ..checks.preflight import make_folder
+from ..checks.preflight import check_new, make_folder
 from ..cli.command_line import load_config
-from ..files import write_json
+from ..files import read_json, write_json
 from ..messages import ConfigError
 from ..provenance import commit_of
 from . import compare, presets
@@ -43,21 +43,39 @@ def prepare(
         the runs of the plan, one dict each.
 
     Raises:
-        ConfigError: an unknown variant, a run listed twice, or a recipe that the training
-            does not know.
+        ConfigError: an unknown variant, a run listed twice, a recipe that the training does
+            not know, or a file in the folder that is not of such a plan.
     """
     folder = Path(folder)
-    found = plan(config, runs, epochs, question, commit or commit_of())
-    if append and (folder / PLAN).is_file():
-        found = json.loads((folder / PLAN).read_text())['runs'] + found
-    _check_once(found)
     if not Path(archive).is_file():
         raise ConfigError(f'{archive}: expected the archive of the images, found no such file')
+    earlier = _earlier_runs(folder, archive)
+    found = plan(config, runs, epochs, question, commit or commit_of())
+    if append:
+        found = earlier + found
+    _check_once(found)
     make_folder(folder, '--folder')
     write_json(folder / PLAN, dict(columns=[*COLUMNS, *EXTRA], runs=found))
     if not (folder / ARCHIVE).is_file() or not (folder / ARCHIVE).samefile(archive):
         shutil.copyfile(archive, folder / ARCHIVE)
     return found
+
+
+def _earlier_runs(folder, archive):
+    """The runs of the plan that is there, none where there is no plan.
+
+    Raises:
+        ConfigError: a file that would be replaced is not of such a plan.
+    """
+    path, images = folder / PLAN, folder / ARCHIVE
+    if path.exists():
+        try:
+            return read_json(path)['runs']
+        except (ValueError, KeyError, TypeError):  # somebody else's file
+            check_new([path], '--folder', kind='folder')
+    if not (images.exists() and images.samefile(archive)):
+        check_new([images], '--folder', kind='folder')
+    return []
 
 
 def plan(config, runs, epochs, question, commit) -> list[dict]:

@@ -1,6 +1,7 @@
 """The report of a comparison: its tables, its figures and what a reader has to know first."""
 
 import html
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,28 @@ from .results import (
     grouped,
     key_of,
     read,
+    read_rows,
     spec_of,
     summarise,
 )
+
+RUNS = 'runs.csv'  # what every report has
 
 
 class Written(NamedTuple):
     rows: list
     text: str
+
+
+def check_out(out: Path) -> None:
+    """Raises ConfigError where a folder has files, but no table of runs, as a report has."""
+    if (out / RUNS).is_file():
+        read_rows(out / RUNS)
+    elif os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f'{out}: expected a new folder or one with a report, which has a file {RUNS}; '
+            f'choose another --out'
+        )
 
 
 def write(sources, out, metric=None, baseline=None) -> Written:
@@ -50,7 +65,7 @@ def write(sources, out, metric=None, baseline=None) -> Written:
     table = summarise(runs, baseline)
     rows = [run.row for run in runs if run.row['status'] != 'unfinished']
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'runs.csv').write_text(csv_text(rows, columns_of(rows)))
+    (out / RUNS).write_text(csv_text(rows, columns_of(rows)))
     (out / 'table.csv').write_text(csv_text(table, list(table[0])))
     head, text = notes(runs), markdown(table, baseline)
     if len(found) > len(runs):

@@ -18,6 +18,7 @@ import mmengine
 import torch
 
 from ..files import replacing
+from ..messages import ConfigError
 from ..version import __version__
 from .check import FAIL, NOT_APPLICABLE, PASS, Stage
 
@@ -125,13 +126,21 @@ def read_rows(path) -> dict[str, dict]:
     """Rows by config; of several for one config the last counts.
 
     A last line without its end, which a killed run can leave, is none.
+
+    Raises:
+        ConfigError: it has other columns.
     """
     if not Path(path).is_file():
         return {}
     lines = Path(path).read_text().splitlines(keepends=True)
-    return {
-        row['config']: row for row in csv.DictReader(line for line in lines if line.endswith('\n'))
-    }
+    reader = csv.DictReader(line for line in lines if line.endswith('\n'))
+    found = tuple(reader.fieldnames or ())
+    if found != FIELDS:
+        raise ConfigError(
+            f'{path}: expected the columns {", ".join(FIELDS)}, found {", ".join(found)}; '
+            f'choose another folder'
+        )
+    return {row['config']: row for row in reader}
 
 
 def append_row(path, row) -> None:
