@@ -436,6 +436,43 @@ def test_masks_that_a_pipeline_loads_have_to_be_there(cfg, model, annotations, n
         preflight.check_data(cfg, 'train', model)
 
 
+SQUARE = [[4, 4, 20, 4, 20, 20, 4, 20]]
+FIRST_MASKS = [
+    (SQUARE + [[1, 2]], 'parts of fewer than three points, which are left out'),
+    ([[80, 4, 90, 4, 90, 9]], 'no area, or lie outside of their image'),
+]
+
+
+@pytest.mark.parametrize('first, expected', FIRST_MASKS, ids=['short', 'outside'])
+def test_masks_that_are_lost_are_told_and_no_error(cfg, model, annotations, told, first, expected):
+    def edit(content):
+        change_all(content, segmentation=SQUARE)
+        content['annotations'][0]['segmentation'] = first
+
+    line = f'1 segmentations have {expected} (the first has the id 1)'
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    path = annotations(edit)
+    preflight.check_data(cfg, 'train', model)
+    assert told == [f'{path}: {line}']
+    cfg.val_dataloader.dataset.ann_file = str(path)
+    cfg.val_evaluator.update(ann_file=str(path), metric=['bbox', 'segm'])
+    told.clear()
+    preflight.check_data(cfg, 'val', model)
+    assert told == [f'{path}: {line}']
+
+
+def test_masks_of_other_images_are_told(cfg, model, annotations):
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    mask = dict(size=[128, 128], counts=[128 * 128])
+    path = annotations(lambda content: change_all(content, segmentation=mask))
+    with pytest.raises(
+        ConfigError,
+        match=rf'^{path}: .*the size \[128, 128\].*height 64 and .*'
+        'The file is set by train_dataloader.dataset.ann_file$',
+    ):
+        preflight.check_data(cfg, 'train', model)
+
+
 def test_every_missing_image_is_found(cfg, model, annotations):
     annotations(lambda content: content['images'][2].update(file_name='absent/2.png'))
     with pytest.raises(ConfigError, match='images/absent/2.png: no such image'):

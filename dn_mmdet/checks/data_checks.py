@@ -361,7 +361,11 @@ def _check_coco(data, split, files):
     if _loads_masks(dataset.pipeline):
         boxes = coco.sort_boxes(content, classes, data.image_ids)
         with _about(dataset.ann_file, option):
-            coco.check_masks(boxes.get(coco.TRAINED, []) + boxes.get(coco.CROWDS, []))
+            lost = coco.check_masks(
+                boxes.get(coco.TRAINED, []) + boxes.get(coco.CROWDS, []), coco.sizes_of(content)
+            )
+        if split == 'train':  # of others, where they are evaluated
+            _tell_lost_masks(dataset.ann_file, lost)
     _check_images(data)
 
 
@@ -513,6 +517,14 @@ def _tell_what_is_left_out(data, boxes):
         tell(f'{path}: no box of {len(empty)} of the {len(classes)} classes ({some(empty)})')
 
 
+def _tell_lost_masks(path, lost):
+    for what, found in lost.items():
+        tell(
+            f'{path}: {len(found)} segmentations have {what} (the first has the id '
+            f'{found[0]["id"]!r})'
+        )
+
+
 def _tell_what_cannot_be_found(path, content, classes):
     lost = coco.never_found(content, classes)
     if lost:
@@ -593,7 +605,8 @@ def _check_truth(option, metric, checked, content):
                 metric.get('sort_categories', False),
             )
             if evaluated:
-                coco.check_evaluation(content, classes, masks)
+                lost = coco.check_evaluation(content, classes, masks)
+                _tell_lost_masks(path, lost)
                 _tell_what_cannot_be_found(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
