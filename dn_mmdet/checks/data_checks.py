@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import BaseDetDataset, CocoDataset
+from mmdet.datasets import BaseDetDataset, CocoDataset, MultiImageMixDataset
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
 from mmengine.config import Config
@@ -23,10 +23,11 @@ from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
+from .loaders import check_loader
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
-    """Checks the files of a data set against its config, and its classes against the model.
+    """Checks a data set: its files, its classes against the model's, its metrics, its loader.
 
     What makes results wrong or ends a run later is an error; what only loses some boxes
     is told in the log.
@@ -36,7 +37,8 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
 
     Raises:
         ConfigError: a folder or file is missing, an annotation json is damaged, mmdet or
-            pycocotools would misread it, or the classes do not match.
+            pycocotools would misread it, the classes do not match, or the loader gives
+            no batch, or not each image to be evaluated once.
     """
     files = _Files()
     checked = [
@@ -46,6 +48,11 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
     if split == 'train':
         _check_boxes([data for data in checked if data.content is not None])
     _check_evaluators(cfg, split, checked, files)
+    loader = cfg.get(f'{split}_dataloader')
+    if loader is not None:
+        known = {data.option: len(data.image_ids) for data in checked if data.image_ids}
+        length = _length(loader['dataset'], f'{split}_dataloader.dataset', known)
+        check_loader(cfg, split, length)
 
 
 def check_same_classes(cfg: Config, splits) -> None:
@@ -213,6 +220,22 @@ def _check_concatenation(node, option, members):
             option,
             datasets=members,
         )
+
+
+def _length(node, option, known):
+    """The images of a data set, or None; ``known`` has those of the innermost, by option."""
+    if option in known or not isinstance(node, dict):
+        return known.get(option)
+    if is_of(DATASETS, node, ConcatDataset):
+        lengths = [
+            _length(inner, f'{option}.datasets.{index}', known)
+            for index, inner in enumerate(node['datasets'])
+        ]
+        return None if None in lengths else sum(lengths)
+    if is_of(DATASETS, node, (RepeatDataset, MultiImageMixDataset)):
+        length = _length(node.get('dataset'), f'{option}.dataset', known)
+        return length and length * node.get('times', 1)
+    return None
 
 
 def _check_dataset(option, dataset, split, model, files):
