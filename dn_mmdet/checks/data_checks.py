@@ -15,6 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets import BaseDetDataset, CocoDataset, MultiImageMixDataset
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from torch import nn
@@ -23,6 +24,7 @@ from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
+from .evaluators import check_boxes_are_loaded, check_metrics, metrics_of
 from .loaders import check_loader
 
 
@@ -47,7 +49,13 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
     ]
     if split == 'train':
         _check_boxes([data for data in checked if data.content is not None])
-    _check_evaluators(cfg, split, checked, files)
+    samples = {data.option: data.sample for data in checked if data.sample is not None}
+    if split == 'train':
+        for option, sample in samples.items():
+            check_boxes_are_loaded(option, sample, model)
+    else:
+        _check_evaluators(cfg, split, checked, files)
+        check_metrics(cfg, split, model, samples)
     loader = cfg.get(f'{split}_dataloader')
     if loader is not None:
         known = {data.option: len(data.image_ids) for data in checked if data.image_ids}
@@ -112,6 +120,7 @@ class _Data:
     dataset: BaseDataset
     content: dict | None = None
     image_ids: list | None = None  # that are left after filter_cfg and indices
+    sample: DetDataSample | None = None  # what the pipeline makes of the first of them
 
 
 class _Files(dict):
@@ -390,6 +399,29 @@ def _check_coco(data, split, files):
         if split == 'train':  # of others, where they are evaluated
             _tell_lost_masks(dataset.ann_file, lost)
     _check_images(data)
+    data.sample = _first_sample(data)
+
+
+def _first_sample(data):
+    """What the pipeline makes of the first image, or None where it is not a detector's."""
+    dataset, image = data.dataset, data.content['images'][0]
+    for listed in data.content['images']:
+        if listed['id'] == data.image_ids[0]:
+            image = listed
+    annotations = data.content.get('annotations') or []
+    dataset.cat2label = {number: label for label, number in enumerate(dataset.cat_ids)}
+    try:
+        info = dataset.parse_data_info(
+            dict(
+                raw_img_info=dict(image, img_id=image['id']),
+                raw_ann_info=[a for a in annotations if a['image_id'] == image['id']],
+            )
+        )
+        packed = dataset.pipeline(dict(info, sample_idx=0))
+    except Exception:  # it may want more than one image, as a mosaic does
+        return None
+    sample = packed.get('data_samples') if isinstance(packed, dict) else None
+    return sample if isinstance(sample, DetDataSample) else None
 
 
 @contextlib.contextmanager
@@ -555,17 +587,6 @@ def _tell_what_cannot_be_found(path, content, classes):
             f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
             f'detection can match them (the first has the id {lost[0]["id"]!r})'
         )
-
-
-def metrics_of(evaluator, option):
-    """Option and config of each metric of an evaluator, in all forms that mmengine takes."""
-    if isinstance(evaluator, dict) and 'metrics' in evaluator:
-        yield from metrics_of(evaluator['metrics'], f'{option}.metrics')
-    elif isinstance(evaluator, dict):
-        yield option, evaluator
-    elif isinstance(evaluator, (list, tuple)):
-        for index, metric in enumerate(evaluator):
-            yield from metrics_of(metric, f'{option}.{index}')
 
 
 def _check_evaluators(cfg, split, checked, files):
