@@ -270,15 +270,15 @@ def test_an_id_that_pycocotools_takes_for_no_match_is_told(content, number):
         coco.check_evaluation(content, CLASSES)
 
 
-def ap(content):
-    """Of detections that are the ground truth."""
+def ap(content, found=None):
+    """Of detections that are the ground truth, or a part of it."""
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     truth.createIndex()
     found = truth.loadRes(
         [
             dict(image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], score=0.9)
-            for a in content['annotations']
+            for a in found or content['annotations']
         ]
     )
     evaluation = COCOeval(truth, found, 'bbox')
@@ -501,6 +501,51 @@ def test_boxes_that_no_detection_can_match(content, box):
         annotation['bbox'] = box
     with pytest.raises(CocoError, match='all 3 boxes of kite, vase have no size.*id 1, is .*AP'):
         coco.check_evaluation(content, CLASSES)
+
+
+@pytest.mark.parametrize('mark', ['false', 'no', '', 2, -1, [], [1], NAN])
+def test_a_mark_that_is_none_is_told(content, mark):
+    """mmdet leaves out what is marked with any text, also with 'false'."""
+    content['annotations'][1]['ignore'] = mark
+    with pytest.raises(
+        CocoError, match=r'^annotations: number 1 \(id 2\) has ignore .*expected 0'
+    ):
+        coco.check_format(content)
+
+
+@pytest.mark.parametrize('mark', [None, 0, 1, False, True, 0.0, 1.0])
+def test_marks_of_all_kinds_pass(content, mark):
+    content['annotations'][1]['ignore'] = mark
+    check_all(content)
+    marked = content['annotations'][1:2] if mark else []
+    assert coco.marked_ignore(content, CLASSES) == marked
+    content['annotations'][1]['iscrowd'] = 1
+    assert coco.marked_ignore(content, CLASSES) == []
+
+
+def test_pycocotools_wants_found_what_mmdet_ignores(content):
+    """Why it is told."""
+    content['annotations'][0]['ignore'] = 1
+    everything = copy.deepcopy(content)
+    assert ap(content) == pytest.approx(1)
+    content['annotations'].pop(0)
+    assert ap(everything, found=content['annotations']) < 0.9
+
+
+def test_areas_larger_than_their_image_are_found(content):
+    content['annotations'][0]['area'] = 64 * 64
+    content['annotations'][1]['area'] = 65 * 65  # a pixel more on each side
+    assert coco.areas_larger_than_images(content, CLASSES) == []
+    content['annotations'][2]['area'] = 66 * 66
+    check_all(content)
+    assert coco.areas_larger_than_images(content, CLASSES) == content['annotations'][2:]
+    for annotation in content['annotations']:
+        annotation['area'] = 1e7
+    with pytest.raises(
+        CocoError, match='all 3 areas of kite, vase are larger .*id 1, is 10000000'
+    ):
+        coco.check_evaluation(content, CLASSES)
+    coco.check_format(content)  # training may
 
 
 USES = [

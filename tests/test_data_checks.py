@@ -491,6 +491,25 @@ def test_a_picture_that_cannot_be_read_is_told(cfg, model, annotations, root, tm
         preflight.check_data(cfg, 'train', model)
 
 
+@pytest.mark.parametrize('number', [0, 1])
+def test_a_file_that_is_no_picture_is_told(cfg, model, annotations, root, tmp_path, number):
+    """Also one that is not among those that are opened."""
+    shutil.copytree(root / 'images', tmp_path / 'images')
+    path = tmp_path / 'images' / f'{number}.png'
+    annotations()
+    cfg.train_dataloader.dataset.data_prefix.img = str(tmp_path / 'images')
+    path.write_bytes(b'')
+    with pytest.raises(ConfigError, match=f'{path}: expected an image, got a file of 0 bytes'):
+        preflight.check_data(cfg, 'train', model)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=f'{path}: no such image'):
+        preflight.check_data(cfg, 'train', model)
+    path.rmdir()
+    path.symlink_to(root / 'images' / '2.png')
+    preflight.check_data(cfg, 'train', model)
+
+
 @pytest.mark.parametrize('width, height, refused', [(128, 128, True), (64, 65, True)])
 def test_sizes_of_other_pictures_are_told(cfg, model, annotations, width, height, refused):
     path = annotations(lambda content: content['images'][0].update(width=width, height=height))
@@ -728,6 +747,79 @@ def test_a_box_that_no_detection_can_match_is_told_and_no_error(cfg, model, eval
         if 'no detection can match them (the first has the id 2)' in line
         and line.startswith(f'{path}: 1 boxes')
     ] == told
+
+
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (dict(ignore=1), 'are marked ignore: mmdet does not train on them, and pycocotools'),
+        (dict(area=1e7), 'have an area larger than their image'),
+    ],
+)
+def test_what_counts_against_a_detector_is_told_and_no_error(
+    cfg, model, evaluator, told, change, expected
+):
+    path = evaluator(lambda content: content['annotations'][1].update(change))
+    cfg.val_dataloader.dataset.ann_file = str(path)
+    preflight.check_data(cfg, 'val', model)
+    assert [line for line in told if f'{path}: 1 boxes {expected}' in line] == told != []
+    assert all('(the first has the id 2)' in line for line in told)
+
+
+MOVING = {
+    'flip': dict(type='RandomFlip', prob=0.5),
+    'flips': dict(type='RandomFlip', prob=[0.5, 0.2], direction=['horizontal', 'vertical']),
+    'crop': dict(type='RandomCrop', crop_size=(32, 32)),
+    'affine': dict(type='RandomAffine'),
+    'mosaic': dict(type='Mosaic', img_scale=(64, 64)),
+    'rotation': dict(type='Rotate'),
+    'inside': dict(type='RandomApply', transforms=[dict(type='Expand')]),
+}
+
+
+@pytest.mark.parametrize('transform', MOVING.values(), ids=MOVING)
+def test_a_pipeline_of_evaluation_moves_nothing(cfg, model, transform):
+    cfg.val_dataloader.dataset.pipeline.insert(3, transform)
+    with pytest.raises(
+        ConfigError, match=r'^val_dataloader\.dataset\.pipeline: \w+ moves objects.* Leave it out'
+    ):
+        preflight.check_data(cfg, 'val', model)
+
+
+@pytest.mark.parametrize(
+    'transform',
+    [
+        dict(type='RandomFlip', prob=0.0),
+        dict(type='RandomChoiceResize', scales=[(64, 64), (32, 32)]),
+        dict(type='PhotoMetricDistortion'),
+        dict(
+            type='RandomCenterCropPad',
+            crop_size=None,
+            ratios=None,
+            border=None,
+            mean=[0, 0, 0],
+            std=[1, 1, 1],
+            to_rgb=True,
+            test_mode=True,
+            test_pad_mode=['logical_or', 127],
+        ),
+    ],
+    ids=lambda transform: transform['type'],
+)
+def test_a_pipeline_of_evaluation_may_change_what_is_taken_back(cfg, model, transform):
+    cfg.val_dataloader.dataset.pipeline.insert(3, transform)
+    preflight.check_data(cfg, 'val', model)
+
+
+def test_views_of_an_image_may_be_flipped(cfg, model):
+    """Test-time augmentation flips the boxes back."""
+    load, *others, pack = cfg.val_dataloader.dataset.pipeline
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+    cfg.val_dataloader.dataset.pipeline = [
+        load,
+        dict(type='TestTimeAug', transforms=[*([other] for other in others), flips, [pack]]),
+    ]
+    preflight.check_data(cfg, 'val', model)
 
 
 def test_a_metric_that_does_not_exist_is_told(cfg, model):

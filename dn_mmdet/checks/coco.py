@@ -52,6 +52,7 @@ def check_format(content, annotations=True) -> None:
     check_boxes(boxes)
     check_areas(boxes)
     check_crowds(boxes)
+    check_ignored(boxes)
     check_references(content)
     check_units(content)
 
@@ -157,6 +158,17 @@ def check_crowds(annotations) -> None:
             raise CocoError(
                 f'annotations: {_entry(index, annotation)} has iscrowd {crowd!r}: '
                 f'expected 0, or 1 for a crowd'
+            )
+
+
+def check_ignored(annotations) -> None:
+    """mmdet does not train on what is marked, and any text is a mark, also 'false'."""
+    for index, annotation in enumerate(annotations):
+        ignored = annotation.get('ignore')
+        if not (ignored is None or isinstance(ignored, (int, float)) and ignored in (0, 1)):
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has ignore {ignored!r}: '
+                f'expected 0, or 1 for a box that is not trained on'
             )
 
 
@@ -509,6 +521,14 @@ def check_evaluation(content, classes, masks=False) -> dict[str, list]:
             f'{lost[0]["bbox"]}), and AP would be 0. Write x, y, width and height in '
             f'pixels of these images'
         )
+    large = areas_larger_than_images(content, classes)
+    if len(large) == len(evaluated):
+        raise CocoError(
+            f'annotations: all {len(large)} areas of {some(classes)} are larger than their image '
+            f'(the first, id {large[0]["id"]!r}, is {large[0]["area"]}): expected those of the '
+            f'objects in pixels, since AP of small, medium and large objects goes by them. Where '
+            f'they are unknown, write width * height of the bbox'
+        )
     return check_masks(evaluated, sizes_of(content)) if masks else {}
 
 
@@ -534,6 +554,28 @@ def never_found(content, classes) -> list:
             min(annotation['bbox'][2:]) <= 0
             or _is_outside(annotation['bbox'], sizes[annotation['image_id']])
         )
+    ]
+
+
+def marked_ignore(content, classes) -> list:
+    """The annotations that mmdet does not train on, and pycocotools takes for objects to find."""
+    return [
+        annotation
+        for annotation in _evaluated(content, classes)
+        if annotation.get('ignore') and not annotation.get('iscrowd')
+    ]
+
+
+def areas_larger_than_images(content, classes) -> list:
+    """The annotations of these classes with such areas, by more than rounding."""
+    largest = {
+        number: (width + TOLERANCE) * (height + TOLERANCE)
+        for number, (width, height) in sizes_of(content).items()
+    }
+    return [
+        annotation
+        for annotation in _evaluated(content, classes)
+        if annotation['area'] > largest[annotation['image_id']]
     ]
 
 

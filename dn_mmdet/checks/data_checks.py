@@ -11,8 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-from mmcv.transforms import LoadImageFromFile
+from mmcv.transforms import LoadImageFromFile, RandomFlip, TestTimeAug
 from mmdet.datasets import BaseDetDataset, CocoDataset, MultiImageMixDataset
+from mmdet.datasets.transforms import (
+    CachedMixUp,
+    CopyPaste,
+    Expand,
+    GeomTransform,
+    MinIoURandomCrop,
+    MixUp,
+    Mosaic,
+    RandomAffine,
+    RandomCenterCropPad,
+    RandomCrop,
+    RandomShift,
+)
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
 from mmdet.structures import DetDataSample
@@ -26,6 +39,23 @@ from ..registered import is_of, name_of, resolve
 from . import coco
 from .evaluators import check_boxes_are_loaded, check_metrics, metrics_of
 from .loaders import check_loader
+
+# Transforms after which objects are elsewhere, and no detector takes that back.
+MOVING = (
+    CachedMixUp,
+    CopyPaste,
+    Expand,
+    GeomTransform,
+    MinIoURandomCrop,
+    MixUp,
+    Mosaic,
+    RandomAffine,
+    RandomCenterCropPad,
+    RandomCrop,
+    RandomFlip,
+    RandomShift,
+)
+SIZES = 1000  # about as many image files are asked for their size, of all of a data set
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
@@ -251,6 +281,8 @@ def _check_dataset(option, dataset, split, model, files):
     data = _Data(option, dataset)
     _check_classes(option, dataset)
     _check_num_classes(option, dataset, model)
+    if split != 'train' and isinstance(dataset, BaseDetDataset):
+        _check_nothing_moves(option, dataset)
     if _is_made(dataset) or getattr(dataset, 'backend_args', None):
         return data
     _check_paths(option, dataset)
@@ -460,14 +492,35 @@ def _images_left(option, dataset, content):
 
 
 def _loads_masks(pipeline):
-    """Whether a transform, also inside others, asks for masks."""
+    return any(getattr(transform, 'with_mask', False) for transform in _transforms(pipeline))
+
+
+def _transforms(pipeline):
+    """Each transform of a pipeline, also inside others."""
     if isinstance(pipeline, (list, tuple)):
-        return any(_loads_masks(transform) for transform in pipeline)
-    return getattr(pipeline, 'with_mask', False) or any(
-        _loads_masks(getattr(pipeline, name))
-        for name in ('transforms', 'subroutines')
-        if hasattr(pipeline, name)
-    )
+        for transform in pipeline:
+            yield from _transforms(transform)
+        return
+    yield pipeline
+    for name in ('transforms', 'subroutines'):
+        yield from _transforms(getattr(pipeline, name, ()))
+
+
+def _check_nothing_moves(option, dataset):
+    """Boxes that are found in a flipped or cropped image are compared with those of the whole."""
+    transforms = dataset.pipeline.transforms
+    if any(isinstance(transform, TestTimeAug) for transform in transforms):
+        return  # which turns them back
+    for transform in _transforms(transforms):
+        chance = getattr(transform, 'prob', 1)
+        if isinstance(chance, (list, tuple)):
+            chance = sum(chance)
+        if isinstance(transform, MOVING) and chance and not getattr(transform, 'test_mode', False):
+            raise ConfigError(
+                f'{option}.pipeline: {type(transform).__name__} moves objects, and what is found '
+                f'would be compared with where they were; AP would be wrong. Leave it out of '
+                f'the pipelines of evaluation'
+            )
 
 
 def _check_images(data):
@@ -481,21 +534,31 @@ def _check_images(data):
     names = [os.path.join(prefix, image['file_name']) for image in images]
     for name in _not_listed(names):
         _check_exists(option, name, Path.is_file, f'image, which {path} names')
+    for name in names[:: max(1, len(names) // SIZES)]:
+        if not os.path.getsize(name):
+            raise ConfigError(
+                f'{name}: expected an image, got a file of 0 bytes. Copy it again; {path} names it'
+            )
     for index in sorted({0, len(images) // 2, len(images) - 1}):
         _check_size(data, images[index], names[index])
 
 
 def _not_listed(names):
-    """The files that their folders do not list: faster than asking for each file."""
+    """What their folders do not list as files: faster than asking for each file."""
     folders = {}
     for name in names:
         folder, _, file = name.rpartition('/')
         if folder not in folders:
-            folders[folder] = (
-                set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
-            )
+            folders[folder] = _files_in(folder or '.')
         if file not in folders[folder]:
             yield name
+
+
+def _files_in(folder):
+    if not os.path.isdir(folder):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _check_size(data, image, name):
@@ -580,13 +643,25 @@ def _tell_lost_masks(path, lost):
         )
 
 
-def _tell_what_cannot_be_found(path, content, classes):
-    lost = coco.never_found(content, classes)
-    if lost:
-        tell(
-            f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
-            f'detection can match them (the first has the id {lost[0]["id"]!r})'
-        )
+def _tell_what_counts_against_a_detector(path, content, classes):
+    for what, found in (
+        (
+            'have no size or lie outside of their image, and no detection can match them',
+            coco.never_found(content, classes),
+        ),
+        (
+            'are marked ignore: mmdet does not train on them, and pycocotools counts them as '
+            'not found',
+            coco.marked_ignore(content, classes),
+        ),
+        (
+            'have an area larger than their image: AP of small, medium and large objects goes '
+            'by it',
+            coco.areas_larger_than_images(content, classes),
+        ),
+    ):
+        if found:
+            tell(f'{path}: {len(found)} boxes {what} (the first has the id {found[0]["id"]!r})')
 
 
 def _check_evaluators(cfg, split, checked, files):
@@ -651,7 +726,7 @@ def _check_truth(option, metric, checked, content):
             if evaluated:
                 lost = coco.check_evaluation(content, classes, masks)
                 _tell_lost_masks(path, lost)
-                _tell_what_cannot_be_found(path, content, classes)
+                _tell_what_counts_against_a_detector(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
     found = coco.difference(
