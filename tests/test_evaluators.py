@@ -63,7 +63,7 @@ def evaluate(cfg):
         (dict(ann_file=None), r'\.ann_file: expected the annotation file of val_dataloader'),
         (dict(metric='bboxx'), ': metric should be one of .*bboxx'),
         (dict(format_only=True), ': outfile_prefix'),
-        (dict(clas_wise=True), ': .*clas_wise'),
+        (dict(clas_wise=True), r"\.clas_wise: CocoMetric has no such .* mean 'classwise'"),
     ],
     ids=str,
 )

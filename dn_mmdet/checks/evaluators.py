@@ -91,6 +91,12 @@ def _kinds(metric):
 
 
 def _check_arguments(option, metric):
+    known = list(inspect.signature(CocoMetric).parameters)
+    for argument in metric.keys() - {'type', '_scope_', *known}:
+        raise ConfigError(
+            f'{option}.{argument}: {resolve(METRICS, metric["type"]).__name__} has no such '
+            f'argument{did_you_mean(argument, known)}'
+        )
     try:  # without the file, which is checked elsewhere
         METRICS.build({**metric, 'ann_file': None})
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
