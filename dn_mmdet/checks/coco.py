@@ -366,7 +366,8 @@ def check_masks(annotations, sizes=None) -> dict[str, list]:
             largest = LARGEST
             has_pixels = _check_runs(number, mask, size)
         elif _are_polygons(mask):
-            largest = max(largest, *(max(points) for points in mask if points))
+            if largest <= 1:
+                largest = max(largest, *(max(points) for points in mask if points))
             has_pixels = any(_has_extent(points, size) for points in mask if points)
             if any(len(points) < 6 for points in mask):
                 lost[SHORT_PARTS].append(annotation)
@@ -411,9 +412,9 @@ def _are_numbers(values):
     """As `_is_number` of each, several times faster."""
     return not values or (
         set(map(type, values)) <= {int, float}
-        and _is_number(min(values))
-        and _is_number(max(values))
-        and not np.isnan(sum(values))
+        and -LARGEST < min(values)
+        and max(values) < LARGEST
+        and abs(sum(values)) < np.inf  # as with NaN it is not
     )
 
 

@@ -83,7 +83,9 @@ def _check_each_image(loader, option, length):
     """Metrics count what was not evaluated as not found, or leave it out."""
     sampler, size = loader.get('sampler'), loader.get('batch_size')
     if is_of(DATA_SAMPLERS, sampler, DRAWING):
-        what = 'gives images without end' if is_of(DATA_SAMPLERS, sampler, ENDLESS) else 'draws some'
+        what = (
+            'gives images without end' if is_of(DATA_SAMPLERS, sampler, ENDLESS) else 'draws some'
+        )
         raise ConfigError(
             f'{option}.sampler.type: {name_of(sampler["type"])} {what}, and each image has to '
             f"be evaluated once. Set {option}.sampler=dict(type='DefaultSampler', shuffle=False)"
