@@ -464,6 +464,25 @@ def test_masks_that_are_lost_are_told_and_no_error(cfg, model, annotations, told
     assert told == [f'{path}: {line}']
 
 
+def test_run_lengths_where_polygons_are_read_are_told(cfg, model, annotations, told):
+    """mmdet marks their boxes as regions to ignore."""
+    runs = dict(size=[64, 64], counts=[9, 9, 64 * 64 - 18])
+    load = cfg.train_dataloader.dataset.pipeline[1]
+    load.update(with_mask=True, poly2mask=False)
+    path = annotations(lambda content: change_all(content, segmentation=SQUARE))
+    preflight.check_data(cfg, 'train', model)
+    assert told == []
+    annotations(lambda content: content['annotations'][1].update(segmentation=runs))
+    preflight.check_data(cfg, 'train', model)
+    assert len(told) == 1 and '1 of 4 segmentations are run lengths' in told[0]
+    assert '(the first has the id 2)' in told[0]
+    annotations(lambda content: change_all(content, segmentation=runs))
+    with pytest.raises(ConfigError, match=f'^{path}: 4 of 4 segmentations .*Leave poly2mask out'):
+        preflight.check_data(cfg, 'train', model)
+    load.poly2mask = True
+    preflight.check_data(cfg, 'train', model)
+
+
 def test_masks_of_other_images_are_told(cfg, model, annotations):
     cfg.train_dataloader.dataset.pipeline[1].with_mask = True
     mask = dict(size=[128, 128], counts=[128 * 128])

@@ -430,6 +430,7 @@ def _check_coco(data, split, files):
             )
         if split == 'train':  # of others, where they are evaluated
             _tell_lost_masks(dataset.ann_file, lost)
+            _check_runs_are_used(data, boxes.get(coco.TRAINED, []))
     _check_images(data)
     data.sample = _first_sample(data)
 
@@ -493,6 +494,23 @@ def _images_left(option, dataset, content):
 
 def _loads_masks(pipeline):
     return any(getattr(transform, 'with_mask', False) for transform in _transforms(pipeline))
+
+
+def _check_runs_are_used(data, trained):
+    """mmdet turns boxes with run lengths into regions to ignore where polygons are asked for."""
+    loading = (t for t in _transforms(data.dataset.pipeline) if getattr(t, 'with_mask', False))
+    if any(getattr(transform, 'poly2mask', True) for transform in loading):
+        return
+    runs = [annotation for annotation in trained if isinstance(annotation['segmentation'], dict)]
+    text = (
+        f'{data.dataset.ann_file}: {len(runs)} of {len(trained)} segmentations are run lengths, '
+        f'and LoadAnnotations(poly2mask=False) in {data.option}.pipeline reads polygons: their '
+        f'boxes are not trained on'
+    )
+    if runs and len(runs) == len(trained):
+        raise ConfigError(f'{text}. Leave poly2mask out, or write polygons')
+    if runs:
+        tell(f'{text} (the first has the id {runs[0]["id"]!r})')
 
 
 def _transforms(pipeline):
