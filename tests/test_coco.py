@@ -2,12 +2,14 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import area, encode
 
 from dn_mmdet.checks import coco
 from dn_mmdet.checks.coco import CocoError
@@ -268,15 +270,15 @@ def test_an_id_that_pycocotools_takes_for_no_match_is_told(content, number):
         coco.check_evaluation(content, CLASSES)
 
 
-def ap(content):
-    """Of detections that are the ground truth."""
+def ap(content, found=None):
+    """Of detections that are the ground truth, or a part of it."""
     truth = COCO()
     truth.dataset = copy.deepcopy(content)
     truth.createIndex()
     found = truth.loadRes(
         [
             dict(image_id=a['image_id'], category_id=a['category_id'], bbox=a['bbox'], score=0.9)
-            for a in content['annotations']
+            for a in found or content['annotations']
         ]
     )
     evaluation = COCOeval(truth, found, 'bbox')
@@ -344,6 +346,13 @@ def test_masks_are_asked_for_where_they_are_evaluated(content):
         [['0', 0, 9, 0, 9, 9]],
         'abc',
         dict(counts=[4]),
+        [[0, 0, 9, 0, 9, 9], 'x'],
+        [[0, 0, 9, 0, 9, 9], None],
+        [[0, 0, 9, 0, 9, 9], [1, 2, 3, 4, 5]],
+        [[0, 0, 9, 0, 9, 9], [[1, 2], [3, 4], [5, 6]]],
+        [[0, 0, 9, 0, 9, 9], [1, 2, 3, 4, 5, NAN]],
+        [[0, 0, 9, 0, 9, 9], [INFINITE, 2, 3, 4, 5, 6]],
+        [[0, 0, 9, 0, 9, 9], [True, 2, 3, 4, 5, 6]],
     ],
     ids=str,
 )
@@ -373,6 +382,115 @@ def test_masks_of_all_kinds_pass(content, mask):
     coco.check_masks(content['annotations'])
 
 
+def masked(content, *masks):
+    """Annotations with masks, the last for all that are left; and the sizes of their images."""
+    for index, annotation in enumerate(content['annotations']):
+        annotation['segmentation'] = masks[min(index, len(masks) - 1)]
+    return content['annotations'], coco.sizes_of(content)
+
+
+SQUARE = [[4, 4, 20, 4, 20, 20, 4, 20]]
+PIXELS = 64 * 64
+
+
+def encoded(size=(64, 64), part=np.s_[4:20, 10:30]):
+    """A mask of run lengths as a text, as pycocotools writes it."""
+    pixels = np.zeros(size, np.uint8, order='F')
+    pixels[part] = 1
+    mask = encode(pixels)
+    return dict(size=mask['size'], counts=mask['counts'].decode())
+
+
+@pytest.mark.parametrize(
+    'mask, expected',
+    [
+        (dict(encoded((128, 128))), 'has the height 64 and the width 64: expected size='),
+        (dict(encoded(), size=[32, 128]), 'size [32, 128], and its image'),
+        (dict(size=[128, 32], counts=[PIXELS]), 'size [128, 32], and its image'),
+        (dict(size=[64], counts=[PIXELS]), 'size [64], and its image'),
+        (dict(size=None, counts=[PIXELS]), 'size None, and its image'),
+        (dict(size=[64, '64'], counts=[PIXELS]), "size [64, '64'], and its image"),
+        (dict(size=[64, 64], counts=[600, 10]), 'add up to 610 pixels: expected .* = 4096'),
+        (dict(size=[64, 64], counts=[600, 4 * PIXELS]), 'add up to 16984 pixels'),
+        (dict(size=[64, 64], counts=[600, -10, PIXELS - 590]), 'counts [600, -10, 3506]'),
+        (dict(size=[64, 64], counts=[600.5, PIXELS - 600.5]), 'counts [600.5, 3495.5]'),
+        (dict(size=[64, 64], counts=[]), 'counts []: expected a list of run lengths'),
+        (dict(size=[64, 64], counts=None), 'counts None: expected a list of run lengths'),
+        (dict(size=[64, 64], counts=''), 'counts : expected a list'),
+        (dict(size=[64, 64], counts='hello world'), 'counts hello world: expected'),
+        (dict(size=[64, 64], counts='123'), 'add up to 6 pixels'),
+        (dict(size=[64, 64], counts=encoded()['counts'][:-1]), 'counts|add up to'),
+        (dict(size=[64, 64], counts='o' * 40 + '0'), 'counts ooo'),
+        (dict(size=[64, 64], counts='\u20ac'), 'counts \u20ac'),
+    ],
+    ids=str,
+)
+def test_run_lengths_of_other_pixels_are_told(content, mask, expected):
+    annotations, sizes = masked(content, SQUARE, mask)
+    expected = re.sub(r'[][]', r'\\\g<0>', expected)
+    with pytest.raises(CocoError, match=f'^annotations: id 2 has a mask .*{expected}'):
+        coco.check_masks(annotations, sizes)
+
+
+def test_run_lengths_are_read_as_pycocotools_does():
+    """Of masks with pixels at both ends, with long runs and with none."""
+    rng = np.random.default_rng(0)
+    for pixels in (
+        np.ones((3, 5)),
+        np.zeros((300, 400)),
+        rng.integers(0, 2, (31, 17)),
+        rng.random((300, 400)) > 0.999,
+        np.tri(200, 500),
+    ):
+        mask = encode(np.asfortranarray(pixels, np.uint8))
+        flat = pixels.T.flatten().astype(bool)
+        edges = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1]))
+        expected = np.diff(edges, prepend=0)
+        assert coco._runs(mask['counts'].decode()).tolist() == expected.tolist()
+        assert coco._runs(expected.tolist()).tolist() == expected.tolist()
+
+
+def test_run_lengths_of_too_few_pixels_are_read_from_memory():
+    """Why they are refused: pycocotools leaves the rest of a mask as it finds it."""
+    with pytest.raises(CocoError, match='memory that holds anything'):
+        coco.check_masks([dict(id=1, segmentation=dict(size=[64, 64], counts=[600, 10]))])
+
+
+NO_PIXEL = {
+    'beside': [[80, 4, 90, 4, 90, 9]],
+    'above': [[4, -9, 9, -9, 9, -4]],
+    'point': [[5, 5, 5, 5, 5, 5]],
+    'line': [[5, 5, 5, 30, 5, 9]],
+    'both': [[5, 5, 9, 5, 30, 5], [80, 4, 90, 4, 90, 9]],
+    'runs': dict(size=[64, 64], counts=[PIXELS]),
+}
+
+
+@pytest.mark.parametrize('mask', NO_PIXEL.values(), ids=NO_PIXEL)
+def test_masks_without_a_pixel_are_found(content, mask):
+    annotations, sizes = masked(content, SQUARE, mask, encoded())
+    assert coco.check_masks(annotations, sizes) == {coco.NO_PIXEL: annotations[1:2]}
+    with pytest.raises(CocoError, match='all 3 segmentations have no area .*id 1'):
+        coco.check_masks(*masked(content, mask))
+    file = COCO()
+    file.dataset = content
+    file.createIndex()
+    assert area(file.annToRLE(annotations[1])) == 0
+
+
+def test_parts_that_mmdet_leaves_out_are_found(content):
+    annotations, sizes = masked(content, [*SQUARE, [1, 1]], [*SQUARE, []], SQUARE * 2)
+    assert coco.check_masks(annotations, sizes) == {coco.SHORT_PARTS: annotations[:2]}
+
+
+def test_polygons_in_shares_of_the_image_are_told(content):
+    shares = [[0.1, 0.1, 0.5, 0.1, 0.5, 1]]
+    with pytest.raises(CocoError, match='all 3 segmentations lie within one pixel.*Multiply'):
+        coco.check_masks(*masked(content, shares))
+    coco.check_masks(*masked(content, shares, SQUARE))
+    coco.check_masks(*masked(content, shares, encoded()))
+
+
 @pytest.mark.parametrize('box', [[9, 9, 0, 4], [9, 9, 4, 0], [64, 0, 4, 4], [-9, 0, 9, 4]])
 def test_boxes_that_no_detection_can_match(content, box):
     assert coco.never_found(content, CLASSES) == []
@@ -383,6 +501,51 @@ def test_boxes_that_no_detection_can_match(content, box):
         annotation['bbox'] = box
     with pytest.raises(CocoError, match='all 3 boxes of kite, vase have no size.*id 1, is .*AP'):
         coco.check_evaluation(content, CLASSES)
+
+
+@pytest.mark.parametrize('mark', ['false', 'no', '', 2, -1, [], [1], NAN])
+def test_a_mark_that_is_none_is_told(content, mark):
+    """mmdet leaves out what is marked with any text, also with 'false'."""
+    content['annotations'][1]['ignore'] = mark
+    with pytest.raises(
+        CocoError, match=r'^annotations: number 1 \(id 2\) has ignore .*expected 0'
+    ):
+        coco.check_format(content)
+
+
+@pytest.mark.parametrize('mark', [None, 0, 1, False, True, 0.0, 1.0])
+def test_marks_of_all_kinds_pass(content, mark):
+    content['annotations'][1]['ignore'] = mark
+    check_all(content)
+    marked = content['annotations'][1:2] if mark else []
+    assert coco.marked_ignore(content, CLASSES) == marked
+    content['annotations'][1]['iscrowd'] = 1
+    assert coco.marked_ignore(content, CLASSES) == []
+
+
+def test_pycocotools_wants_found_what_mmdet_ignores(content):
+    """Why it is told."""
+    content['annotations'][0]['ignore'] = 1
+    everything = copy.deepcopy(content)
+    assert ap(content) == pytest.approx(1)
+    content['annotations'].pop(0)
+    assert ap(everything, found=content['annotations']) < 0.9
+
+
+def test_areas_larger_than_their_image_are_found(content):
+    content['annotations'][0]['area'] = 64 * 64
+    content['annotations'][1]['area'] = 65 * 65  # a pixel more on each side
+    assert coco.areas_larger_than_images(content, CLASSES) == []
+    content['annotations'][2]['area'] = 66 * 66
+    check_all(content)
+    assert coco.areas_larger_than_images(content, CLASSES) == content['annotations'][2:]
+    for annotation in content['annotations']:
+        annotation['area'] = 1e7
+    with pytest.raises(
+        CocoError, match='all 3 areas of kite, vase are larger .*id 1, is 10000000'
+    ):
+        coco.check_evaluation(content, CLASSES)
+    coco.check_format(content)  # training may
 
 
 USES = [

@@ -13,6 +13,7 @@ from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
 from tiny_detector import make_coco, write_config
+from torch import nn
 
 from dn_mmdet.checks import coco, data_checks, preflight
 from dn_mmdet.checks.preflight import ConfigError
@@ -436,6 +437,64 @@ def test_masks_that_a_pipeline_loads_have_to_be_there(cfg, model, annotations, n
         preflight.check_data(cfg, 'train', model)
 
 
+SQUARE = [[4, 4, 20, 4, 20, 20, 4, 20]]
+FIRST_MASKS = [
+    (SQUARE + [[1, 2]], 'parts of fewer than three points, which are left out'),
+    ([[80, 4, 90, 4, 90, 9]], 'no area, or lie outside of their image'),
+]
+
+
+@pytest.mark.parametrize('first, expected', FIRST_MASKS, ids=['short', 'outside'])
+def test_masks_that_are_lost_are_told_and_no_error(cfg, model, annotations, told, first, expected):
+    def edit(content):
+        change_all(content, segmentation=SQUARE)
+        content['annotations'][0]['segmentation'] = first
+
+    line = f'1 segmentations have {expected} (the first has the id 1)'
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    path = annotations(edit)
+    preflight.check_data(cfg, 'train', model)
+    assert told == [f'{path}: {line}']
+    cfg.val_dataloader.dataset.ann_file = str(path)
+    cfg.val_evaluator.update(ann_file=str(path), metric=['bbox', 'segm'])
+    told.clear()
+    finding = copy.deepcopy(model)
+    finding.mask_head = nn.Identity()
+    preflight.check_data(cfg, 'val', finding)
+    assert told == [f'{path}: {line}']
+
+
+def test_run_lengths_where_polygons_are_read_are_told(cfg, model, annotations, told):
+    """mmdet marks their boxes as regions to ignore."""
+    runs = dict(size=[64, 64], counts=[9, 9, 64 * 64 - 18])
+    load = cfg.train_dataloader.dataset.pipeline[1]
+    load.update(with_mask=True, poly2mask=False)
+    path = annotations(lambda content: change_all(content, segmentation=SQUARE))
+    preflight.check_data(cfg, 'train', model)
+    assert told == []
+    annotations(lambda content: content['annotations'][1].update(segmentation=runs))
+    preflight.check_data(cfg, 'train', model)
+    assert len(told) == 1 and '1 of 4 segmentations are run lengths' in told[0]
+    assert '(the first has the id 2)' in told[0]
+    annotations(lambda content: change_all(content, segmentation=runs))
+    with pytest.raises(ConfigError, match=f'^{path}: 4 of 4 segmentations .*Leave poly2mask out'):
+        preflight.check_data(cfg, 'train', model)
+    load.poly2mask = True
+    preflight.check_data(cfg, 'train', model)
+
+
+def test_masks_of_other_images_are_told(cfg, model, annotations):
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = True
+    mask = dict(size=[128, 128], counts=[128 * 128])
+    path = annotations(lambda content: change_all(content, segmentation=mask))
+    with pytest.raises(
+        ConfigError,
+        match=rf'^{path}: .*the size \[128, 128\].*height 64 and .*'
+        'The file is set by train_dataloader.dataset.ann_file$',
+    ):
+        preflight.check_data(cfg, 'train', model)
+
+
 def test_every_missing_image_is_found(cfg, model, annotations):
     annotations(lambda content: content['images'][2].update(file_name='absent/2.png'))
     with pytest.raises(ConfigError, match='images/absent/2.png: no such image'):
@@ -449,6 +508,25 @@ def test_a_picture_that_cannot_be_read_is_told(cfg, model, annotations, root, tm
     cfg.train_dataloader.dataset.data_prefix.img = str(tmp_path / 'images')
     with pytest.raises(ConfigError, match='0.png: cannot be read as an image'):
         preflight.check_data(cfg, 'train', model)
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_a_file_that_is_no_picture_is_told(cfg, model, annotations, root, tmp_path, number):
+    """Also one that is not among those that are opened."""
+    shutil.copytree(root / 'images', tmp_path / 'images')
+    path = tmp_path / 'images' / f'{number}.png'
+    annotations()
+    cfg.train_dataloader.dataset.data_prefix.img = str(tmp_path / 'images')
+    path.write_bytes(b'')
+    with pytest.raises(ConfigError, match=f'{path}: expected an image, got a file of 0 bytes'):
+        preflight.check_data(cfg, 'train', model)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=f'{path}: no such image'):
+        preflight.check_data(cfg, 'train', model)
+    path.rmdir()
+    path.symlink_to(root / 'images' / '2.png')
+    preflight.check_data(cfg, 'train', model)
 
 
 @pytest.mark.parametrize('width, height, refused', [(128, 128, True), (64, 65, True)])
@@ -688,6 +766,79 @@ def test_a_box_that_no_detection_can_match_is_told_and_no_error(cfg, model, eval
         if 'no detection can match them (the first has the id 2)' in line
         and line.startswith(f'{path}: 1 boxes')
     ] == told
+
+
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (dict(ignore=1), 'are marked ignore: mmdet does not train on them, and pycocotools'),
+        (dict(area=1e7), 'have an area larger than their image'),
+    ],
+)
+def test_what_counts_against_a_detector_is_told_and_no_error(
+    cfg, model, evaluator, told, change, expected
+):
+    path = evaluator(lambda content: content['annotations'][1].update(change))
+    cfg.val_dataloader.dataset.ann_file = str(path)
+    preflight.check_data(cfg, 'val', model)
+    assert [line for line in told if f'{path}: 1 boxes {expected}' in line] == told != []
+    assert all('(the first has the id 2)' in line for line in told)
+
+
+MOVING = {
+    'flip': dict(type='RandomFlip', prob=0.5),
+    'flips': dict(type='RandomFlip', prob=[0.5, 0.2], direction=['horizontal', 'vertical']),
+    'crop': dict(type='RandomCrop', crop_size=(32, 32)),
+    'affine': dict(type='RandomAffine'),
+    'mosaic': dict(type='Mosaic', img_scale=(64, 64)),
+    'rotation': dict(type='Rotate'),
+    'inside': dict(type='RandomApply', transforms=[dict(type='Expand')]),
+}
+
+
+@pytest.mark.parametrize('transform', MOVING.values(), ids=MOVING)
+def test_a_pipeline_of_evaluation_moves_nothing(cfg, model, transform):
+    cfg.val_dataloader.dataset.pipeline.insert(3, transform)
+    with pytest.raises(
+        ConfigError, match=r'^val_dataloader\.dataset\.pipeline: \w+ moves objects.* Leave it out'
+    ):
+        preflight.check_data(cfg, 'val', model)
+
+
+@pytest.mark.parametrize(
+    'transform',
+    [
+        dict(type='RandomFlip', prob=0.0),
+        dict(type='RandomChoiceResize', scales=[(64, 64), (32, 32)]),
+        dict(type='PhotoMetricDistortion'),
+        dict(
+            type='RandomCenterCropPad',
+            crop_size=None,
+            ratios=None,
+            border=None,
+            mean=[0, 0, 0],
+            std=[1, 1, 1],
+            to_rgb=True,
+            test_mode=True,
+            test_pad_mode=['logical_or', 127],
+        ),
+    ],
+    ids=lambda transform: transform['type'],
+)
+def test_a_pipeline_of_evaluation_may_change_what_is_taken_back(cfg, model, transform):
+    cfg.val_dataloader.dataset.pipeline.insert(3, transform)
+    preflight.check_data(cfg, 'val', model)
+
+
+def test_views_of_an_image_may_be_flipped(cfg, model):
+    """Test-time augmentation flips the boxes back."""
+    load, *others, pack = cfg.val_dataloader.dataset.pipeline
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
+    cfg.val_dataloader.dataset.pipeline = [
+        load,
+        dict(type='TestTimeAug', transforms=[*([other] for other in others), flips, [pack]]),
+    ]
+    preflight.check_data(cfg, 'val', model)
 
 
 def test_a_metric_that_does_not_exist_is_told(cfg, model):

@@ -18,6 +18,11 @@ TRAINED, CROWDS = 'trained', 'crowds (iscrowd=1)'
 OUTSIDE, SMALL, NO_AREA = 'outside of their image', 'smaller than a pixel', 'of area 0'
 ABSENT = 'of images that are not in the file'
 MISTAKES = (OUTSIDE, SMALL, NO_AREA, ABSENT)
+# What `check_masks` finds.
+NO_PIXEL, SHORT_PARTS = (
+    'no area, or lie outside of their image',
+    'parts of fewer than three points, which are left out',
+)
 # What mmdet and pycocotools read from each entry.
 KEYS = dict(
     images={'id', 'file_name', 'height', 'width'},
@@ -47,6 +52,7 @@ def check_format(content, annotations=True) -> None:
     check_boxes(boxes)
     check_areas(boxes)
     check_crowds(boxes)
+    check_ignored(boxes)
     check_references(content)
     check_units(content)
 
@@ -155,6 +161,17 @@ def check_crowds(annotations) -> None:
             )
 
 
+def check_ignored(annotations) -> None:
+    """mmdet does not train on what is marked, and any text is a mark, also 'false'."""
+    for index, annotation in enumerate(annotations):
+        ignored = annotation.get('ignore')
+        if not (ignored is None or isinstance(ignored, (int, float)) and ignored in (0, 1)):
+            raise CocoError(
+                f'annotations: {_entry(index, annotation)} has ignore {ignored!r}: '
+                f'expected 0, or 1 for a box that is not trained on'
+            )
+
+
 def check_references(content) -> None:
     """Leaves out annotations of images that are not listed; an unlisted category is an error."""
     images = {image['id'] for image in content['images']}
@@ -213,14 +230,14 @@ def _annotations(content):
     return content.get('annotations') or []
 
 
-def _sizes(content):
+def sizes_of(content):
     """Width and height of each image, by its id."""
     return {image['id']: (image['width'], image['height']) for image in content['images']}
 
 
 def _of_listed_images(content):
     """Annotations whose images are listed, their boxes (x, y, w, h) and image sizes (w, h)."""
-    sizes = _sizes(content)
+    sizes = sizes_of(content)
     annotations = [
         annotation for annotation in _annotations(content) if annotation['image_id'] in sizes
     ]
@@ -297,7 +314,7 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
     Args:
         image_ids: of the images that are left after ``filter_cfg``; None for all.
     """
-    sizes = _sizes(content)
+    sizes = sizes_of(content)
     left = sizes.keys() if image_ids is None else set(image_ids)
     ids = set(category_ids(content, classes))
     sorted_ = {}
@@ -324,44 +341,157 @@ def sort_boxes(content, classes, image_ids=None) -> dict[str, list]:
     return sorted_
 
 
-def check_masks(annotations) -> None:
+def check_masks(annotations, sizes=None) -> dict[str, list]:
+    """Masks that mmdet and pycocotools would misread.
+
+    Args:
+        sizes (dict): width and height of each image, by its id; with None, masks are compared
+            with no image.
+
+    Returns:
+        {what is lost: the annotations that lose it}, of masks that can be read.
+    """
+    lost = {NO_PIXEL: [], SHORT_PARTS: []}
+    largest = -LARGEST
     for annotation in annotations:
-        mask = annotation.get('segmentation')
+        number, mask = annotation['id'], annotation.get('segmentation')
+        size = sizes[annotation['image_id']] if sizes else None
         if not mask:
             raise CocoError(
-                f'annotations: id {annotation["id"]!r} has no segmentation: expected '
+                f'annotations: id {number!r} has no segmentation: expected '
                 f'one in each, since masks are asked for. Add it, or remove the '
                 f'annotation'
             )
-        right = (
-            {'counts', 'size'} <= mask.keys()
-            if isinstance(mask, dict)
-            else isinstance(mask, list) and _is_polygon(mask[0])
-        )  # pycocotools looks at one
-        if not right:
+        if isinstance(mask, dict) and {'counts', 'size'} <= mask.keys():
+            largest = LARGEST
+            has_pixels = _check_runs(number, mask, size)
+        elif _are_polygons(mask):
+            if largest <= 1:
+                largest = max(largest, *(max(points) for points in mask if points))
+            has_pixels = any(_has_extent(points, size) for points in mask if points)
+            if any(len(points) < 6 for points in mask):
+                lost[SHORT_PARTS].append(annotation)
+        else:
             raise CocoError(
-                f'annotations: id {annotation["id"]!r} has the segmentation '
+                f'annotations: id {number!r} has the segmentation '
                 f'{str(mask)[:100]}: expected polygons, each a list x1, y1, x2, y2, '
                 f'... of at least three points, or counts and size; with others the '
                 f'evaluation fails. Write polygons'
             )
+        if not has_pixels:
+            lost[NO_PIXEL].append(annotation)
+    if annotations and largest <= 1:
+        raise CocoError(
+            f'annotations: all {len(annotations)} segmentations lie within one pixel: expected '
+            f'polygons in pixels, these look like shares of the image. Multiply them by its '
+            f'width and height'
+        )
+    if sizes and annotations and len(lost[NO_PIXEL]) == len(annotations):
+        raise CocoError(
+            f'annotations: all {len(annotations)} segmentations have no area or lie outside of '
+            f'their image (the first has the id {annotations[0]["id"]!r}): expected masks of '
+            f'objects. Write polygons in pixels of these images'
+        )
+    return {what: found for what, found in lost.items() if found}
 
 
-def _is_polygon(points):
+def _are_polygons(mask):
+    """The first has three points; of others, mmdet leaves out those that have fewer."""
     return (
-        isinstance(points, list)
-        and len(points) >= 6
-        and len(points) % 2 == 0
-        and all(map(_is_number, points))
+        isinstance(mask, list)
+        and all(isinstance(points, list) and _are_coordinates(points) for points in mask)
+        and len(mask[0]) >= 6  # pycocotools looks at this one
     )
 
 
-def check_evaluation(content, classes, masks=False) -> None:
+def _are_coordinates(values):
+    return len(values) % 2 == 0 and _are_numbers(values)
+
+
+def _are_numbers(values):
+    """As `_is_number` of each, several times faster."""
+    return not values or (
+        set(map(type, values)) <= {int, float}
+        and -LARGEST < min(values)
+        and max(values) < LARGEST
+        and abs(sum(values)) < np.inf  # as with NaN it is not
+    )
+
+
+def _has_extent(points, size):
+    """Whether a polygon has a width and a height, and does not lie outside of its image."""
+    xs, ys = points[::2], points[1::2]
+    x, y, w, h = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+    return w > 0 and h > 0 and not (size and _is_outside((x, y, w, h), size))
+
+
+def _check_runs(number, mask, size):
+    """Checks a mask of run lengths; returns whether any pixel is of the object."""
+    counts, (height, width) = mask['counts'], mask['size'] if _is_size(mask['size']) else (0, 0)
+    expected = (size[1], size[0]) if size else (height, width)
+    if (height, width) != expected or not height:
+        has = f', and its image has the height {size[1]} and the width {size[0]}' if size else ''
+        raise CocoError(
+            f'annotations: id {number!r} has a mask of run lengths with the size '
+            f'{mask["size"]!r}{has}: expected size=[height, width] of the image; with another '
+            f'the mask is that of other pixels. Encode the masks at the size of these images'
+        )
+    runs = _runs(counts)
+    if runs is None:
+        raise CocoError(
+            f'annotations: id {number!r} has a mask with the counts {str(counts)[:100]}: '
+            f'expected a list of run lengths, or the text that pycocotools makes of them. '
+            f'Encode the mask again, or write polygons'
+        )
+    if runs.sum() != height * width:
+        raise CocoError(
+            f'annotations: id {number!r} has a mask whose counts add up to {runs.sum():.0f} '
+            f'pixels: expected height * width = {height * width}; the others would be read '
+            f'from memory that holds anything. Encode the mask again, or write polygons'
+        )
+    return runs[1::2].any()
+
+
+def _is_size(size):
+    return isinstance(size, list) and len(size) == 2 and _are_numbers(size) and min(size) > 0
+
+
+def _runs(counts):
+    """Lengths of runs, background and object in turn; None where ``counts`` gives none."""
+    if isinstance(counts, list):
+        runs = np.array(counts, float) if _are_numbers(counts) else None
+    else:
+        runs = _decompressed(counts) if isinstance(counts, str) else None
+    right = runs is not None and len(runs) and runs.min() >= 0 and (runs % 1 == 0).all()
+    return runs if right else None
+
+
+def _decompressed(text):
+    """What pycocotools reads from a text: 5 bits a letter, and differences to the last but one."""
+    letters = np.frombuffer(text.encode(errors='replace'), np.uint8).astype(int) - 48
+    if not len(letters) or letters.min() < 0 or letters.max() > 63 or letters[-1] & 32:
+        return None
+    ends = np.flatnonzero(letters & 32 == 0)
+    starts = np.append(0, ends[:-1] + 1)
+    places = np.arange(len(letters)) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 6:  # more than the 32 bits of a count
+        return None
+    runs = np.add.reduceat((letters & 31) << 5 * places, starts)
+    runs -= np.where(letters[ends] & 16, 1 << 5 * (places[ends] + 1), 0)
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs
+
+
+def check_evaluation(content, classes, masks=False) -> dict[str, list]:
     """What pycocotools needs of the ground truth.
 
     Args:
         classes (tuple): names; the others are not evaluated.
         masks (bool): whether masks are evaluated.
+
+    Returns:
+        What `check_masks` returns; of boxes alone nothing.
     """
     evaluated = _evaluated(content, classes)
     for annotation in evaluated:
@@ -392,8 +522,15 @@ def check_evaluation(content, classes, masks=False) -> None:
             f'{lost[0]["bbox"]}), and AP would be 0. Write x, y, width and height in '
             f'pixels of these images'
         )
-    if masks:
-        check_masks(evaluated)
+    large = areas_larger_than_images(content, classes)
+    if len(large) == len(evaluated):
+        raise CocoError(
+            f'annotations: all {len(large)} areas of {some(classes)} are larger than their image '
+            f'(the first, id {large[0]["id"]!r}, is {large[0]["area"]}): expected those of the '
+            f'objects in pixels, since AP of small, medium and large objects goes by them. Where '
+            f'they are unknown, write width * height of the bbox'
+        )
+    return check_masks(evaluated, sizes_of(content)) if masks else {}
 
 
 def _evaluated(content, classes):
@@ -409,7 +546,7 @@ def _evaluated(content, classes):
 
 def never_found(content, classes) -> list:
     """The annotations, no crowds, whose boxes have no size or lie outside of their image."""
-    sizes = _sizes(content)
+    sizes = sizes_of(content)
     return [
         annotation
         for annotation in _evaluated(content, classes)
@@ -418,6 +555,28 @@ def never_found(content, classes) -> list:
             min(annotation['bbox'][2:]) <= 0
             or _is_outside(annotation['bbox'], sizes[annotation['image_id']])
         )
+    ]
+
+
+def marked_ignore(content, classes) -> list:
+    """The annotations that mmdet does not train on, and pycocotools takes for objects to find."""
+    return [
+        annotation
+        for annotation in _evaluated(content, classes)
+        if annotation.get('ignore') and not annotation.get('iscrowd')
+    ]
+
+
+def areas_larger_than_images(content, classes) -> list:
+    """The annotations of these classes with such areas, by more than rounding."""
+    largest = {
+        number: (width + TOLERANCE) * (height + TOLERANCE)
+        for number, (width, height) in sizes_of(content).items()
+    }
+    return [
+        annotation
+        for annotation in _evaluated(content, classes)
+        if annotation['area'] > largest[annotation['image_id']]
     ]
 
 

@@ -11,10 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import BaseDetDataset, CocoDataset
+from mmcv.transforms import LoadImageFromFile, RandomFlip, TestTimeAug
+from mmdet.datasets import BaseDetDataset, CocoDataset, MultiImageMixDataset
+from mmdet.datasets.transforms import (
+    CachedMixUp,
+    CopyPaste,
+    Expand,
+    GeomTransform,
+    MinIoURandomCrop,
+    MixUp,
+    Mosaic,
+    RandomAffine,
+    RandomCenterCropPad,
+    RandomCrop,
+    RandomShift,
+)
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from torch import nn
@@ -23,10 +37,29 @@ from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
+from .evaluators import check_boxes_are_loaded, check_metrics, metrics_of
+from .loaders import check_loader
+
+# Transforms after which objects are elsewhere, and no detector takes that back.
+MOVING = (
+    CachedMixUp,
+    CopyPaste,
+    Expand,
+    GeomTransform,
+    MinIoURandomCrop,
+    MixUp,
+    Mosaic,
+    RandomAffine,
+    RandomCenterCropPad,
+    RandomCrop,
+    RandomFlip,
+    RandomShift,
+)
+SIZES = 1000  # about as many image files are asked for their size, of all of a data set
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
-    """Checks the files of a data set against its config, and its classes against the model.
+    """Checks a data set: its files, its classes against the model's, its metrics, its loader.
 
     What makes results wrong or ends a run later is an error; what only loses some boxes
     is told in the log.
@@ -36,7 +69,8 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
 
     Raises:
         ConfigError: a folder or file is missing, an annotation json is damaged, mmdet or
-            pycocotools would misread it, or the classes do not match.
+            pycocotools would misread it, the classes do not match, or the loader gives
+            no batch, or not each image to be evaluated once.
     """
     files = _Files()
     checked = [
@@ -45,7 +79,18 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
     ]
     if split == 'train':
         _check_boxes([data for data in checked if data.content is not None])
-    _check_evaluators(cfg, split, checked, files)
+    samples = {data.option: data.sample for data in checked if data.sample is not None}
+    if split == 'train':
+        for option, sample in samples.items():
+            check_boxes_are_loaded(option, sample, model)
+    else:
+        _check_evaluators(cfg, split, checked, files)
+        check_metrics(cfg, split, model, samples)
+    loader = cfg.get(f'{split}_dataloader')
+    if loader is not None:
+        known = {data.option: len(data.image_ids) for data in checked if data.image_ids}
+        length = _length(loader['dataset'], f'{split}_dataloader.dataset', known)
+        check_loader(cfg, split, length)
 
 
 def check_same_classes(cfg: Config, splits) -> None:
@@ -105,6 +150,7 @@ class _Data:
     dataset: BaseDataset
     content: dict | None = None
     image_ids: list | None = None  # that are left after filter_cfg and indices
+    sample: DetDataSample | None = None  # what the pipeline makes of the first of them
 
 
 class _Files(dict):
@@ -215,10 +261,28 @@ def _check_concatenation(node, option, members):
         )
 
 
+def _length(node, option, known):
+    """The images of a data set, or None; ``known`` has those of the innermost, by option."""
+    if option in known or not isinstance(node, dict):
+        return known.get(option)
+    if is_of(DATASETS, node, ConcatDataset):
+        lengths = [
+            _length(inner, f'{option}.datasets.{index}', known)
+            for index, inner in enumerate(node['datasets'])
+        ]
+        return None if None in lengths else sum(lengths)
+    if is_of(DATASETS, node, (RepeatDataset, MultiImageMixDataset)):
+        length = _length(node.get('dataset'), f'{option}.dataset', known)
+        return length and length * node.get('times', 1)
+    return None
+
+
 def _check_dataset(option, dataset, split, model, files):
     data = _Data(option, dataset)
     _check_classes(option, dataset)
     _check_num_classes(option, dataset, model)
+    if split != 'train' and isinstance(dataset, BaseDetDataset):
+        _check_nothing_moves(option, dataset)
     if _is_made(dataset) or getattr(dataset, 'backend_args', None):
         return data
     _check_paths(option, dataset)
@@ -361,8 +425,36 @@ def _check_coco(data, split, files):
     if _loads_masks(dataset.pipeline):
         boxes = coco.sort_boxes(content, classes, data.image_ids)
         with _about(dataset.ann_file, option):
-            coco.check_masks(boxes.get(coco.TRAINED, []) + boxes.get(coco.CROWDS, []))
+            lost = coco.check_masks(
+                boxes.get(coco.TRAINED, []) + boxes.get(coco.CROWDS, []), coco.sizes_of(content)
+            )
+        if split == 'train':  # of others, where they are evaluated
+            _tell_lost_masks(dataset.ann_file, lost)
+            _check_runs_are_used(data, boxes.get(coco.TRAINED, []))
     _check_images(data)
+    data.sample = _first_sample(data)
+
+
+def _first_sample(data):
+    """What the pipeline makes of the first image, or None where it is not a detector's."""
+    dataset, image = data.dataset, data.content['images'][0]
+    for listed in data.content['images']:
+        if listed['id'] == data.image_ids[0]:
+            image = listed
+    annotations = data.content.get('annotations') or []
+    dataset.cat2label = {number: label for label, number in enumerate(dataset.cat_ids)}
+    try:
+        info = dataset.parse_data_info(
+            dict(
+                raw_img_info=dict(image, img_id=image['id']),
+                raw_ann_info=[a for a in annotations if a['image_id'] == image['id']],
+            )
+        )
+        packed = dataset.pipeline(dict(info, sample_idx=0))
+    except Exception:  # it may want more than one image, as a mosaic does
+        return None
+    sample = packed.get('data_samples') if isinstance(packed, dict) else None
+    return sample if isinstance(sample, DetDataSample) else None
 
 
 @contextlib.contextmanager
@@ -401,14 +493,52 @@ def _images_left(option, dataset, content):
 
 
 def _loads_masks(pipeline):
-    """Whether a transform, also inside others, asks for masks."""
-    if isinstance(pipeline, (list, tuple)):
-        return any(_loads_masks(transform) for transform in pipeline)
-    return getattr(pipeline, 'with_mask', False) or any(
-        _loads_masks(getattr(pipeline, name))
-        for name in ('transforms', 'subroutines')
-        if hasattr(pipeline, name)
+    return any(getattr(transform, 'with_mask', False) for transform in _transforms(pipeline))
+
+
+def _check_runs_are_used(data, trained):
+    """mmdet turns boxes with run lengths into regions to ignore where polygons are asked for."""
+    loading = (t for t in _transforms(data.dataset.pipeline) if getattr(t, 'with_mask', False))
+    if any(getattr(transform, 'poly2mask', True) for transform in loading):
+        return
+    runs = [annotation for annotation in trained if isinstance(annotation['segmentation'], dict)]
+    text = (
+        f'{data.dataset.ann_file}: {len(runs)} of {len(trained)} segmentations are run lengths, '
+        f'and LoadAnnotations(poly2mask=False) in {data.option}.pipeline reads polygons: their '
+        f'boxes are not trained on'
     )
+    if runs and len(runs) == len(trained):
+        raise ConfigError(f'{text}. Leave poly2mask out, or write polygons')
+    if runs:
+        tell(f'{text} (the first has the id {runs[0]["id"]!r})')
+
+
+def _transforms(pipeline):
+    """Each transform of a pipeline, also inside others."""
+    if isinstance(pipeline, (list, tuple)):
+        for transform in pipeline:
+            yield from _transforms(transform)
+        return
+    yield pipeline
+    for name in ('transforms', 'subroutines'):
+        yield from _transforms(getattr(pipeline, name, ()))
+
+
+def _check_nothing_moves(option, dataset):
+    """Boxes that are found in a flipped or cropped image are compared with those of the whole."""
+    transforms = dataset.pipeline.transforms
+    if any(isinstance(transform, TestTimeAug) for transform in transforms):
+        return  # which turns them back
+    for transform in _transforms(transforms):
+        chance = getattr(transform, 'prob', 1)
+        if isinstance(chance, (list, tuple)):
+            chance = sum(chance)
+        if isinstance(transform, MOVING) and chance and not getattr(transform, 'test_mode', False):
+            raise ConfigError(
+                f'{option}.pipeline: {type(transform).__name__} moves objects, and what is found '
+                f'would be compared with where they were; AP would be wrong. Leave it out of '
+                f'the pipelines of evaluation'
+            )
 
 
 def _check_images(data):
@@ -422,21 +552,31 @@ def _check_images(data):
     names = [os.path.join(prefix, image['file_name']) for image in images]
     for name in _not_listed(names):
         _check_exists(option, name, Path.is_file, f'image, which {path} names')
+    for name in names[:: max(1, len(names) // SIZES)]:
+        if not os.path.getsize(name):
+            raise ConfigError(
+                f'{name}: expected an image, got a file of 0 bytes. Copy it again; {path} names it'
+            )
     for index in sorted({0, len(images) // 2, len(images) - 1}):
         _check_size(data, images[index], names[index])
 
 
 def _not_listed(names):
-    """The files that their folders do not list: faster than asking for each file."""
+    """What their folders do not list as files: faster than asking for each file."""
     folders = {}
     for name in names:
         folder, _, file = name.rpartition('/')
         if folder not in folders:
-            folders[folder] = (
-                set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
-            )
+            folders[folder] = _files_in(folder or '.')
         if file not in folders[folder]:
             yield name
+
+
+def _files_in(folder):
+    if not os.path.isdir(folder):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _check_size(data, image, name):
@@ -513,24 +653,33 @@ def _tell_what_is_left_out(data, boxes):
         tell(f'{path}: no box of {len(empty)} of the {len(classes)} classes ({some(empty)})')
 
 
-def _tell_what_cannot_be_found(path, content, classes):
-    lost = coco.never_found(content, classes)
-    if lost:
+def _tell_lost_masks(path, lost):
+    for what, found in lost.items():
         tell(
-            f'{path}: {len(lost)} boxes have no size or lie outside of their image, and no '
-            f'detection can match them (the first has the id {lost[0]["id"]!r})'
+            f'{path}: {len(found)} segmentations have {what} (the first has the id '
+            f'{found[0]["id"]!r})'
         )
 
 
-def metrics_of(evaluator, option):
-    """Option and config of each metric of an evaluator, in all forms that mmengine takes."""
-    if isinstance(evaluator, dict) and 'metrics' in evaluator:
-        yield from metrics_of(evaluator['metrics'], f'{option}.metrics')
-    elif isinstance(evaluator, dict):
-        yield option, evaluator
-    elif isinstance(evaluator, (list, tuple)):
-        for index, metric in enumerate(evaluator):
-            yield from metrics_of(metric, f'{option}.{index}')
+def _tell_what_counts_against_a_detector(path, content, classes):
+    for what, found in (
+        (
+            'have no size or lie outside of their image, and no detection can match them',
+            coco.never_found(content, classes),
+        ),
+        (
+            'are marked ignore: mmdet does not train on them, and pycocotools counts them as '
+            'not found',
+            coco.marked_ignore(content, classes),
+        ),
+        (
+            'have an area larger than their image: AP of small, medium and large objects goes '
+            'by it',
+            coco.areas_larger_than_images(content, classes),
+        ),
+    ):
+        if found:
+            tell(f'{path}: {len(found)} boxes {what} (the first has the id {found[0]["id"]!r})')
 
 
 def _check_evaluators(cfg, split, checked, files):
@@ -593,8 +742,9 @@ def _check_truth(option, metric, checked, content):
                 metric.get('sort_categories', False),
             )
             if evaluated:
-                coco.check_evaluation(content, classes, masks)
-                _tell_what_cannot_be_found(path, content, classes)
+                lost = coco.check_evaluation(content, classes, masks)
+                _tell_lost_masks(path, lost)
+                _tell_what_counts_against_a_detector(path, content, classes)
     if not evaluated or not checked or any(data.content is None for data in checked):
         return
     found = coco.difference(

@@ -34,7 +34,7 @@ from rich.progress import (
 
 from ..checkpoint import CheckpointError, check_resumable, open_checkpoint
 from ..checks import preflight
-from ..checks.data_checks import metrics_of
+from ..checks.evaluators import metrics_of
 from ..config_tree import add_imports
 from ..files import read_json, write_json
 from ..messages import ConfigError
