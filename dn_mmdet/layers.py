@@ -111,9 +111,11 @@ class _DynamicNorm(nn.Module):
         self.bn.requires_grad_(bn_requires_grad)
 
     def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name == 'training' and 'bn' in self._modules:  # whose mode it is
+        # The mode is that of bn. A wrapper such as torch.compile's sets the same one again, which
+        # is to leave a bn that norm_eval froze as it is.
+        if name == 'training' and value != self.training and 'bn' in self._modules:
             self.bn.training = value
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         # As attributes, both would cost as much as the whole compiled call.

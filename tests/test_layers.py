@@ -331,6 +331,13 @@ def test_the_mode_can_be_assigned_as_in_torch(cls, close):
     close(layer(x), bn(x))
 
 
+def test_the_same_mode_again_leaves_a_frozen_norm_frozen():
+    layer = DNB(6)
+    layer.bn.eval()
+    layer.training = True  # as wrappers do
+    assert not layer.bn.training
+
+
 def test_settings_of_the_norm_can_be_changed_as_in_torch(close):
     layer, bn = DNB(6), nn.BatchNorm2d(6)
     x = torch.randn(4, 6, 5, 5) * 3 + 1
