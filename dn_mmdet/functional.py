@@ -19,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
@@ -594,18 +595,25 @@ _registering = threading.Lock()
 
 def _watched_call(norm, x):
     """norm(x), the input after the pre-hooks, and the running statistics by which it went."""
+    if norm._forward_pre_hooks or torch_module._global_forward_pre_hooks:
+        return _call_with_a_last_hook(norm, x)
+    running = _copied(running_statistics(norm))
+    return norm(x), x, running
+
+
+def _copied(running):
+    return running and tuple(t.clone() for t in running)
+
+
+@_disable_dynamo  # which would leave out the hook
+def _call_with_a_last_hook(norm, x):
     seen, thread = [], threading.get_ident()
 
     def look(norm, args, keywords=None):  # without keywords while another thread removes its own
-        if threading.get_ident() != thread:  # threads share the norm and its hooks
-            return
-        running = running_statistics(norm)
-        given = [*args, *(keywords or {}).values()][0]  # a hook may give it by name
-        seen[:] = given, running and tuple(t.clone() for t in running)
+        if threading.get_ident() == thread:  # threads share the norm and its hooks
+            given = [*args, *(keywords or {}).values()][0]  # a hook may give it by name
+            seen[:] = given, _copied(running_statistics(norm))
 
-    if not (norm._forward_pre_hooks or torch_module._global_forward_pre_hooks):
-        look(norm, (x,))
-        return norm(x), *seen
     with _registering:  # torch counts its handles without a lock
         handle = norm.register_forward_pre_hook(look, with_kwargs=True)  # the last one
     try:
