@@ -225,3 +225,12 @@ def test_wrong_options(main, argv, message, capsys, tmp_path, monkeypatch):
         main(argv)
     assert message in capsys.readouterr().err
     assert Path('mine.csv').read_text() == 'a,b\n1,2\n'
+
+
+def test_the_figure_of_a_table_is_drawn_again(main, tmp_path, monkeypatch):
+    """As the commands in docs/results do it: the check of the options lets it pass."""
+    monkeypatch.chdir(tmp_path)
+    benchmark.write_rows('rows.csv', [])
+    Path('rows.png').touch()
+    parse = main.__globals__['parse']
+    assert parse(['--csv', 'rows.csv', '--plot', 'rows.png']).plot == 'rows.png'

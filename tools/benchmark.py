@@ -109,7 +109,8 @@ def parse(argv):
     parser.add_argument(
         '--plot',
         metavar='FILE',
-        help='draw the times of the layers into this image; it must not exist',
+        help='draw the times of the layers into this image. It may exist if the table that --csv '
+        'or --bars names does',
     )
     parser.add_argument(
         '--bars',
@@ -142,7 +143,9 @@ def checked(args, parser):
     for option, path in (('--csv', args.csv), ('--plot', args.plot)):
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f'{option} {path}: there is no such folder')
-    if args.plot and Path(args.plot).exists():
+    table = args.csv or args.bars
+    known = table and Path(table).exists() and str(args.plot).endswith('.png')
+    if args.plot and Path(args.plot).exists() and not known:
         parser.error(f'{args.plot}: exists already; name another file with --plot')
     if args.csv:
         try:
