@@ -430,6 +430,7 @@ def _autograd_must_see(x):
         or is_in_torch_dispatch_mode()
         or type(x) not in PLAIN
         or x.layout != torch.strided
+        or x._is_zerotensor()
         or not torch._C._has_storage(x)
     )  # a batch of gradients, to torch.autograd.grad
 

@@ -204,7 +204,7 @@ def test_allocations_are_counted():
 
 def test_rows_are_not_appended_to_another_table(tmp_path):
     (tmp_path / 'rows.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(ValueError, match='expected the columns of a benchmark'):
+    with pytest.raises(ValueError, match='expected the columns date, commit'):
         benchmark.write_rows(tmp_path / 'rows.csv', [])
 
 
@@ -214,7 +214,7 @@ def test_rows_are_not_appended_to_another_table(tmp_path):
         (['--pairs', '0'], 'at least 1'),
         (['--plot', 'x.png', '--parts', 'detector'], '--parts'),
         (['--csv', 'missing/rows.csv'], 'no such folder'),
-        (['--csv', 'mine.csv'], 'mine.csv: expected the columns of a benchmark'),
+        (['--csv', 'mine.csv'], 'mine.csv: expected the columns date, commit'),
         (['--plot', 'mine.csv'], 'mine.csv: exists already'),
     ],
 )

@@ -322,7 +322,9 @@ def test_bars_without_rows_and_of_another_file(main, tmp_path, capsys):
     assert benchmark.bars_table([]).count('not measured') == 2 * len(bars.GPU_BARS)
     (tmp_path / 'a.csv').write_text('a,b\n1,2\n')
     assert main(['--bars', str(tmp_path / 'a.csv')]) == 1
-    assert 'expected the columns of a benchmark' in capsys.readouterr().err
+    assert 'expected the columns date, commit' in capsys.readouterr().err
+    assert main(['--bars', str(tmp_path / 'none.csv')]) == 1
+    assert 'No such file' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

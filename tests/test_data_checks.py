@@ -15,7 +15,7 @@ from mmengine.dataset import RepeatDataset
 from tiny_detector import make_coco, write_config
 from torch import nn
 
-from dn_mmdet.checks import coco, data_checks, preflight
+from dn_mmdet.checks import coco, data_checks, images, paths, pipelines, preflight
 from dn_mmdet.checks.preflight import ConfigError
 
 
@@ -196,7 +196,8 @@ def test_a_single_class_without_its_comma_is_told(cfg, model):
 def told(monkeypatch):
     """What is told and no error."""
     lines = []
-    monkeypatch.setattr(data_checks, 'tell', lines.append)
+    for module in (data_checks, images, pipelines):
+        monkeypatch.setattr(module, 'tell', lines.append)
     return lines
 
 
@@ -921,7 +922,7 @@ def test_each_file_is_read_once(cfg, model, monkeypatch):
     """The largest take ten seconds."""
     read = []
     monkeypatch.setattr(
-        data_checks,
+        paths,
         '_read_json',
         lambda option, path: read.append(path) or json.loads(Path(path).read_text()),
     )

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -827,36 +828,40 @@ def free_port():
 
 
 # Python imports it at its start. Threads of gloo that Python leaves behind can abort the process.
-NO_GROUP_AT_EXIT = """
+# Each process writes a file of its own: what two of them print can be mixed within a line.
+GLOO_THREADS_AT_EXIT = """
 import atexit, os, pathlib
 
 @atexit.register
-def check():
+def count():
     names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]
     if 'RANK' in os.environ:
-        print('gloo threads at the end:', sum('gloo' in name for name in names))
+        file = pathlib.Path(os.environ['COUNTS'], os.environ['RANK'])
+        file.write_text(str(sum('gloo' in name for name in names)))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_and_test_over_gloo(user):
     """Without a GPU, through the scripts; the learning rate counts both processes."""
-    env = without_gpu(PYTHON=sys.executable, PORT=free_port(), PYTHONPATH=user)
-    (user / 'sitecustomize.py').write_text(NO_GROUP_AT_EXIT)
+    (user / 'sitecustomize.py').write_text(GLOO_THREADS_AT_EXIT)
 
     def run(script, *argv):
+        counts = Path(tempfile.mkdtemp(dir=user))
         done = subprocess.run(
             [TOOLS / script, *argv],
             cwd=user,
-            env=env,
+            env=without_gpu(
+                PYTHON=sys.executable, PORT=free_port(), PYTHONPATH=user, COUNTS=counts
+            ),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=300,
         )
-        return done.returncode, done.stdout
+        return done.returncode, done.stdout, {f.name: f.read_text() for f in counts.iterdir()}
 
-    code, output = run(
+    code, output, gloo_threads = run(
         'dist_train.sh',
         'tiny_dnb.py',
         '2',
@@ -870,11 +875,11 @@ def test_two_processes_train_and_test_over_gloo(user):
         'auto_scale_lr.base_batch_size=2',
     )
     assert code == 0, output
-    assert output.count('gloo threads at the end: 0') == 2, output
+    assert gloo_threads == {'0': '0', '1': '0'}, output
     assert scalars(user / 'new', 'lr') == [0.02]  # one step: 2 x 2 of the 4 images
     (logged,) = scalars(user / 'new', 'coco/bbox_mAP')
 
-    code, output = run(
+    code, output, gloo_threads = run(
         'dist_test.sh',
         'tiny_dnb.py',
         'new/epoch_1.pth',
@@ -885,7 +890,7 @@ def test_two_processes_train_and_test_over_gloo(user):
         'two.pkl',
     )
     assert code == 0, output
-    assert output.count('gloo threads at the end: 0') == 2, output
+    assert gloo_threads == {'0': '0', '1': '0'}, output
     succeed(
         'test', 'tiny_dnb.py', 'new/epoch_1.pth', '--work-dir', 'one', '--out', 'one.pkl', cwd=user
     )
@@ -895,7 +900,7 @@ def test_two_processes_train_and_test_over_gloo(user):
         assert a['img_id'] == b['img_id'] and len(a['pred_instances']['scores']) > 0
         torch.testing.assert_close(a['pred_instances'], b['pred_instances'])
 
-    code, output = run('dist_train.sh', 'tiny_dnb.py', '2', '--work-dir', 'new')
+    code, output, _ = run('dist_train.sh', 'tiny_dnb.py', '2', '--work-dir', 'new')
     assert code != 0
     assert output.count('train.py: error: new: holds checkpoints of an earlier') == 1
 

@@ -18,6 +18,7 @@ import torch
 from dn_mmdet import benchmark
 from dn_mmdet.benchmark import BN, COMPILED, FOLDED, GN, Setting, Variant, bars
 from dn_mmdet.benchmark.variants import DN
+from dn_mmdet.tables import check_columns
 
 PARTS = 'layers', 'step', 'host', 'detector', 'compiled', 'tuning'
 
@@ -149,7 +150,7 @@ def checked(args, parser):
         parser.error(f'{args.plot}: exists already; name another file with --plot')
     if args.csv:
         try:
-            benchmark.check_columns(args.csv)
+            check_columns(args.csv, benchmark.FIELDS)
         except (OSError, ValueError) as error:
             parser.error(f'--csv {error}')
     if args.compile_only:

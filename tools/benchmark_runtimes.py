@@ -19,10 +19,10 @@ from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import dn_layers
 from dn_mmdet.deploy import export, runtimes
-from dn_mmdet.experiments import results
 from dn_mmdet.files import write_text
 from dn_mmdet.fold import recalibrate
 from dn_mmdet.messages import ConfigError
+from dn_mmdet.tables import csv_text, read_table
 
 
 def parse(argv):
@@ -83,7 +83,7 @@ def run(args):
     out = Path(args.out)
     preflight.make_folder(out.parent, '--out')
     columns = runtimes.FIELDS
-    rows = results.read_table(out, [columns], {}) if out.exists() else []
+    rows = read_table(out, [columns], {}) if out.exists() else []
     models = runtimes.models_of(detector, images.numpy())
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def run(args):
                         error=f'{row.error:.1e}',
                     )
                 )
-            write_text(out, results.csv_text(rows, columns))
+            write_text(out, csv_text(rows, columns))
     return 1 if failed else 0
 
 

@@ -26,7 +26,7 @@ from .layers import (
 from .parity import ParityError
 from .provenance import provenance
 from .report import plot, plot_gpu, table
-from .rows import FIELDS, check_columns, read_rows, write_rows
+from .rows import FIELDS, read_rows, write_rows
 from .timing import LONG_ENOUGH, Deadline, GraphError, allocations, alternate, gpu_alone
 from .tuning import compile_tunings, measure_tunings, tuning_table
 from .variants import (
@@ -60,7 +60,6 @@ __all__ = [
     'alternate',
     'bars_table',
     'by_size',
-    'check_columns',
     'check_layers',
     'compile_tunings',
     'compiled_table',

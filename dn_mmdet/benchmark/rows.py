@@ -1,10 +1,10 @@
 """A figure is a row: its quantiles, what was measured, and where. Rows are kept as CSV."""
 
-import csv
 import math
-from pathlib import Path
 
 import torch
+
+from ..tables import append_rows, read_table
 
 FIELDS = (
     'date',
@@ -33,6 +33,10 @@ FIELDS = (
     'q75',
     'q90',
     'pairs',
+)
+NUMBERS = dict(
+    **dict.fromkeys(('threads', 'batch', 'channels', 'map', 'layers', 'pairs'), int),
+    **dict.fromkeys(('median', 'q10', 'q25', 'q75', 'q90'), float),
 )
 
 
@@ -96,51 +100,23 @@ def matching(rows, **wanted) -> list[dict]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def check_columns(path) -> None:
-    """Raises ValueError where a file exists and has other columns than a benchmark's."""
-    if Path(path).exists() and read_header(path) != FIELDS:
-        raise ValueError(
-            f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)}); '
-            f'choose another file'
-        )
-
-
 def write_rows(path, rows) -> None:
     """Writes rows to a CSV file, or appends them to one of the same columns.
 
     Raises:
-        ValueError: the file has other columns.
+        ConfigError: the file has other columns.
     """
-    path = Path(path)
-    new = not path.exists()
-    check_columns(path)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS, restval='')
-        if new:
-            writer.writeheader()
-        writer.writerows(
-            {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-
-
-def read_header(path) -> tuple:
-    with open(path, newline='') as file:
-        return tuple(next(csv.reader(file), ()))
+    short = (
+        {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows
+    )
+    append_rows(path, short, FIELDS)
 
 
 def read_rows(path) -> list[dict]:
     """The rows of a CSV file, numbers as numbers.
 
     Raises:
-        ValueError: the file has other columns than a benchmark's.
+        ConfigError: the file has other columns than a benchmark's.
+        FileNotFoundError: there is no such file.
     """
-    if read_header(path) != FIELDS:
-        raise ValueError(f'{path}: expected the columns of a benchmark ({", ".join(FIELDS)})')
-    with open(path, newline='') as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for name in ('threads', 'batch', 'channels', 'map', 'layers', 'pairs'):
-            row[name] = int(row[name]) if row[name] else ''
-        for name in ('median', 'q10', 'q25', 'q75', 'q90'):
-            row[name] = float(row[name])
-    return rows
+    return read_table(path, [FIELDS], NUMBERS, empty='')

@@ -3,29 +3,12 @@
 import contextlib
 import copy
 import inspect
-import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
-from mmcv.transforms import LoadImageFromFile, RandomFlip, TestTimeAug
 from mmdet.datasets import BaseDetDataset, CocoDataset, MultiImageMixDataset
-from mmdet.datasets.transforms import (
-    CachedMixUp,
-    CopyPaste,
-    Expand,
-    GeomTransform,
-    MinIoURandomCrop,
-    MixUp,
-    Mosaic,
-    RandomAffine,
-    RandomCenterCropPad,
-    RandomCrop,
-    RandomShift,
-)
 from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, OVCocoMetric
 from mmdet.registry import DATASETS, EVALUATOR, METRICS
 from mmdet.structures import DetDataSample
@@ -37,25 +20,17 @@ from ..checkpoint import is_remote, meta_of
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from . import coco
-from .evaluators import check_boxes_are_loaded, check_metrics, metrics_of
+from .evaluators import check_metrics, metrics_of
+from .images import check_images
 from .loaders import check_loader
-
-# Transforms after which objects are elsewhere, and no detector takes that back.
-MOVING = (
-    CachedMixUp,
-    CopyPaste,
-    Expand,
-    GeomTransform,
-    MinIoURandomCrop,
-    MixUp,
-    Mosaic,
-    RandomAffine,
-    RandomCenterCropPad,
-    RandomCrop,
-    RandomFlip,
-    RandomShift,
+from .paths import JsonFiles, check_exists
+from .pipelines import (
+    check_boxes_are_loaded,
+    check_nothing_moves,
+    check_runs_are_used,
+    loads_masks,
+    sample_of,
 )
-SIZES = 1000  # about as many image files are asked for their size, of all of a data set
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
@@ -72,7 +47,7 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
             pycocotools would misread it, the classes do not match, or the loader gives
             no batch, or not each image to be evaluated once.
     """
-    files = _Files()
+    files = JsonFiles()
     checked = [
         _check_dataset(option, dataset, split, model, files)
         for option, dataset in _datasets(cfg, split)
@@ -151,16 +126,6 @@ class _Data:
     content: dict | None = None
     image_ids: list | None = None  # that are left after filter_cfg and indices
     sample: DetDataSample | None = None  # what the pipeline makes of the first of them
-
-
-class _Files(dict):
-    """The content of json files, each read once."""
-
-    def read(self, option, path):
-        key = os.path.realpath(path)
-        if key not in self:
-            self[key] = _read_json(option, path)
-        return self[key]
 
 
 def _datasets(cfg, split):
@@ -282,7 +247,7 @@ def _check_dataset(option, dataset, split, model, files):
     _check_classes(option, dataset)
     _check_num_classes(option, dataset, model)
     if split != 'train' and isinstance(dataset, BaseDetDataset):
-        _check_nothing_moves(option, dataset)
+        check_nothing_moves(option, dataset)
     if _is_made(dataset) or getattr(dataset, 'backend_args', None):
         return data
     _check_paths(option, dataset)
@@ -376,12 +341,12 @@ def _check_num_classes(option, dataset, model):
 
 def _check_paths(option, dataset):
     if dataset.data_root:
-        _check_exists(f'{option}.data_root', dataset.data_root, Path.is_dir, 'data folder')
+        check_exists(f'{option}.data_root', dataset.data_root, Path.is_dir, 'data folder')
     if dataset.ann_file:
-        _check_exists(f'{option}.ann_file', dataset.ann_file, Path.is_file, 'annotation file')
+        check_exists(f'{option}.ann_file', dataset.ann_file, Path.is_file, 'annotation file')
     for key, prefix in dataset.data_prefix.items():
         if prefix:
-            _check_exists(f'{option}.data_prefix.{key}', prefix, Path.is_dir, 'data folder')
+            check_exists(f'{option}.data_prefix.{key}', prefix, Path.is_dir, 'data folder')
 
 
 def _check_class_folders(option, dataset, model):
@@ -391,15 +356,6 @@ def _check_class_folders(option, dataset, model):
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
         raise ConfigError(f'{option}: {reason(error)}') from error
     _check_num_classes(option, dataset, model)
-
-
-def _check_exists(option, path, exists, what):
-    if not is_remote(path) and not exists(Path(path)):
-        raise ConfigError(
-            f'{path}: no such {what} (set by {option}; current folder: '
-            f'{Path.cwd()}). Put the data there, or set for instance '
-            f'--cfg-options {option}=PATH'
-        )
 
 
 def _check_coco(data, split, files):
@@ -422,7 +378,7 @@ def _check_coco(data, split, files):
             f'Lower its min_size, or set its filter_empty_gt=False where images '
             f'without boxes are meant'
         )
-    if _loads_masks(dataset.pipeline):
+    if loads_masks(dataset.pipeline):
         boxes = coco.sort_boxes(content, classes, data.image_ids)
         with _about(dataset.ann_file, option):
             lost = coco.check_masks(
@@ -430,31 +386,11 @@ def _check_coco(data, split, files):
             )
         if split == 'train':  # of others, where they are evaluated
             _tell_lost_masks(dataset.ann_file, lost)
-            _check_runs_are_used(data, boxes.get(coco.TRAINED, []))
-    _check_images(data)
-    data.sample = _first_sample(data)
-
-
-def _first_sample(data):
-    """What the pipeline makes of the first image, or None where it is not a detector's."""
-    dataset, image = data.dataset, data.content['images'][0]
-    for listed in data.content['images']:
-        if listed['id'] == data.image_ids[0]:
-            image = listed
-    annotations = data.content.get('annotations') or []
-    dataset.cat2label = {number: label for label, number in enumerate(dataset.cat_ids)}
-    try:
-        info = dataset.parse_data_info(
-            dict(
-                raw_img_info=dict(image, img_id=image['id']),
-                raw_ann_info=[a for a in annotations if a['image_id'] == image['id']],
-            )
-        )
-        packed = dataset.pipeline(dict(info, sample_idx=0))
-    except Exception:  # it may want more than one image, as a mosaic does
-        return None
-    sample = packed.get('data_samples') if isinstance(packed, dict) else None
-    return sample if isinstance(sample, DetDataSample) else None
+            check_runs_are_used(data.option, dataset, boxes.get(coco.TRAINED, []))
+    left = set(data.image_ids)
+    images = [image for image in content['images'] if image['id'] in left]
+    check_images(data.option, dataset, images)
+    data.sample = sample_of(dataset, content, data.image_ids[0])
 
 
 @contextlib.contextmanager
@@ -490,122 +426,6 @@ def _images_left(option, dataset, content):
                 f'filter_cfg, got {dataset._indices!r} ({error})'
             ) from error
     return [image['img_id'] for image in dataset.data_list]
-
-
-def _loads_masks(pipeline):
-    return any(getattr(transform, 'with_mask', False) for transform in _transforms(pipeline))
-
-
-def _check_runs_are_used(data, trained):
-    """mmdet turns boxes with run lengths into regions to ignore where polygons are asked for."""
-    loading = (t for t in _transforms(data.dataset.pipeline) if getattr(t, 'with_mask', False))
-    if any(getattr(transform, 'poly2mask', True) for transform in loading):
-        return
-    runs = [annotation for annotation in trained if isinstance(annotation['segmentation'], dict)]
-    text = (
-        f'{data.dataset.ann_file}: {len(runs)} of {len(trained)} segmentations are run lengths, '
-        f'and LoadAnnotations(poly2mask=False) in {data.option}.pipeline reads polygons: their '
-        f'boxes are not trained on'
-    )
-    if runs and len(runs) == len(trained):
-        raise ConfigError(f'{text}. Leave poly2mask out, or write polygons')
-    if runs:
-        tell(f'{text} (the first has the id {runs[0]["id"]!r})')
-
-
-def _transforms(pipeline):
-    """Each transform of a pipeline, also inside others."""
-    if isinstance(pipeline, (list, tuple)):
-        for transform in pipeline:
-            yield from _transforms(transform)
-        return
-    yield pipeline
-    for name in ('transforms', 'subroutines'):
-        yield from _transforms(getattr(pipeline, name, ()))
-
-
-def _check_nothing_moves(option, dataset):
-    """Boxes that are found in a flipped or cropped image are compared with those of the whole."""
-    transforms = dataset.pipeline.transforms
-    if any(isinstance(transform, TestTimeAug) for transform in transforms):
-        return  # which turns them back
-    for transform in _transforms(transforms):
-        chance = getattr(transform, 'prob', 1)
-        if isinstance(chance, (list, tuple)):
-            chance = sum(chance)
-        if isinstance(transform, MOVING) and chance and not getattr(transform, 'test_mode', False):
-            raise ConfigError(
-                f'{option}.pipeline: {type(transform).__name__} moves objects, and what is found '
-                f'would be compared with where they were; AP would be wrong. Leave it out of '
-                f'the pipelines of evaluation'
-            )
-
-
-def _check_images(data):
-    """Checks that all images exist, and that the sizes in the json are those of the pictures."""
-    option, path = f'{data.option}.data_prefix.img', data.dataset.ann_file
-    left = set(data.image_ids)
-    images = [image for image in data.content['images'] if image['id'] in left]
-    prefix = data.dataset.data_prefix['img']
-    if is_remote(prefix):
-        return
-    names = [os.path.join(prefix, image['file_name']) for image in images]
-    for name in _not_listed(names):
-        _check_exists(option, name, Path.is_file, f'image, which {path} names')
-    for name in names[:: max(1, len(names) // SIZES)]:
-        if not os.path.getsize(name):
-            raise ConfigError(
-                f'{name}: expected an image, got a file of 0 bytes. Copy it again; {path} names it'
-            )
-    for index in sorted({0, len(images) // 2, len(images) - 1}):
-        _check_size(data, images[index], names[index])
-
-
-def _not_listed(names):
-    """What their folders do not list as files: faster than asking for each file."""
-    folders = {}
-    for name in names:
-        folder, _, file = name.rpartition('/')
-        if folder not in folders:
-            folders[folder] = _files_in(folder or '.')
-        if file not in folders[folder]:
-            yield name
-
-
-def _files_in(folder):
-    if not os.path.isdir(folder):
-        return set()
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file()}
-
-
-def _check_size(data, image, name):
-    load = next(iter(data.dataset.pipeline.transforms), None)
-    if not isinstance(load, LoadImageFromFile):
-        return
-    try:
-        loaded = load(dict(img_path=name))
-    except (AssertionError, OSError, ValueError, cv2.error) as error:
-        raise ConfigError(
-            f'{name}: cannot be read as an image: {reason(error)}. Copy it again; '
-            f'{data.dataset.ann_file} names it'
-        ) from error
-    if loaded is None:  # with ignore_empty=True
-        return
-    size, written = loaded['ori_shape'], (image['height'], image['width'])
-    text = (
-        f'{data.dataset.ann_file}: images: id {image["id"]!r} has the width {written[1]} and '
-        f'the height {written[0]}, {name} has {size[1]} and {size[0]}'
-    )
-    if tuple(size) == written:
-        return
-    if tuple(size) == written[::-1]:
-        tell(f'{text}: perhaps turned by its EXIF data. Boxes outside are left out')
-    else:
-        raise ConfigError(
-            f'{text}: its boxes are those of another picture, or of another size. '
-            f'Write width, height and boxes of these pictures'
-        )
 
 
 def _check_boxes(checked):
@@ -698,7 +518,7 @@ def _check_evaluators(cfg, split, checked, files):
         ):
             continue
         option = f'{option}.ann_file'
-        _check_exists(option, path, Path.is_file, 'annotation file')
+        check_exists(option, path, Path.is_file, 'annotation file')
         if is_of(METRICS, metric, CocoMetric) and not is_of(
             METRICS, metric, (LVISMetric, OVCocoMetric)
         ):
@@ -761,13 +581,3 @@ def _check_truth(option, metric, checked, content):
             f'{found}; AP would be wrong. Set {option} and {others} to the same '
             f'file, and evaluate all of its images'
         )
-
-
-def _read_json(option, path):
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    except (ValueError, OSError) as error:  # ValueError: no json, or no text
-        raise ConfigError(
-            f'{path}: cannot be read as json ({error}); set by {option}. Copy or make it again'
-        ) from error

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from mmdet.evaluation import CocoMetric, MultiDatasetsEvaluator
 from mmdet.models.dense_heads import DETRHead, GFLHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.models.detectors.base import BaseDetector
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.registry import EVALUATOR, HOOKS, METRICS
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from torch import nn
 
-from ..messages import ConfigError, did_you_mean, reason, some
+from ..messages import ConfigError, did_you_mean, reason
 from ..registered import is_of, resolve
 
 # The names that `CocoMetric` gives its results, by what it evaluates.
@@ -66,16 +64,6 @@ def check_metrics(cfg: Config, split: str, model: nn.Module, samples: dict) -> N
         _check_names(metrics)
         if split == 'val' and all(_is_coco(metric, 'compute_metrics') for _, metric in metrics):
             _check_save_best(cfg, [name for _, metric in metrics for name in _names(metric)])
-
-
-def check_boxes_are_loaded(option: str, sample: DetDataSample, model: nn.Module) -> None:
-    """Raises ConfigError where a pipeline of training data gives no boxes with labels."""
-    if isinstance(model, BaseDetector) and 'labels' not in sample.gt_instances:
-        raise ConfigError(
-            f'{option}.pipeline: expected boxes and labels of each image, and it gives '
-            f"{some(sample.gt_instances.keys()) or 'none'}. Add dict(type='LoadAnnotations', "
-            f'with_bbox=True) after the transform that loads the image'
-        )
 
 
 def _is_coco(metric, method):

@@ -12,6 +12,7 @@ from ..experiments import results
 from ..experiments.compare import data_name
 from ..files import write_text
 from ..provenance import hardware
+from ..tables import csv_text, read_table
 
 COLUMNS = (
     'data',
@@ -86,7 +87,7 @@ def read(path) -> list[dict]:
     Raises:
         ConfigError: it has other columns.
     """
-    return results.read_table(path, [COLUMNS], NUMBERS) if Path(path).is_file() else []
+    return read_table(path, [COLUMNS], NUMBERS) if Path(path).exists() else []
 
 
 def merge(path, rows) -> None:
@@ -94,7 +95,7 @@ def merge(path, rows) -> None:
     path = Path(path)
     new = {results.key_of(row, MODEL) for row in rows}
     kept = [row for row in read(path) if results.key_of(row, MODEL) not in new]
-    write_text(path, results.csv_text([*kept, *rows], COLUMNS))
+    write_text(path, csv_text([*kept, *rows], COLUMNS))
 
 
 def curve(rows) -> list[dict]:

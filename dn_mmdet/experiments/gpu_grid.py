@@ -4,7 +4,6 @@ What is trained comes from a plan (see `gpu_plan`); this needs neither MMDetecti
 MMPretrain.
 """
 
-import csv
 import json
 import math
 import time
@@ -14,6 +13,7 @@ import torch
 
 from ..convert import dn_layers
 from ..provenance import hardware
+from ..tables import append_rows, check_columns, read_table
 from .gpu_recipe import Classifier
 from .gpu_training import Refused, Training, check_layers, load_images
 from .recording import norm_counts
@@ -60,7 +60,9 @@ class Grid:
 
     def train(self) -> bool:
         """Returns whether every run of the plan has a row now."""
-        ended = [_key(row) for row in read_rows(self.path)]
+        ended = []
+        if self.path.exists():
+            ended = [_key(row) for row in read_table(self.path, [self.columns], {}, empty='')]
         todo = [run for run in self.runs if _key(run['row']) not in ended]
         self.log(f'{len(self.runs)} runs, {len(self.runs) - len(todo)} of them ended before')
         while todo or self.running:
@@ -187,7 +189,7 @@ class Grid:
             row.update(status='diverged')
         else:
             row.update(training.results(), status='finished')
-        append_row(self.path, row, self.columns)
+        append_rows(self.path, [row], self.columns)
         measured = ', '.join(f'{key} {row[key]:.4g}' for key in MEASURED if key in row)
         self.log(f'{self.elapsed():.0f} s: {_title(run)}: {row["status"]}: {measured}')
 
@@ -205,45 +207,6 @@ def _key(row):
     return tuple(
         str(row[name]) for name in ('question', 'data', 'config', 'seed', 'epochs', 'lr', 'batch')
     )
-
-
-def read_rows(path) -> list[dict]:
-    path = Path(path)
-    if not path.is_file():
-        return []
-    with open(path, newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def check_columns(path, columns) -> None:
-    """Raises ValueError where a file exists and has other columns."""
-    if not Path(path).is_file():
-        return
-    with open(path, newline='') as file:
-        found = next(csv.reader(file), [])
-    if found != list(columns):
-        raise ValueError(
-            f'{path}: expected the columns {", ".join(columns)}, found '
-            f'{", ".join(found)}; name another file'
-        )
-
-
-def append_row(path, row: dict, columns) -> None:
-    """A row at the end of a CSV file, with a header where it is new.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    path = Path(path)
-    new = not path.is_file()
-    check_columns(path, columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
 
 
 def train(folder, path, seconds=math.inf, parallel=8, backends=BACKENDS, device=None) -> bool:

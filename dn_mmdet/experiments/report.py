@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..messages import ConfigError
+from ..tables import csv_text
 from .compare import read_folded
 from .figures import draw, figures, interactive
 from .results import (
     SETTING,
     columns_of,
-    csv_text,
     grouped,
     key_of,
     read,

@@ -3,8 +3,6 @@
 Folders and files are read as they are, so they may come from another machine.
 """
 
-import csv
-import io
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from scipy import stats
 
 from ..files import read_json, write_text
 from ..messages import ConfigError
+from ..tables import csv_text, read_table
 from .compare import FOLDED, read_folded, read_result
 from .cost import ELEMENT_WISE
 from .recording import read_log
@@ -233,33 +232,6 @@ def read_rows(path) -> list[dict]:
     return [dict(row, question=row['question'] or '') for row in rows]
 
 
-def read_table(path, allowed, numbers) -> list[dict]:
-    """Rows of a CSV file, its numbers as numbers and None in empty cells.
-
-    Args:
-        allowed: the columns that it may have, in one or several versions; messages name the
-            first.
-        numbers: the type of each column that holds numbers.
-
-    Raises:
-        ConfigError: it has other columns.
-    """
-    with open(path, newline='') as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in allowed:
-            raise ConfigError(
-                f'{path}: expected the columns {", ".join(allowed[0])}, found '
-                f'{", ".join(reader.fieldnames or ()) or "none"}'
-            )
-        return [
-            {
-                key: None if value == '' else numbers.get(key, str)(value)
-                for key, value in row.items()
-            }
-            for row in reader
-        ]
-
-
 def merge_rows(path, rows) -> None:
     """Puts rows into a CSV file: new ones at its end, known ones in place of what was there."""
     path = Path(path)
@@ -276,14 +248,6 @@ def columns_of(rows) -> tuple[str, ...]:
 
 def key_of(row, names=KEY):
     return tuple(row[name] for name in names)
-
-
-def csv_text(rows, columns):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def spec_of(run):

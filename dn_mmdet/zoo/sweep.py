@@ -1,6 +1,5 @@
 """Checks of many configs, each in a process of its own, as rows of a csv file and a table."""
 
-import csv
 import multiprocessing
 import os
 import platform
@@ -17,8 +16,8 @@ import mmdet
 import mmengine
 import torch
 
-from ..files import replacing
-from ..messages import ConfigError
+from ..files import write_text
+from ..tables import append_rows, csv_text, read_table
 from ..version import __version__
 from .check import FAIL, NOT_APPLICABLE, PASS, Stage
 
@@ -130,31 +129,19 @@ def read_rows(path) -> dict[str, dict]:
     Raises:
         ConfigError: it has other columns.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         return {}
-    lines = Path(path).read_text().splitlines(keepends=True)
-    reader = csv.DictReader(line for line in lines if line.endswith('\n'))
-    found = tuple(reader.fieldnames or ())
-    if found != FIELDS:
-        raise ConfigError(
-            f'{path}: expected the columns {", ".join(FIELDS)}, found {", ".join(found)}; '
-            f'choose another folder'
-        )
-    return {row['config']: row for row in reader}
+    rows = read_table(path, [FIELDS], {}, empty='', unfinished=True)
+    return {row['config']: row for row in rows}
 
 
 def append_row(path, row) -> None:
-    """To a file that `write_rows` has made."""
-    with open(path, 'a', newline='') as file:
-        csv.DictWriter(file, FIELDS, lineterminator='\n').writerow(row)
+    append_rows(path, [row], FIELDS)
 
 
 def write_rows(path, rows) -> None:
     """Writes all rows again, in order."""
-    with replacing(path) as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
+    write_text(path, csv_text((rows[name] for name in sorted(rows)), FIELDS))
 
 
 def report(rows, command, total, left_out=()) -> str:

@@ -294,10 +294,15 @@ Tensor dense(const Tensor& x, bool& channels_last) {
   return channels_last ? x.clone() : x.clone(at::MemoryFormat::Contiguous);
 }
 
+// Whether memory holds the values as they are: not conjugate, negative or all zero by a flag.
+bool is_materialized(const Tensor& t) {
+  return !t.is_conj() && !t.is_neg() && !t._is_zerotensor();
+}
+
 // A gradient of x, laid out as x is.
 Tensor laid_out_as(const Tensor& x, const Tensor& dy) {
   if (dy.sizes() == x.sizes() && dy.strides() == x.strides() &&
-      dy.scalar_type() == x.scalar_type() && !dy.is_conj() && !dy.is_neg() && is_aligned(dy))
+      dy.scalar_type() == x.scalar_type() && is_materialized(dy) && is_aligned(dy))
     return dy;
   Tensor copy = at::empty_like(x);
   return copy.copy_(dy);
@@ -354,7 +359,7 @@ Tensor run_backward(const Plan& plan, const Tensor& dy, const Tensor& x,
 
 // Batched gradients, say: not a plain tensor with memory of its own.
 bool is_transformed(const Tensor& t) {
-  return t.layout() != at::kStrided || !t.has_storage() ||
+  return t.layout() != at::kStrided || !t.has_storage() || t._is_zerotensor() ||
          t.key_set().has_any(c10::DispatchKeySet(
              {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
               c10::DispatchKey::Python}));
@@ -406,12 +411,13 @@ struct DynamicNormBackward : public torch::autograd::Node {
                                         plan->hidden, plan->hidden * pairs, pairs};
     for (int i = 0; i < PARAMETERS; ++i)
       if (has[i]) check_saved(p[i], numels[i], plan->type_of(i), device);
-    if (x.strides() != at::IntArrayRef(strides) || x.is_neg() || !is_aligned(x)) {
+    if (x.strides() != at::IntArrayRef(strides) || !is_materialized(x) || !is_aligned(x)) {
       Tensor copy = at::empty_strided(x.sizes(), strides, x.options());
       x = copy.copy_(x);
     }
     for (auto& t : p)
-      if (t.defined() && !t.is_contiguous()) t = t.contiguous();
+      if (t.defined() && !(t.is_contiguous() && is_materialized(t)))
+        t = t.clone(at::MemoryFormat::Contiguous);
     const Tensor all = empty_bytes(plan->gradients, x);
     std::array<char*, PARAMETERS> gradients;
     for (int i = 0; i < PARAMETERS; ++i) gradients[i] = address(all) + plan->offsets[i];
@@ -615,7 +621,7 @@ bool read_tensor(PyObject* dict, PyObject* name, const Tensor*& t, THPObjectPtr&
   Py_INCREF(found);
   owner = found;
   t = &THPVariable_Unpack(found);
-  return t->layout() == at::kStrided && !t->is_conj() && !t->is_neg() && !t->is_meta();
+  return t->layout() == at::kStrided && is_materialized(*t) && !t->is_meta();
 }
 
 bool read_number(PyObject* found, double& value) {
@@ -649,8 +655,8 @@ bool is_watched() {
 
 bool is_map(const Tensor& x) {
   return x.defined() && x.layout() == at::kStrided && is_floating(x.scalar_type()) &&
-         (x.is_cuda() || (accepts_cpu && x.is_cpu())) && !x.is_conj() && !x.is_neg() &&
-         x.numel() != 0 && x.dim() >= 2;
+         (x.is_cuda() || (accepts_cpu && x.is_cpu())) && is_materialized(x) && x.numel() != 0 &&
+         x.dim() >= 2;
 }
 
 bool fits(const Tensor& x, PyObject* ndims) {
@@ -784,7 +790,7 @@ const Tensor& tensor_of(PyObject* found, const char* name) {
   TORCH_CHECK_TYPE(THPVariable_Check(found), name, ": expected a tensor, got ",
                    Py_TYPE(found)->tp_name);
   const Tensor& t = THPVariable_Unpack(found);
-  TORCH_CHECK_VALUE(!is_transformed(t) && !t.is_conj() && !t.is_neg(), name,
+  TORCH_CHECK_VALUE(!is_transformed(t) && is_materialized(t), name,
                     ": expected a plain, dense tensor, got one of ", t.key_set());
   return t;
 }

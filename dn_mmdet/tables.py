@@ -1,0 +1,83 @@
+"""Tables as CSV files whose columns are known: reading, checking, appending a row."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .messages import ConfigError
+
+
+def check_columns(path: str | Path, *allowed: Sequence[str]) -> None:
+    """Raises ConfigError where a file exists and its columns are none of the allowed ones.
+
+    Args:
+        allowed: the columns, in one or several versions. The message names the first.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, newline='') as file:
+        found = next(csv.reader(file), [])
+    if found not in [list(columns) for columns in allowed]:
+        raise ConfigError(
+            f'{path}: expected the columns {", ".join(allowed[0])}, found '
+            f'{", ".join(found) or "none"}; name another file'
+        )
+
+
+def read_table(
+    path: str | Path,
+    allowed: Sequence[Sequence[str]],
+    numbers: Mapping[str, type],
+    *,
+    empty: Any = None,
+    unfinished: bool = False,
+) -> list[dict]:
+    """Rows of a CSV file, its numbers as numbers.
+
+    Args:
+        allowed: as in `check_columns`.
+        numbers: the type of each column that holds numbers.
+        empty: what stands for an empty cell.
+        unfinished: whether a last line without its end, which a killed process can leave,
+            is left out.
+
+    Raises:
+        ConfigError: it has other columns.
+        FileNotFoundError: there is no such file.
+    """
+    check_columns(path, *allowed)
+    with open(path, newline='') as file:
+        lines = [line for line in file if line.endswith('\n') or not unfinished]
+    return [
+        {key: empty if value == '' else numbers.get(key, str)(value) for key, value in row.items()}
+        for row in csv.DictReader(lines)
+    ]
+
+
+def csv_text(rows: Iterable[Mapping], columns: Iterable[str]) -> str:
+    """Rows as the text of a CSV file; what they hold beside the columns is left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), extrasaction='ignore', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping], columns: Sequence[str]) -> None:
+    """Rows at the end of a CSV file, with a header where it is new.
+
+    Raises:
+        ConfigError: the file has other columns.
+        ValueError: a row has something beside the columns.
+    """
+    path = Path(path)
+    check_columns(path, columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, 'a', newline='') as file:
+        writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
