@@ -14,6 +14,7 @@ and needs one more pass over dy and x, with S the values behind each m::
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -29,7 +30,6 @@ from . import reference
 from .inner_norm import (
     PER_CHANNEL,
     PLAIN,
-    SC_PARAMETERS,
     check_eps,
     check_map,
     check_parts,
@@ -46,7 +46,7 @@ from .kernels.choice import (
     gpu_host,
     kept_by_compile,
 )
-from .sc import SC
+from .sc import g_and_h
 from .statistics import (
     Call,
     check_count,
@@ -79,7 +79,8 @@ def dynamic_norm(
     pass and one in the backward pass.
 
     The reference runs instead of a fused backend wherever autograd has to see each
-    operation: in tracing, export, `torch.func` transforms and double backward.
+    operation: in tracing, export, `torch.func` transforms and double backward, and where
+    gradients are taken through a module in SC's place or something registered on SC.
     `torch.compile` also uses the reference with backend ``'torch'``.
 
     The inner norm is called as a module, for equation (3), if it is not a torch
@@ -126,12 +127,17 @@ def dynamic_norm(
     check_eps(bn.eps)  # type: ignore[arg-type]
     w, b, mean, var = norm_parts = parts_of_norm(bn)
     sc_parts = parts_of_sc(sc)
-    plain = check_parts(x, sc, norm_parts, sc_parts, fast=not seen and x.is_cpu)
+    plain = check_parts(x, sc, norm_parts, sc_parts, read=not seen)
     running = None if bn.training or mean is None else (mean, var)
     call = Call(bn, running, process_group(bn), sc, sc_parts, batch_shared)
     check_count(x, call)
     kernels = plain and seen and _kernels_of_operator(call, x, w, b, backend)
-    fused = plain and not seen and (x.is_cpu or _integers_hold(x, sc_parts))
+    fused = (
+        plain
+        and not seen
+        and (x.is_cpu or _integers_hold(x, sc_parts))
+        and not (torch.is_grad_enabled() and _is_left_to_autograd(call, w, b))
+    )
     ops = backend_for(x, backend) if fused else None
     if ops is None and not kernels:
         return _reference(call, x, w, b, step=True)
@@ -139,10 +145,7 @@ def dynamic_norm(
     if kernels:
         y = _by_operator(kernels, call, planes, w, b)
     elif torch.is_grad_enabled():
-        names, parameters = (
-            (SC_PARAMETERS, sc_parts) if sc_parts else zip(*sc.named_parameters(), strict=True)
-        )
-        y = _FusedNorm.apply(call, ops, names, planes.resolve_neg(), w, b, *parameters)
+        y = _FusedNorm.apply(call, ops, planes.resolve_neg(), w, b, *sc_parts)
     else:
         y = _without_gradients(call, ops, planes.resolve_neg(), w, b)
     return y if x.dim() > 2 else y.squeeze(2)
@@ -156,33 +159,29 @@ class _FusedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, ops, names, x, w, b, *sc_parameters):
+    def forward(ctx, call, ops, x, w, b, *sc_parameters):
         if call.running is not None:  # they may have moved when backward comes
-            call = call._replace(running=tuple(t.clone() for t in call.running))
+            call = call._replace(running=_copied(call.running))
         m, v = _moments(call, ops, x)
         if _small_part_is_fused(call, w, b):
             small = _coefficients_by_kernels(call, ops, m, v, x, (w, b, *sc_parameters), keep=True)
         else:
             small = _CoefficientsByAutograd(
-                call, names, m, v, x, ctx.needs_input_grad[3:], (w, b, *sc_parameters)
+                call, m, v, x, ctx.needs_input_grad[2:], (w, b, *sc_parameters)
             )
         ctx.save_for_backward(x, w, b, *sc_parameters)
-        ctx.call, ctx.ops, ctx.names, ctx.small = call, ops, names, small
+        ctx.call, ctx.ops, ctx.small = _settled(call), ops, small
         return ops.affine(x, m, small.a, small.c)
 
     @staticmethod
     def backward(ctx, dy):
         x, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or _autograd_must_see(dy):
-            return (
-                None,
-                None,
-                None,
-                *_backward_by_the_reference(ctx.call, ctx.names, needed, dy, x, *parameters),
-            )
-        small, dy = ctx.small, dy.resolve_neg()
-        p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m))
+        needed, small = ctx.needs_input_grad[2:], ctx.small
+        stale = isinstance(small, _CoefficientsByAutograd) and small.is_stale()
+        if torch.is_grad_enabled() or _autograd_must_see(dy) or stale:
+            return None, None, *_backward_by_the_reference(ctx.call, needed, dy, x, *parameters)
+        dy = dy.resolve_neg()
+        p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m), *parameters)
         if not needed[0]:
             dx = None
         elif _is_constant(ctx.call):
@@ -191,7 +190,6 @@ class _FusedNorm(torch.autograd.Function):
         else:
             dx = ctx.ops.input_gradient(dy, x, small.m, small.a, p, q)
         return (
-            None,
             None,
             None,
             dx,
@@ -203,12 +201,11 @@ class _CoefficientsByAutograd:
     """a, c of equation (7), the small graph behind them, and a step of the averages.
 
     Args:
-        names: of SC's parameters.
         needed: whether x, w, b and each of SC's parameters needs a gradient.
         parameters: w, b and SC's.
     """
 
-    def __init__(self, call, names, m, v, x, needed, parameters):
+    def __init__(self, call, m, v, x, needed, parameters):
         # Aliases, so that gradient hooks on the parameters run once, in the outer graph.
         self.leaves = [
             None if t is None else t.detach().requires_grad_(needs)
@@ -217,19 +214,21 @@ class _CoefficientsByAutograd:
         # This graph keeps its tensors: under gradient checkpointing they would be computed
         # again, with all of the layer, once for this graph and once for the outer one.
         with torch.enable_grad(), saved_tensors_hooks(_detached, _as_it_is):
+            sc = _PlainSC(call.sc.inputs, call.sc.bound, self.leaves[4:])
             a, c, *observed = coefficients(
-                call,
-                *self.leaves[:2],
-                x,
-                *self.leaves[2:4],
-                dict(zip(names, self.leaves[4:], strict=True)),
+                call._replace(sc=sc), *self.leaves[:2], x, *self.leaves[2:4]
             )
         update_running_averages(call.bn, *observed)
+        self.versions = _versions(self.leaves)
         self.outputs = a, c
         self.m, self.a, self.c = m, a.detach(), c.detach()
         self.size = x.numel() // m.numel()
 
-    def backward(self, da: Tensor, dc: Tensor) -> tuple[Tensor | None, ...]:
+    def is_stale(self) -> bool:
+        """Whether a parameter changed since: hooks on saved tensors keep copies, this does not."""
+        return _versions(self.leaves) != self.versions
+
+    def backward(self, da: Tensor, dc: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """p, q of equation (8), where x needs a gradient, and the gradients of parameters."""
         through = [
             (t, dt) for t, dt in zip(self.outputs, (da, dc), strict=True) if t.requires_grad
@@ -242,12 +241,27 @@ class _CoefficientsByAutograd:
         return p, (dm - self.a * dc) / self.size, *rest
 
 
+def _versions(tensors):
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
+
+
 def _detached(tensor):
     return tensor.detach()  # an operator that keeps its own output would keep itself alive
 
 
 def _as_it_is(tensor):
     return tensor
+
+
+def _is_left_to_autograd(call, w, b):
+    """Whether gradients may lead where only autograd's own graph goes.
+
+    Out of another module or a hook, to parameters that are not SC's and to other losses. And
+    where hooks on saved tensors are forbidden, which `_CoefficientsByAutograd` uses.
+    """
+    return call.sc_parts is None or not (
+        torch._C._autograd._saved_tensors_hooks_is_enabled() or _small_part_is_fused(call, w, b)
+    )
 
 
 def _is_constant(call):
@@ -330,23 +344,34 @@ def _without_gradients(call, ops, x, w, b):
     return ops.affine(x, m, a, c)
 
 
-def _backward_by_the_reference(call, names, needed, dy, x, w, b, *sc_parameters):
+class _PlainSC(NamedTuple):
+    """SC as it was in a call, without a module: what is changed on one later is not in it."""
+
+    inputs: str
+    bound: float | None
+    parameters: Sequence[Tensor] = ()
+
+    def __call__(self, mean, std):
+        return g_and_h(mean, std, *self.parameters, self.bound)
+
+
+def _settled(call):
+    """A call that a later change of the layer's settings does not reach."""
+    sc = _PlainSC(call.sc.inputs, call.sc.bound)
+    return call._replace(bn=SimpleNamespace(eps=call.bn.eps), sc=sc, sc_parts=None)
+
+
+def _backward_by_the_reference(call, needed, dy, x, w, b, *sc_parameters):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [
             t.view_as(t) if needs else t
             for t, needs in zip((x, w, b, *sc_parameters), needed, strict=True)
         ]
-        y = _reference(call, *aliases[:3], dict(zip(names, aliases[3:], strict=True)))
+        sc = call.sc._replace(parameters=aliases[3:])
+        y = _reference(call._replace(sc=sc), *aliases[:3])
         wanted = [t if needs else None for t, needs in zip(aliases, needed, strict=True)]
         return _gradients((y,), (dy,), wanted, create_graph=create_graph)
-
-
-class _StatelessSC(SC):
-    """An SC whose parameters come with each call. To draw some would be refused by vmap."""
-
-    def reset_parameters(self):
-        pass
 
 
 def replayed_backward(
@@ -375,30 +400,17 @@ def replayed_backward(
     Returns:
         A tuple: the gradient, or None, of x and of each parameter.
     """
-    w_in, b_in = parameters[2:4]
-    assert w_in is not None and b_in is not None
-    channels = x.shape[1]
-    sc = _StatelessSC(
-        channels,
-        channels,
-        len(b_in),
-        'standardized' if standardized else 'raw',
-        bound,
-        device='meta',
-        dtype=w_in.dtype,
-    )
-    names = [name for name, _ in sc.named_parameters()]
     resolve = dist.distributed_c10d._resolve_process_group
     processes = resolve(group) if group else None  # type: ignore[arg-type]
     call = Call(
         SimpleNamespace(eps=eps),
         None if batch else (mu, sigma.square() - eps),
         processes,
-        sc,
+        _PlainSC('standardized' if standardized else 'raw', bound),
         None,
         batch_shared,
     )
-    return tuple(_backward_by_the_reference(call, names, needed, dy, x, *parameters))
+    return tuple(_backward_by_the_reference(call, needed, dy, x, *parameters))
 
 
 def _gradients(outputs, output_gradients, inputs, create_graph=False):
@@ -447,7 +459,7 @@ def _is_recorded(bn):
     return (torch.jit.is_tracing() or get_proxy_mode() is not None) and not is_synchronised(bn)
 
 
-def _reference(call, x, w, b, sc_parameters=None, step=False):
+def _reference(call, x, w, b, step=False):
     """y by equations (1) to (6), with a step of the running averages or without.
 
     The step comes before most tensors are saved for backward: gradient checkpointing
@@ -468,7 +480,6 @@ def _reference(call, x, w, b, sc_parameters=None, step=False):
         eps=call.bn.eps,
         batch_shared=call.batch_shared,
         statistics=observed,
-        sc_parameters=sc_parameters,
     )
 
 
@@ -479,7 +490,6 @@ def coefficients(
     x: Tensor,
     w: Tensor | None,
     b: Tensor | None,
-    sc_parameters: dict[str, Tensor] | None = None,
 ) -> tuple:
     """a, c (N, C) of equation (7); mu, var, count.
 
@@ -488,13 +498,11 @@ def coefficients(
     mu, var, count = statistics(call, m, v, x)
     sigma = torch.sqrt(var + call.bn.eps)
     w, b = reference.affine_parameters(w, b, like=mu)
-    g, h = reference.call_sc(
-        call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared, sc_parameters
-    )
+    g, h = reference.call_sc(call.sc, m, v, mu, sigma, call.bn.eps, call.batch_shared)
     scale = 1 + g
     a = scale * (w / sigma)
     c = torch.addcmul(h, scale, b) + a * (m - mu)
-    return a.expand_as(m), c, mu, var, count
+    return a.expand_as(m).to(m.dtype), c.to(m.dtype), mu, var, count
 
 
 def _kernels_of_operator(call, x, w, b, backend):
@@ -527,7 +535,8 @@ def _kernels_of_operator(call, x, w, b, backend):
 def _integers_hold(x, sc_parts):
     """Whether the GPU kernels can count the values of a channel, and of SC in a batch."""
     n, c = x.shape[:2]
-    return n * max(c, len(sc_parts[1])) < LARGEST and x.numel() < n * c * LARGEST
+    units = len(sc_parts[1]) if sc_parts else 0
+    return n * max(c, units) < LARGEST and x.numel() < n * c * LARGEST
 
 
 def _by_operator(kernels, call, x, w, b):
@@ -588,7 +597,7 @@ def _check_called(x, norm, sc):
     parts = [getattr(norm, name, None) for name in PER_CHANNEL[2:]]
     own = not is_torch_batch_norm(norm) and parts[0] is not None
     affine = [getattr(norm, name, None) for name in PER_CHANNEL[:2]] if own else [None, None]
-    check_parts(x, sc, (*affine, *parts), parts_of_sc(sc))
+    check_parts(x, sc, (*affine, *parts), parts_of_sc(sc), read=not _autograd_must_see(x))
 
 
 _registering = threading.Lock()

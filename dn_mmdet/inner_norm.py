@@ -1,5 +1,6 @@
 """What a layer's modules are and hold: the inner norm, SC, and whether they fit a map."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -95,16 +96,20 @@ def check_map(x, num_features, ndims):
             f'another num_features'
         )
     if not x.is_floating_point():
-        raise TypeError(
-            f'expected a floating-point map, got one of {x.dtype}: convert it with x.float()'
-        )
+        remedy = ': convert it with x.float()'
+        if x.is_quantized:
+            remedy = ': convert it with x.dequantize()'
+        elif x.is_complex():
+            remedy = ', which has no order: pass its real and imaginary parts as channels'
+        raise TypeError(f'expected a floating-point map, got one of {x.dtype}{remedy}')
 
 
-def check_parts(x, sc, norm_parts, sc_parts, fast=False):
+def check_parts(x, sc, norm_parts, sc_parts, read=True):
     """Raises, in torch's words, where something that will be read does not fit x.
 
     In every backend, so that nothing is broadcast and no kernel reads past the end. With
-    ``fast``, by the compiled kernels' own check, if they are there.
+    ``read``, memory that was freed is told as well; on a CPU the compiled kernels' own check
+    is the fast one, if they are there.
 
     Returns:
         whether kernels can read all of them. A tensor of a subclass has memory of its own, or
@@ -114,11 +119,14 @@ def check_parts(x, sc, norm_parts, sc_parts, fast=False):
     mean, var = norm_parts[2:]
     if (mean is None) != (var is None):
         raise ValueError('running_mean, running_var: expected both or neither, got only one')
-    channels, kernels = sc.num_features, compiled_kernels() if fast else None
+    channels, kernels = sc.num_features, compiled_kernels() if read and x.is_cpu else None
     if kernels and sc_parts and kernels.fits(x, channels, norm_parts, sc_parts):
         return True
     names, shapes = PER_CHANNEL, ((channels,),) * 4
     if sc_parts:
+        for name, t in zip(SC_PARAMETERS, sc_parts, strict=True):
+            if t is None:
+                raise RuntimeError(f'sc.{name}: expected a parameter, got None')
         hidden = tuple(sc_parts[0].shape[:1])
         names += SC_PARAMETERS
         shapes += (*hidden, 2 * channels), hidden, (2 * channels, *hidden), (2 * channels,)
@@ -127,8 +135,25 @@ def check_parts(x, sc, norm_parts, sc_parts, fast=False):
             t.shape != shape or t.device != x.device or not t.dtype.is_floating_point
         ):
             raise RuntimeError(_misfit(name, t, shape, x))
+    if read:
+        for name, t in zip(('input', *names), (x, *norm_parts, *(sc_parts or ())), strict=True):
+            if t is not None and _is_freed(t):
+                raise RuntimeError(
+                    f'{name}: expected values in memory, but its storage was freed '
+                    f'(untyped_storage().resize_(0))'
+                )
     parameters = sc_parts or tuple(sc.parameters())
     return len(parameters) > 0 and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
+
+
+def _is_freed(t):
+    return (
+        t.numel() > 0
+        and t.device.type in ('cpu', 'cuda')
+        and torch._C._has_storage(t)
+        and not t._is_zerotensor()
+        and t.untyped_storage().nbytes() == 0
+    )
 
 
 def _misfit(name, tensor, shape, x):

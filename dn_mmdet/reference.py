@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -34,7 +33,6 @@ def dynamic_norm(
     eps: float,
     batch_shared: bool,
     statistics: Statistics = batch_statistics,
-    sc_parameters: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """DN-B or DN-C of a map x (N, C, ...).
 
@@ -57,7 +55,6 @@ def dynamic_norm(
         batch_shared: False for DN-B (4), True for DN-C (5).
         statistics: a function that returns mu and var (C,) for m and v. If a BatchNorm uses
             its running statistics, or those of several processes, it returns these.
-        sc_parameters: used instead of SC's own parameters, if given.
 
     Shape: x (N, C, ...) -> the same, in the dtype of x.
     """
@@ -65,7 +62,7 @@ def dynamic_norm(
     mu, var = statistics(m, v)
     sigma = torch.sqrt(var + eps)
     z = normalize(x, mu, sigma, *affine_parameters(w, b, like=mu))
-    g, h = call_sc(sc, m, v, mu, sigma, eps, batch_shared, sc_parameters)
+    g, h = call_sc(sc, m, v, mu, sigma, eps, batch_shared)
     return modulate(z, g, h).to(x.dtype)
 
 
@@ -98,11 +95,8 @@ def call_sc(
     sigma: Tensor,
     eps: float,
     batch_shared: bool,
-    parameters: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """g, h by equation (4), (N, C) each, or (5), (1, C) each.
-
-    ``parameters``, if given, are used instead of SC's own.
 
     Raises:
         RuntimeError: the outputs of sc have a wrong shape, and would be broadcast.
@@ -112,7 +106,7 @@ def call_sc(
     else:
         s = torch.sqrt(v + eps)
         inputs = (m, s) if sc.inputs == 'raw' else ((m - mu) / sigma, s / sigma - 1)
-    g, h = sc(*inputs) if parameters is None else functional_call(sc, parameters, inputs)
+    g, h = sc(*inputs)
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         for name, t in (('g', g), ('h', h)):
             if t.shape != inputs[0].shape:

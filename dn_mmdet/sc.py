@@ -53,6 +53,26 @@ def _checked_bound(bound):
     raise ValueError(f'bound: expected a number above 0, or None for no bound, got {bound!r}')
 
 
+def g_and_h(
+    mean: Tensor,
+    std: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    bound: float | None,
+) -> tuple[Tensor, Tensor]:
+    """What `SC` computes."""
+    w_in, b_in, w_out, b_out = in_dtype_of(mean, (w_in, b_in, w_out, b_out))
+    with no_autocast(mean.device.type):
+        hidden = F.relu(F.linear(torch.cat((mean, std), dim=1), w_in, b_in))
+        out = F.linear(hidden, w_out, b_out)
+    if bound is not None:
+        out = bound * torch.tanh(out)
+    g, h = out.chunk(2, dim=1)
+    return g, h
+
+
 class SC(nn.Module):
     """Makes the relative scale ``g`` and the shift ``h`` of Dynamic Normalization.
 
@@ -141,16 +161,7 @@ class SC(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        w_in, b_in, w_out, b_out = in_dtype_of(
-            mean, (self.w_in, self.b_in, self.w_out, self.b_out)
-        )
-        with no_autocast(mean.device.type):
-            hidden = F.relu(F.linear(torch.cat((mean, std), dim=1), w_in, b_in))
-            out = F.linear(hidden, w_out, b_out)
-        if self.bound is not None:
-            out = self.bound * torch.tanh(out)
-        g, h = out.chunk(2, dim=1)
-        return g, h
+        return g_and_h(mean, std, self.w_in, self.b_in, self.w_out, self.b_out, self.bound)
 
     def is_identity(self) -> bool:
         """Whether g = h = 0 for every input: the module is not trained yet, or was reset."""

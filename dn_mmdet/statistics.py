@@ -16,7 +16,7 @@ class Call(NamedTuple):
     bn: Any  # a BatchNorm, or what a conversion put in its place
     running: tuple[Tensor, Tensor] | None  # running mean and variance, where bn uses them
     group: Any  # of processes over which to reduce batch statistics, or None
-    sc: nn.Module
+    sc: Any  # the SC module, or what computes the same
     sc_parts: tuple[Tensor, ...] | None  # of an SC as it is, None of one that is to be called
     batch_shared: bool
 

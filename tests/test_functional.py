@@ -296,6 +296,19 @@ def test_only_floating_point_maps_are_taken(backend, dtype):
         DNB(1, backend=backend)(torch.ones(2, 1, 2, 2).to(dtype))
 
 
+@BACKENDS
+@MODES
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no grad'])
+def test_a_zero_tensor_has_no_memory_to_read(backend, training, grad, close):
+    layer = awake(DNB(3, backend=backend)).train(training)
+    zeros = torch._efficientzerotensor((2, 3, 4, 4))
+    with torch.set_grad_enabled(grad):
+        close(copy.deepcopy(layer)(zeros), copy.deepcopy(layer)(torch.zeros(2, 3, 4, 4)))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    layer(x).backward(zeros)
+    assert not x.grad.any() and not any(p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.parametrize('eps', [0, -1.0, float('nan'), '1e-5', None])
 def test_eps_is_above_zero(eps):
     with pytest.raises(ValueError, match='eps must be positive, but got'):
@@ -651,3 +664,256 @@ def test_a_vectorized_jacobian(close):
         torch.autograd.functional.jacobian(layer, x, vectorize=True),
         torch.autograd.functional.jacobian(layer, x),
     )
+
+
+# ---------------------------------------------------------------- gradients outside of the layer
+
+
+def in_every_backend(run):
+    """What run(backend) gives with each backend, the reference's first."""
+    return [run(backend) for backend in ('reference', 'torch', 'auto')]
+
+
+def assert_all_alike(found):
+    for others in found[1:]:
+        for actual, expected in zip(others, found[0], strict=True):
+            assert (actual is None) == (expected is None)
+            if expected is not None:
+                torch.testing.assert_close(actual, expected)
+
+
+def seeded(backend, **options):
+    torch.manual_seed(0)
+    return awake(DNB(3, backend=backend, **options).double())
+
+
+def test_a_loss_of_what_a_hook_on_sc_saw():
+    def run(backend):
+        layer, seen = seeded(backend), []
+        layer.sc.register_forward_hook(lambda sc, given, made: seen.extend(made))
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+        (layer(x).square().mean() + seen[0].square().sum() + seen[1].square().sum()).backward()
+        return x.grad, *(p.grad for p in layer.parameters())
+
+    assert_all_alike(in_every_backend(run))
+
+
+def test_a_parameter_from_outside_in_a_hook_on_sc():
+    def run(backend):
+        layer = seeded(backend)
+        s = nn.Parameter(torch.full((), 0.5, dtype=torch.float64))
+        layer.sc.register_forward_hook(lambda sc, given, made: (made[0] * s, made[1]))
+        layer(torch.randn(4, 3, 5, 5, dtype=torch.float64)).square().mean().backward()
+        return s.grad, layer.sc.w_out.grad
+
+    assert_all_alike(in_every_backend(run))
+
+
+class Shared(SC):
+    """An SC with a module that is not registered, a buffer, and noise."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.others = [nn.Linear(3, 3).double()]
+        self.factor = torch.ones(())
+
+    def forward(self, mean, std):
+        g, h = super().forward(mean, std)
+        return nn.functional.dropout(self.others[0](g) * self.factor, 0.5, self.training), h
+
+
+def with_shared(backend):
+    layer = seeded(backend)
+    layer.sc = Shared(3).double()
+    return awake(layer)
+
+
+def test_a_module_that_an_sc_has_not_registered():
+    def run(backend):
+        layer = with_shared(backend)
+        torch.manual_seed(1)
+        layer(torch.randn(4, 3, 5, 5, dtype=torch.float64)).square().mean().backward()
+        return layer.sc.others[0].weight.grad, layer.sc.w_in.grad
+
+    assert_all_alike(in_every_backend(run))
+
+
+def test_noise_in_an_sc_is_drawn_once_though_its_gradient_is_differentiated():
+    def run(backend):
+        layer = with_shared(backend)
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+        y = layer(x).square().mean()
+        first = torch.autograd.grad(y, x, retain_graph=True)
+        return *first, *torch.autograd.grad(y, x, create_graph=True)
+
+    found = in_every_backend(run)
+    torch.testing.assert_close(*found[0])
+    assert_all_alike(found)
+
+
+@BACKENDS
+def test_a_change_of_what_an_sc_has_used_is_noticed(backend):
+    layer = with_shared(backend)
+    y = layer(torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)).square().mean()
+    layer.sc.factor.mul_(0.1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.backward()
+
+
+def test_a_parametrization_that_is_cached_over_two_calls():
+    class Halved(nn.Module):
+        def forward(self, w):
+            return w / 2
+
+    def run(backend):
+        layer = seeded(backend)
+        parametrize.register_parametrization(layer.sc, 'w_out', Halved())
+        x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+        with parametrize.cached():
+            (layer(x) * layer(2 * x)).square().mean().backward()
+        return (layer.sc.parametrizations.w_out.original.grad,)
+
+    assert_all_alike(in_every_backend(run))
+
+
+@BACKENDS
+@pytest.mark.parametrize('options', [dict(), dict(momentum=None), dict(affine=False)], ids=str)
+def test_hooks_on_saved_tensors_that_copy_are_given_their_copies_back(backend, options, close):
+    layer = seeded(backend, **options)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    dy = torch.randn_like(x)
+    expected = torch.autograd.grad(copy.deepcopy(layer)(x), x, dy)
+    wanted = torch.autograd.grad(layer(x), inputs, dy)
+    close(wanted[0], expected[0])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y = layer(x)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(3)
+    for actual, expected in zip(torch.autograd.grad(y, inputs, dy), wanted, strict=True):
+        close(actual, expected)
+
+
+@BACKENDS
+def test_settings_that_change_before_a_backward_that_is_differentiated(backend, close):
+    layer = seeded(backend)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    y = layer(x).square().mean()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    layer.eps, layer.sc.bound = 1.0, None
+    (actual,) = torch.autograd.grad(y, x, create_graph=True)
+    close(actual, expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_where_hooks_on_saved_tensors_are_forbidden(backend, momentum):
+    layer = seeded(backend, momentum=momentum)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.disable_saved_tensors_hooks('none here'):
+        layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@BACKENDS
+def test_an_sc_of_which_nothing_needs_a_gradient(backend):
+    class Constant(SC):
+        @torch.no_grad()
+        def forward(self, mean, std):
+            return super().forward(mean, std)
+
+    layer = seeded(backend)
+    layer.sc = Constant(3).double()
+    layer.bn.requires_grad_(False)
+    conv = nn.Conv2d(3, 2, 1).double()
+    conv(layer(torch.randn(4, 3, 5, 5, dtype=torch.float64))).sum().backward()
+    assert conv.weight.grad is not None
+
+
+# ---------------------------------------------------------------- rare inputs
+
+
+FREED = ['input', 'weight', 'running_mean', 'running_var', 'w_in', 'b_out']
+
+
+@BACKENDS
+@MODES
+@pytest.mark.parametrize('name', FREED)
+def test_memory_that_was_freed_is_not_read(backend, training, name):
+    layer, x = DNB(3, backend=backend).train(training), torch.randn(2, 3, 4, 4)
+    freed = x if name == 'input' else getattr(layer.bn, name, None)
+    freed = getattr(layer.sc, name) if freed is None else freed
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f'{name}: expected values in memory.*freed'):
+        layer(x)
+
+
+@BACKENDS
+def test_a_variance_that_float16_cannot_hold_is_not_yet_the_average(backend):
+    layer, bn = DNB(4, backend=backend).half(), nn.BatchNorm2d(4).half()
+    x = (300 * torch.randn(8, 4, 6, 6)).half()
+    layer(x)
+    bn(x)
+    assert layer.running_var.isfinite().all()
+    torch.testing.assert_close(layer.running_var, bn.running_var, rtol=2e-3, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize('cls', [DNB, DNC])
+def test_a_hundred_thousand_samples(backend, cls):
+    """As regions or points are; sums in float32, one after the other, would be off by 1e-2."""
+    torch.manual_seed(0)
+    layer = cls(2, backend=backend) if cls is DNC else DNB1d(2, backend=backend)
+    shape = (100_000, 2, 2, 2) if cls is DNC else (100_000, 2, 4)
+    x = (0.1 + 0.01 * torch.randn(shape)).requires_grad_()
+    dy = torch.randn(shape)
+    twin = copy.deepcopy(awake(layer)).double()
+    twin.backend = 'reference'
+    wide = x.detach().double().requires_grad_()
+    y, expected = layer(x), twin(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_var.double(), twin.running_var, rtol=1e-6, atol=1e-8)
+    y.backward(dy)
+    expected.backward(dy.double())
+    for name in ('weight', 'bias'):
+        actual, wanted = (getattr(part.bn, name).grad.double() for part in (layer, twin))
+        assert (actual - wanted).norm() < 1e-3 * wanted.norm(), name
+
+
+@BACKENDS
+@MODES
+@pytest.mark.parametrize('x_dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_parameters_wider_than_the_map(backend, training, x_dtype):
+    layer = seeded(backend).train(training)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64).to(x_dtype).requires_grad_()
+    expected = copy.deepcopy(layer)(x.detach().double())
+    y = layer(x)
+    tolerance = 1e-5 if x_dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    y.sum().backward()
+    assert x.grad.dtype == x_dtype and layer.bn.weight.grad.dtype == torch.float64
+
+
+@BACKENDS
+def test_a_bound_below_the_smallest_float_is_one(backend, close):
+    layer = awake(DNB(3, backend=backend, bound=1e-50))
+    x = torch.randn(4, 3, 5, 5)
+    close(layer(x), nn.functional.batch_norm(x, None, None, layer.weight, layer.bias, True))
+
+
+@BACKENDS
+@pytest.mark.parametrize('name', SC_PARAMETERS)
+def test_a_parameter_of_sc_that_is_none_is_named(backend, name):
+    layer = DNB(3, backend=backend)
+    setattr(layer.sc, name, None)
+    with pytest.raises(RuntimeError, match=f'sc.{name}: expected a parameter, got None'):
+        layer(torch.randn(2, 3, 4, 4))
+
+
+def test_quantized_and_complex_maps_are_told_what_to_do():
+    with pytest.raises(TypeError, match='x.dequantize'):
+        DNB(3)(torch.quantize_per_tensor(torch.randn(2, 3, 4, 4), 0.1, 0, torch.qint8))
+    with pytest.raises(TypeError, match='real and imaginary parts'):
+        DNB(3)(torch.randn(2, 3, 4, 4, dtype=torch.complex64))

@@ -102,6 +102,18 @@ def test_a_negated_view(device):
 
 
 @DEVICES
+def test_a_zero_tensor_has_no_memory_to_read(device):
+    layer, twin = pair(device)
+    x = torch._efficientzerotensor((2, 3, 2, 2), dtype=torch.float64, device=device)
+    assert x._is_zerotensor() and not taken(layer, x)
+    check(layer, twin, x, host=False)
+    dense = torch.randn(2, 3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    y = layer(dense)
+    y.backward(x)
+    assert not dense.grad.any() and not any(p.grad.any() for p in layer.parameters())
+
+
+@DEVICES
 def test_more_values_in_a_channel_than_its_numbers_hold(device):
     """The sizes of a launch are of 32 bits; the general path passes others on."""
     layer, _ = pair(device, channels=1)

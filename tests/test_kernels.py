@@ -129,7 +129,9 @@ def test_stock_operators_write_to_memory_of_their_own(kind, training, layout, sh
             keep=True,
         )
         torch_ops.affine(x, m, small.a, small.c)
-        p, q, *_ = small.backward(*torch_ops.reduce(dy, x, m))
+        p, q, *_ = small.backward(
+            *torch_ops.reduce(dy, x, m), bn.weight, bn.bias, *sc.parameters()
+        )
         torch_ops.input_gradient(dy, x, m, small.a, p, q)
 
 

@@ -95,30 +95,21 @@ class Coefficients:
         self.m = m
         if keep:
             self.kept = kept
-            self.arguments = (
-                size,
-                w,
-                b,
-                sc_parameters,
-                eps,
-                bound,
-                standardized,
-                batch_shared,
-                running is None,
-            )
+            self.size = size
+            self.options = eps, bound, standardized, batch_shared, running is None
 
-    def backward(self, da: Tensor, dc: Tensor):
+    def backward(self, da: Tensor, dc: Tensor, *parameters: Tensor | None):
         """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
-        size, w, b, sc_parameters, *options = self.arguments
+        w, b, *sc_parameters = parameters
         p, q, *gradients = coefficients_backward(
-            da, dc, self.m, self.a, *self.kept, size, w, b, sc_parameters, *options
+            da, dc, self.m, self.a, *self.kept, self.size, w, b, sc_parameters, *self.options
         )
         return (
             p,
             q,
             *(
                 d if d is None or d.dtype == like.dtype else d.to(like.dtype)
-                for d, like in zip(gradients, (w, b, *sc_parameters), strict=True)
+                for d, like in zip(gradients, parameters, strict=True)
             ),
         )
 

@@ -20,6 +20,7 @@ import functools
 import operator
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
 
@@ -289,8 +290,7 @@ def _run_cpp_backward(dy, x, kept, parameters, options, batch, x_needs_gradient)
         batch,
     )
     dx = cpp_ops.input_gradient(dy, x, m, a, p, q) if x_needs_gradient else None
-    # of w and b they are parts of one tensor: an operator's outputs have memory of their own
-    return dx, [d if d is None else d.clone() for d in gradients[:2]] + gradients[2:]
+    return dx, gradients
 
 
 def _wide(x):
@@ -434,12 +434,21 @@ def _differentiable(
 
 def _with_formula(op):
     def forward(keyset, *args):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise NotImplementedError(
+                'DN layers in a compiled model have no forward-mode gradients: call the model '
+                'without torch.compile, or use torch.func.jvp'
+            )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return _Formula.apply(op, keyset, *args)
         with _AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     return forward
+
+
+def _has_tangent(argument):
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def _without_formula(op):

@@ -166,6 +166,7 @@ class Coefficients:
                 (centred / sigma, (s / sigma).sub_(1)) if standardized else (m, s), 1
             )
         w_in, b_in, w_out, b_out = in_dtype_of(m, sc_parameters)
+        w, b = (t if t is None else t.to(m.dtype) for t in (w, b))
         with no_autocast(m.device.type):
             hidden = torch.addmm(b_in, inputs, w_in.t()).relu_()
             out = torch.addmm(b_out, hidden, w_out.t())
@@ -181,16 +182,17 @@ class Coefficients:
         if keep:
             self.size, self.bound, self.eps = size, bound, eps
             self.batch_shared, self.standardized = batch_shared, standardized
-            self.parameters = w, b, sc_parameters
             self.kept = mu, sigma, inputs, hidden, out
 
-    def backward(self, da: Tensor, dc: Tensor):
-        """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
+    def backward(self, da: Tensor, dc: Tensor, *parameters: Tensor | None):
+        """p, q of equation (8), and the gradients of w, b and SC's four parameters.
+
+        parameters: these, as hooks on saved tensors gave them back.
+        """
         m, a = self.m, self.a
         mu, sigma, inputs, hidden, out = self.kept
-        w, b, sc_parameters = self.parameters
         n, channels = m.shape
-        w_in, _, w_out, _ = in_dtype_of(m, sc_parameters)
+        w, b, w_in, _, w_out, _ = (t if t is None else t.to(m.dtype) for t in parameters)
         centred = m - mu
         per_sigma = 1 / sigma if w is None else w / sigma
         scale = out[:, :channels] + 1
@@ -200,7 +202,7 @@ class Coefficients:
             da, dc = da.sum(0, keepdim=True), dc.sum(0, keepdim=True)
         dscale = da * per_sigma
         if b is not None:
-            dscale.addcmul_(dc, b.to(m.dtype))
+            dscale.addcmul_(dc, b)
         do = torch.cat((dscale, dc), 1)
         if self.bound is not None:
             do.mul_(out.square().mul_(-1 / self.bound).add_(self.bound))
@@ -211,16 +213,14 @@ class Coefficients:
             dm, ds = du.mm(w_in).split(channels, 1)
         dper_sigma = torch.mul(da, scale).sum(0)
         dw, db = (None, None) if w is None else (dper_sigma / sigma, torch.mul(dc, scale).sum(0))
-        parameters = [
-            t if t is None or t.dtype == like.dtype else t.to(like.dtype)
-            for t, like in zip(
-                (dw, db, dw_in, db_in, dw_out, db_out), (w, b, *sc_parameters), strict=True
-            )
+        gradients = [
+            t if t is None else t.to(like.dtype)
+            for t, like in zip((dw, db, dw_in, db_in, dw_out, db_out), parameters, strict=True)
         ]
         dsigma = (dper_sigma * per_sigma).div_(sigma).neg_() if self.training else None
         if self.batch_shared:
             if not self.training:
-                return torch.zeros_like(m), torch.zeros_like(m), *parameters
+                return torch.zeros_like(m), torch.zeros_like(m), *gradients
             dmu, dsigma = dmu + dm[0], dsigma + ds[0]
             p, q = torch.zeros_like(m), torch.zeros_like(m)
         elif self.standardized:
@@ -237,7 +237,7 @@ class Coefficients:
             through_var = dsigma.div_(sigma).div_(n)
             p = p + through_var
             q = torch.addcmul(q, centred, through_var).add_(dmu.div_(n))
-        return p.div_(self.size), q / self.size, *parameters
+        return p.div_(self.size), q / self.size, *gradients
 
 
 @torch.no_grad()

@@ -133,8 +133,13 @@ class Coefficients:
         del kept['up']
         self.kept = kept if keep else None
 
-    def backward(self, da: Tensor, dc: Tensor):
+    def backward(self, da: Tensor, dc: Tensor, *parameters: Tensor | None):
         """p, q of equation (8), and the gradients of w, b and SC's four parameters."""
+        self.given |= {
+            name: t.contiguous()
+            for name, t in zip(plans.PARAMETERS, parameters, strict=True)
+            if t is not None
+        }
         gradients = {
             name: torch.empty_like(self.given[name])
             for name in plans.PARAMETERS

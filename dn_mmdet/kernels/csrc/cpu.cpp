@@ -163,10 +163,15 @@ void for_each_row(int64_t rows, int64_t size, const Row& row) {
 
 // ----------------------------------------------------------------- what may be read
 
+// Not where its storage was freed, as by untyped_storage().resize_(0).
+bool has_memory(const Tensor& t) {
+  return t.has_storage() && (t.numel() == 0 || t.storage().data() != nullptr);
+}
+
 // Asked before a pointer is taken: it could lead past the end of a smaller tensor, into the
 // memory of another device, or to values whose sign is still to be flipped.
 void check(const Tensor& t, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK(t.defined() && t.layout() == at::kStrided && t.has_storage() && !t._is_zerotensor(),
+  TORCH_CHECK(t.defined() && t.layout() == at::kStrided && has_memory(t) && !t._is_zerotensor(),
               name, ": expected a dense tensor with memory");
   TORCH_CHECK(t.device().is_cpu(), "Expected all tensors to be on the CPU, but ", name, " is on ",
               t.device());
@@ -215,8 +220,9 @@ bool fits(const Tensor& x, int64_t channels, const py::tuple& norm, const py::tu
   const auto plain = [device](PyObject* object, at::IntArrayRef sizes) {
     if (!THPVariable_CheckExact(object)) return false;
     const Tensor& t = THPVariable_Unpack(object);
-    return t.sizes() == sizes && t.device() == device && t.is_floating_point();
+    return t.sizes() == sizes && t.device() == device && t.is_floating_point() && has_memory(t);
   };
+  if (!has_memory(x)) return false;
   for (size_t i = 0; i < norm.size(); ++i)
     if (PyObject* part = PyTuple_GET_ITEM(norm.ptr(), i); part != Py_None && !plain(part, channels))
       return false;
@@ -374,32 +380,36 @@ INLINE T dot(const T* x, const T* y, int64_t size) {
 template <typename T>
 FOR_EACH_CPU void sc_row(const T* __restrict inputs, const T* __restrict w_in,
                          const T* __restrict b_in, const T* __restrict w_out,
-                         const T* __restrict b_out, int64_t units, int64_t outputs, T bound,
-                         T* __restrict hidden, T* __restrict out) {
+                         const T* __restrict b_out, int64_t units, int64_t outputs, bool bounded,
+                         T bound, T* __restrict hidden, T* __restrict out) {
   for (int64_t h = 0; h < units; ++h) {
     const T unit = b_in[h] + dot<64>(w_in + h * outputs, inputs, outputs);
     hidden[h] = unit < 0 ? 0 : unit;  // NaN stays
   }
   for (int64_t j = 0; j < outputs; ++j)
     out[j] = b_out[j] + dot<32>(w_out + j * units, static_cast<const T*>(hidden), units);
-  if (bound > 0)
+  if (bounded)
     for (int64_t j = 0; j < outputs; ++j) out[j] = bound * tanh_of(out[j]);
 }
 
+// Over samples, of which there can be a million: one after the other, float would lose digits.
+using Sum = double;
+
 template <typename T>
 FOR_EACH_CPU void batch_statistics(const T* __restrict m, const T* __restrict v, int64_t samples,
-                                   int64_t channels, T* __restrict mu, T* __restrict var) {
-  std::fill(mu, mu + channels, T(0));
-  std::fill(var, var + channels, T(0));
+                                   int64_t channels, Sum* __restrict sums, T* __restrict mu,
+                                   T* __restrict var) {
+  std::fill(sums, sums + channels, Sum(0));
   for (int64_t n = 0; n < samples; ++n)
-    for (int64_t i = 0; i < channels; ++i) mu[i] += m[n * channels + i];
-  for (int64_t i = 0; i < channels; ++i) mu[i] /= samples;
+    for (int64_t i = 0; i < channels; ++i) sums[i] += m[n * channels + i];
+  for (int64_t i = 0; i < channels; ++i) mu[i] = sums[i] / samples;
+  std::fill(sums, sums + channels, Sum(0));
   for (int64_t n = 0; n < samples; ++n)
     for (int64_t i = 0; i < channels; ++i) {
       const T d = m[n * channels + i] - mu[i];
-      var[i] += v[n * channels + i] + d * d;
+      sums[i] += v[n * channels + i] + d * d;
     }
-  for (int64_t i = 0; i < channels; ++i) var[i] /= samples;
+  for (int64_t i = 0; i < channels; ++i) var[i] = sums[i] / samples;
 }
 
 // SC's inputs (2C,) for one sample.
@@ -434,20 +444,21 @@ struct Small {
   const T *w, *b, *w_in, *b_in, *w_out, *b_out;
   int64_t channels, units;
   T eps, bound;
-  bool standardized;
+  bool bounded, standardized;
 
   explicit Small(const Norm& norm)
       : w(norm.w ? norm.w->const_data_ptr<T>() : nullptr),
         b(norm.b ? norm.b->const_data_ptr<T>() : nullptr), w_in(norm.w_in.const_data_ptr<T>()),
         b_in(norm.b_in.const_data_ptr<T>()), w_out(norm.w_out.const_data_ptr<T>()),
         b_out(norm.b_out.const_data_ptr<T>()), channels(norm.channels()), units(norm.units()),
-        eps(norm.eps), bound(norm.bound.value_or(0)), standardized(norm.standardized) {}
+        eps(norm.eps), bound(norm.bound.value_or(0)), bounded(norm.bound.has_value()),
+        standardized(norm.standardized) {}
 
   void inputs(const T* m, const T* v, const T* mu, const T* sigma, T* to) const {
     sc_inputs(m, v, mu, sigma, channels, eps, standardized, to);
   }
   void outputs(const T* inputs, T* hidden, T* out) const {
-    sc_row(inputs, w_in, b_in, w_out, b_out, units, 2 * channels, bound, hidden, out);
+    sc_row(inputs, w_in, b_in, w_out, b_out, units, 2 * channels, bounded, bound, hidden, out);
   }
   void combine(const T* m, const T* mu, const T* sigma, const T* out, T* a, T* c) const {
     scale_and_shift(m, mu, sigma, out, w, b, channels, a, c);
@@ -458,8 +469,14 @@ struct Small {
   }
 };
 
+// In the wider dtype: a variance that float16 cannot hold is not yet the average's.
 void step_average(const Tensor& running, const Tensor& value, double momentum) {
-  running.lerp_(value.to(running.scalar_type()), momentum);
+  const auto wide = at::promote_types(running.scalar_type(), value.scalar_type());
+  if (running.scalar_type() == wide) {
+    running.lerp_(value.to(wide), momentum);
+  } else {
+    running.copy_(running.to(wide).lerp_(value, momentum));
+  }
 }
 
 // a, c, and what backward needs: mu, sigma (C,), SC's inputs, hidden units and outputs.
@@ -496,9 +513,11 @@ std::vector<Tensor> coefficients(const Tensor& m, const Tensor& v, int64_t size,
   Tensor a = at::empty_like(m), c = at::empty_like(m);
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "coefficients", [&] {
     const scalar_t *ms = m.const_data_ptr<scalar_t>(), *vs = v.const_data_ptr<scalar_t>();
-    if (!running_mean)
-      batch_statistics(ms, vs, samples, channels, mu.mutable_data_ptr<scalar_t>(),
+    if (!running_mean) {
+      std::vector<Sum> sums(channels);
+      batch_statistics(ms, vs, samples, channels, sums.data(), mu.mutable_data_ptr<scalar_t>(),
                        var.mutable_data_ptr<scalar_t>());
+    }
     if (mean_average) {
       const double count = samples * size;
       step_average(*mean_average, mu, momentum);
@@ -539,9 +558,9 @@ std::vector<Tensor> coefficients(const Tensor& m, const Tensor& v, int64_t size,
 template <typename T>
 FOR_EACH_CPU void through_scale_and_shift(const T* __restrict da, const T* __restrict dc,
                                           const T* __restrict sigma, const T* __restrict out,
-                                          const T* w, const T* b, int64_t channels, T bound,
-                                          T* __restrict dout, T* __restrict dper_sigma,
-                                          T* __restrict db) {
+                                          const T* w, const T* b, int64_t channels,
+                                          bool bounded, T bound, T* __restrict dout,
+                                          Sum* __restrict dper_sigma, Sum* __restrict db) {
   for (int64_t i = 0; i < channels; ++i) {
     const T scale = 1 + out[i], per_sigma = w ? w[i] / sigma[i] : 1 / sigma[i];
     dout[i] = da[i] * per_sigma + (b ? dc[i] * b[i] : 0);
@@ -549,7 +568,7 @@ FOR_EACH_CPU void through_scale_and_shift(const T* __restrict da, const T* __res
     dper_sigma[i] += da[i] * scale;
     db[i] += dc[i] * scale;
   }
-  if (bound > 0)
+  if (bounded)
     for (int64_t i = 0; i < 2 * channels; ++i) dout[i] *= bound - out[i] * out[i] / bound;
 }
 
@@ -557,8 +576,8 @@ FOR_EACH_CPU void through_scale_and_shift(const T* __restrict da, const T* __res
 template <typename T>
 FOR_EACH_CPU void through_inputs(const T* __restrict dinputs, const T* __restrict inputs,
                                  const T* __restrict sigma, int64_t channels, bool standardized,
-                                 T* __restrict p, T* __restrict q, T* __restrict dmu,
-                                 T* __restrict dsigma) {
+                                 T* __restrict p, T* __restrict q, Sum* __restrict dmu,
+                                 Sum* __restrict dsigma) {
   if (standardized) {
     for (int64_t i = 0; i < channels; ++i) {
       const T dm = dinputs[i] / sigma[i], ds = dinputs[channels + i] / sigma[i];
@@ -578,13 +597,12 @@ FOR_EACH_CPU void through_inputs(const T* __restrict dinputs, const T* __restric
 
 template <typename T>
 FOR_EACH_CPU void through_statistics(const T* __restrict m, const T* __restrict mu,
-                                     const T* __restrict sigma, const T* __restrict dmu,
-                                     const T* __restrict dsigma, int64_t channels, T samples,
-                                     T size, T* __restrict p, T* __restrict q) {
+                                     const T* __restrict through_var,
+                                     const T* __restrict through_mu, int64_t channels, T size,
+                                     T* __restrict p, T* __restrict q) {
   for (int64_t i = 0; i < channels; ++i) {
-    const T through_var = dsigma[i] / sigma[i] / samples;
-    p[i] = (p[i] + through_var) / size;
-    q[i] = (q[i] + (m[i] - mu[i]) * through_var + dmu[i] / samples) / size;
+    p[i] = (p[i] + through_var[i]) / size;
+    q[i] = (q[i] + (m[i] - mu[i]) * through_var[i] + through_mu[i]) / size;
   }
 }
 
@@ -607,7 +625,7 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
   check_values(inputs, "inputs", {rows, 2 * channels}, m.scalar_type());
   check_values(hidden, "hidden", {rows, norm.units()}, m.scalar_type());
   check_values(out, "out", {rows, 2 * channels}, m.scalar_type());
-  Tensor sums = at::zeros({4, channels}, m.options());
+  Tensor sums = at::zeros({4, channels}, m.options().dtype(at::kDouble));
   Tensor received = at::empty_like(m), dout = at::empty_like(out);
   Tensor p = at::empty_like(m), q = at::empty_like(m);
   Tensor dw_in, db_in, dw_out, db_out;
@@ -618,8 +636,8 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
                    *das = da.const_data_ptr<scalar_t>();
     const Small<scalar_t> small(norm);
     const scalar_t *ws = small.w, *bs = small.b;
-    scalar_t* dper_sigma = sums.mutable_data_ptr<scalar_t>();
-    scalar_t *db = dper_sigma + channels, *dmu = db + channels, *dsigma = dmu + channels;
+    Sum* dper_sigma = sums.mutable_data_ptr<Sum>();
+    Sum *db = dper_sigma + channels, *dmu = db + channels, *dsigma = dmu + channels;
     scalar_t *all = received.mutable_data_ptr<scalar_t>(),
              *douts = dout.mutable_data_ptr<scalar_t>();
     std::vector<scalar_t> shared_dc;
@@ -629,18 +647,20 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
         dmu[i] -= as[r] * dcs[r];
       }
     if (batch_shared) {
-      shared_dc.assign(dcs, dcs + channels);
-      for (int64_t n = 1; n < samples; ++n)
+      std::vector<Sum> both(2 * channels);
+      for (int64_t n = 0; n < samples; ++n)
         for (int64_t i = 0; i < channels; ++i) {
-          all[i] += all[n * channels + i];
-          shared_dc[i] += dcs[n * channels + i];
+          both[i] += all[n * channels + i];
+          both[channels + i] += dcs[n * channels + i];
         }
+      std::copy(both.begin(), both.begin() + channels, all);
+      shared_dc.assign(both.begin() + channels, both.end());
       dcs = shared_dc.data();
     }
     for (int64_t r = 0; r < rows; ++r)
       through_scale_and_shift(all + r * channels, dcs + r * channels, sigmas,
-                              outs + 2 * r * channels, ws, bs, channels, small.bound,
-                              douts + 2 * r * channels, dper_sigma, db);
+                              outs + 2 * r * channels, ws, bs, channels, small.bounded,
+                              small.bound, douts + 2 * r * channels, dper_sigma, db);
     // bfloat16 products would lose what the statistics kept.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     dw_out = at::mm(dout.t(), hidden);
@@ -666,15 +686,19 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
         through_inputs(dins + 2 * n * channels, ins + 2 * n * channels, sigmas, channels,
                        standardized, ps + n * channels, qs + n * channels, dmu, dsigma);
     }
-    if (!training) {  // mu and sigma are constants
-      std::fill(dmu, dmu + channels, scalar_t(0));
-      std::fill(dsigma, dsigma + channels, scalar_t(0));
-    }
+    std::vector<scalar_t> through_var(channels), through_mu(channels);
+    if (training)  // else mu and sigma are constants
+      for (int64_t i = 0; i < channels; ++i) {
+        through_var[i] = dsigma[i] / sigmas[i] / samples;
+        through_mu[i] = dmu[i] / samples;
+      }
     for (int64_t n = 0; n < samples; ++n)
-      through_statistics(ms + n * channels, mus, sigmas, dmu, dsigma, channels, scalar_t(samples),
+      through_statistics(ms + n * channels, mus, through_var.data(), through_mu.data(), channels,
                          scalar_t(size), ps + n * channels, qs + n * channels);
   });
-  Tensor dw = norm.w ? sums[0] / sigma : Tensor(), db = norm.b ? sums[1] : Tensor();
+  const auto gradient = [&m](const Tensor& t) { return t.to(m.scalar_type(), false, true); };
+  Tensor dw = norm.w ? gradient(sums[0] / sigma) : Tensor();
+  Tensor db = norm.b ? gradient(sums[1]) : Tensor();
   return {p, q, dw, db, dw_in, db_in, dw_out, db_out};
 }
 

@@ -299,11 +299,19 @@ bool is_materialized(const Tensor& t) {
   return !t.is_conj() && !t.is_neg() && !t._is_zerotensor();
 }
 
+// Not where its storage was freed, as by untyped_storage().resize_(0).
+bool has_memory(const Tensor& t) {
+  return t.has_storage() && (t.numel() == 0 || t.storage().data() != nullptr);
+}
+
 // A gradient of x, laid out as x is.
 Tensor laid_out_as(const Tensor& x, const Tensor& dy) {
   if (dy.sizes() == x.sizes() && dy.strides() == x.strides() &&
-      dy.scalar_type() == x.scalar_type() && is_materialized(dy) && is_aligned(dy))
+      dy.scalar_type() == x.scalar_type() && is_materialized(dy) && has_memory(dy) &&
+      is_aligned(dy))
     return dy;
+  TORCH_CHECK(has_memory(dy) || dy._is_zerotensor(),
+              "expected a gradient with memory, got one whose storage was freed");
   Tensor copy = at::empty_like(x);
   return copy.copy_(dy);
 }
@@ -368,7 +376,7 @@ bool is_transformed(const Tensor& t) {
 // Hooks on saved tensors may give back anything; kernels would read past its end.
 void check_saved(const Tensor& t, int64_t numel, at::ScalarType type, c10::Device device) {
   TORCH_CHECK(t.numel() == numel && t.scalar_type() == type && t.device() == device &&
-                  t.layout() == at::kStrided,
+                  t.layout() == at::kStrided && (has_memory(t) || t._is_zerotensor()),
               "expected the saved tensor back from a hook on saved tensors, with ", numel,
               " values of ", type, " on ", device, ", got ", t.sizes(), " values of ",
               t.scalar_type(), " on ", t.device());
@@ -621,7 +629,7 @@ bool read_tensor(PyObject* dict, PyObject* name, const Tensor*& t, THPObjectPtr&
   Py_INCREF(found);
   owner = found;
   t = &THPVariable_Unpack(found);
-  return t->layout() == at::kStrided && is_materialized(*t) && !t->is_meta();
+  return t->layout() == at::kStrided && is_materialized(*t) && !t->is_meta() && has_memory(*t);
 }
 
 bool read_number(PyObject* found, double& value) {
@@ -655,8 +663,8 @@ bool is_watched() {
 
 bool is_map(const Tensor& x) {
   return x.defined() && x.layout() == at::kStrided && is_floating(x.scalar_type()) &&
-         (x.is_cuda() || (accepts_cpu && x.is_cpu())) && is_materialized(x) && x.numel() != 0 &&
-         x.dim() >= 2;
+         (x.is_cuda() || (accepts_cpu && x.is_cpu())) && is_materialized(x) && has_memory(x) &&
+         x.numel() != 0 && x.dim() >= 2;
 }
 
 bool fits(const Tensor& x, PyObject* ndims) {
