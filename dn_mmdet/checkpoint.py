@@ -27,7 +27,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .layers import _DynamicNorm
-from .messages import UserError, tell
+from .messages import UserError, some, tell
 from .registered import loaded
 
 REMEDY = 'If you trust its author as you trust a program that you run, pass --trust-checkpoint.'
@@ -258,15 +258,14 @@ def weights(checkpoint: dict, path: str | Path) -> dict[str, Any]:
 
 def meta_of(checkpoint: dict) -> dict:
     """What mmengine writes beside the weights (config, seed, classes); empty without any."""
-    return checkpoint.get('meta') or {}
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
 def check_resumable(checkpoint: dict, path: str | Path) -> None:
     """Raises CheckpointError where the state of training is missing."""
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
-    missing += [
-        f'meta.{key}' for key in ('epoch', 'iter') if key not in checkpoint.get('meta', {})
-    ]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta_of(checkpoint)]
     if missing:
         raise CheckpointError(
             f'{path}: cannot be resumed, because it lacks {", ".join(missing)}. To '
@@ -345,7 +344,8 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'{path} holds no SC weights: the {len(ours)} Dynamic Normalization layers '
             f'compute the same as BatchNorm'
         )
-    trained = _kinds(_types(meta_of(checkpoint).get('cfg')))
+    named = _named(meta_of(checkpoint).get('cfg'))
+    trained = _kinds(cls for cls, _ in named)
     built = _kinds(type(module) for module in modules.values())
     if whole and theirs and trained and built and trained != built:
         raise CheckpointError(
@@ -354,6 +354,15 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'another meaning. Use the config that the checkpoint was trained '
             f'with{_experiment(checkpoint)}'
         )
+    for setting, default in (('inputs', 'raw'), ('bound', 0.25)):
+        then = {options.get(setting, default) for cls, options in named if _kinds([cls])}
+        now = {getattr(modules[name].sc, setting, default) for name in ours}
+        if whole and theirs and then and now and not then & now:
+            raise CheckpointError(
+                f'{path}: trained with {setting}={some(map(repr, then))} in its DN layers, the '
+                f'config sets {some(map(repr, now))}. The weights would have another meaning. Use '
+                f'the config that the checkpoint was trained with{_experiment(checkpoint)}'
+            )
 
 
 def _kinds(classes):
@@ -365,8 +374,11 @@ def _kinds(classes):
     }
 
 
-def _types(text):
-    """The classes that the model in a config's text names. The text is not executed."""
+def _named(text):
+    """The classes that the model in a config's text names, and their arguments.
+
+    The text is not executed, so only arguments that are numbers and texts are known.
+    """
     try:
         statements = ast.parse(text or '').body
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
@@ -377,14 +389,14 @@ def _types(text):
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == 'model'
     ]
     return [
-        loaded(MODELS, name)
+        (loaded(MODELS, name), arguments)
         for statement in model or statements
-        for name in _type_names(statement)
+        for name, arguments in _type_names(statement)
     ]
 
 
 def _type_names(node):
-    """Every ``type`` in a statement: a text, or the dotted path of a class."""
+    """Every ``type`` in a statement: a text, or the dotted path of a class; what is beside it."""
     for child in ast.walk(node):
         if isinstance(child, ast.Call):
             pairs = [(keyword.arg, keyword.value) for keyword in child.keywords]
@@ -395,10 +407,11 @@ def _type_names(node):
             ]
         else:
             continue
+        arguments = {key: value.value for key, value in pairs if isinstance(value, ast.Constant)}
         for key, value in pairs:
             if key == 'type':
                 text = getattr(value, 'value', None)
-                yield text if isinstance(text, str) else ast.unparse(value)
+                yield text if isinstance(text, str) else ast.unparse(value), arguments
 
 
 def _experiment(checkpoint):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +182,11 @@ def fold_norm(
             f'those that the model will see'
         )
     report = measure(model, outputs)
-    kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
+    kept = set(most_varying(report, keep) if isinstance(keep, (int, Integral)) else by_name)
+    if max_change is not None and any(row.images == 1 for row in report):
+        raise ValueError(
+            'max_change: expected at least two images, over which g and h can vary, got one'
+        )
     if max_change is not None:
         kept |= {row.name for row in report if row.share > max_change}
     return replace_layers(model, outputs, report, kept)
@@ -285,20 +290,30 @@ def calibrate(
     }
     found: dict[str, Outputs] = {}
 
-    def keep(name):
-        def hook(sc, statistics, outputs):
-            if not all(t.isfinite().all() for t in outputs):
-                raise _NotFinite(
-                    f'the statistics in {name} are not finite: the batch holds NaN or infinity, '
-                    f'or the model makes them from it'
-                )
-            if len(outputs[0]):
-                more = Outputs.of(*outputs)
-                found[name] = found[name] + more if name in found else more
+    running: list[str] = []  # layers: several may share an SC
 
-        return hook
+    def enter(name):
+        return lambda layer, given: running.append(name)
 
-    handles = [layer.sc.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    def leave(layer, given, output):
+        running.pop()
+
+    def keep(sc, statistics, outputs):
+        name = running[-1]
+        if not all(t.isfinite().all() for t in outputs):
+            raise _NotFinite(
+                f'the statistics in {name} are not finite: the batch holds NaN or infinity, '
+                f'or the model makes them from it'
+            )
+        if len(outputs[0]):
+            more = Outputs.of(*outputs)
+            found[name] = found[name] + more if name in found else more
+
+    shared = dict.fromkeys(layer.sc for layer in layers.values())
+    handles = [sc.register_forward_hook(keep) for sc in shared]
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(enter(name)))
+        handles.append(layer.register_forward_hook(leave))
     try:
         with _modes_kept(model), _as_reference(layers.values()):
             model.eval()
@@ -328,7 +343,15 @@ def _run(model, batch, at, forward):
             model(batch)
     except _NotFinite as error:
         raise ValueError(f'batch {at}: {error}') from None
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f'batch {at}: the model cannot take it: {reason}. Expected what the forward '
@@ -365,7 +388,8 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
     """Estimates the running statistics again, as their mean over some batches.
 
     Meanwhile BatchNorms, also those inside DN layers, use batch statistics. BatchNorms with
-    ``momentum=0`` keep their statistics.
+    ``momentum=0`` keep their statistics, and so do those that no batch reaches. If a batch
+    fails, all keep them.
     """
     norms = [
         module
@@ -374,7 +398,8 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
         and module.running_mean is not None
         and module.momentum != 0
     ]
-    momenta = [bn.momentum for bn in norms]
+    before = [(bn.momentum, {name: b.clone() for name, b in bn.named_buffers()}) for bn in norms]
+    done = False
     with _modes_kept(model):
         model.eval()
         for bn in norms:
@@ -384,9 +409,13 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
         try:
             for at, batch in enumerate(batches):
                 _run(model, batch, at, forward)
+            done = True
         finally:
-            for bn, momentum in zip(norms, momenta, strict=True):
+            for bn, (momentum, buffers) in zip(norms, before, strict=True):
                 bn.momentum = momentum
+                if not (done and bn.num_batches_tracked):
+                    for name, value in buffers.items():
+                        getattr(bn, name).copy_(value)
 
 
 def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
@@ -419,9 +448,9 @@ def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> lis
     Raises:
         ValueError: a pattern matches nothing, or a number is larger than the number of layers.
     """
-    if isinstance(keep, int) and not 0 <= keep <= len(layers):
+    if isinstance(keep, (int, Integral)) and not 0 <= keep <= len(layers):
         raise ValueError(f'keep: expected 0 to {len(layers)} layers, got {keep}')
-    if keep is None or isinstance(keep, int):
+    if keep is None or isinstance(keep, (int, Integral)):
         return []
     kept = []
     for pattern in (keep,) if isinstance(keep, str) else keep:
@@ -512,14 +541,27 @@ def _with_affine(layer, weight, bias):
 
 
 def _with_activation(layer, bn):
-    """The BatchNormAct2d of timm that the layer has replaced."""
-    from timm.layers import BatchNormAct2d
+    """The norm with an activation of timm that the layer has replaced."""
+    from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 
-    norm_act = BatchNormAct2d(
-        bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats
-    )
+    if is_frozen_batch_norm(bn):
+        norm_act = FrozenBatchNormAct2d(layer.num_features, bn.eps)
+    elif isinstance(bn, nn.SyncBatchNorm):
+        norm_act = SyncBatchNormAct(
+            bn.num_features,
+            bn.eps,
+            bn.momentum,
+            bn.affine,
+            bn.track_running_stats,
+            bn.process_group,
+        )
+    else:
+        norm_act = BatchNormAct2d(
+            bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats
+        )
     for name in BATCH_NORM_KEYS:
-        setattr(norm_act, name, getattr(bn, name))
+        if hasattr(norm_act, name) and hasattr(bn, name):
+            setattr(norm_act, name, getattr(bn, name))
     norm_act.drop, norm_act.act = layer.drop, layer.act
     norm_act.training = bn.training
     return norm_act

@@ -43,7 +43,7 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
         frame = frame.f_back
         frames.append(frame)
     name = frame.f_code.co_name
-    named = FOLDING.search(name)
+    named = FOLDING.search(name) and any(map(_reads_more, frames))
     computes = any(map(_computes_batch_norm, frames))
     if not (named or computes or any(map(_seems_to_fold, frames))) or layer.sc.is_identity():
         return
@@ -68,6 +68,12 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
 def _is_part_of_a_function(code):
     """Whether code is that of a lambda or a comprehension; a cell of a notebook is neither."""
     return code.co_name.startswith('<') and bool(code.co_flags & inspect.CO_OPTIMIZED)
+
+
+def _reads_more(frame):
+    """Whether code also reads what folding needs beside the running variance."""
+    called, constants = _words(frame.f_code)
+    return not {'eps', 'running_mean'}.isdisjoint(called | constants)
 
 
 def _seems_to_fold(frame):

@@ -301,6 +301,33 @@ def test_dnb_and_dnc_weights_are_told_apart_by_the_config_that_they_carry():
         check_fits(net(DNB), checkpoint, 'x.pth')
 
 
+@pytest.mark.parametrize(
+    'then, now, said',
+    [
+        ("type='DNB', inputs='standardized'", dict(), "inputs='standardized'.*sets 'raw'"),
+        ("type='DNB'", dict(bound=2.0), r'bound=0\.25 .*sets 2\.0'),
+        ("type='DNC', bound=None", dict(), r'bound=None .*sets 0\.25'),
+    ],
+)
+def test_weights_of_other_settings_of_sc_are_refused(then, now, said):
+    cls = DNC if 'DNC' in then else DNB
+    meta = dict(cfg=f'model = dict(backbone=dict(norm_cfg=dict({then})))')
+    with pytest.raises(CheckpointError, match=f'x.pth: trained with {said}'):
+        check_fits(
+            nn.Sequential(cls(3, **now)),
+            dict(state_dict=nn.Sequential(cls(3)).state_dict(), meta=meta),
+            'x.pth',
+        )
+
+
+def test_settings_of_a_part_of_the_layers_are_enough():
+    meta = dict(cfg="model = [dict(type='DNB', bound=0.5), dict(type='DNB')]")
+    state = nn.Sequential(DNB(3)).state_dict()
+    check_fits(nn.Sequential(DNB(3)), dict(state_dict=state, meta=meta), 'x.pth')
+    check_fits(nn.Sequential(DNB(3, bound=0.5)), dict(state_dict=state, meta=meta), 'x.pth')
+    check_fits(nn.Sequential(DNB(3)), dict(state_dict=state, meta='notes'), 'x.pth')
+
+
 class OwnDNC(DNC):
     """A user's subclass."""
 

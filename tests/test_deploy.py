@@ -202,6 +202,43 @@ def test_writes_a_checkpoint_that_loads_into_the_batch_norm_config(
     assert len(told) == 1 and f'written by tools/fold.py: {layers} layers' in told[0]
 
 
+@pytest.mark.parametrize('keep', ['0', '3'])
+def test_a_python_style_config_is_written_as_one_of_names(trained, tmp_path, keep):
+    cfg = Config(command_line.load_config(trained[0]).to_dict())
+    for key in ('custom_imports', 'default_scope'):
+        cfg.pop(key)
+    text = cfg.pretty_text.replace("'DNB'", 'DNB').replace("'SSDLiteHead'", 'SSDLiteHead')
+    (tmp_path / 'lazy.py').write_text(
+        'from dn_mmdet import DNB\n'
+        'from dn_mmdet.models.ssdlite_head import SSDLiteHead\n'
+        f"default_scope = 'mmdet'\n{text}"
+    )
+    out = tmp_path / 'out.pth'
+    main(
+        [str(tmp_path / 'lazy.py'), str(trained[1]), '--images', '4', '--keep', keep]
+        + ['--out', str(out)]
+    )
+    written = Config.fromfile(out.with_suffix('.py'))
+    model = built(written)
+    model.load_state_dict(open_checkpoint(out)['state_dict'])
+    assert len(dn_layers(model)) == int(keep)
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(trained, tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'dnb_folded.pth'
+
+    real = deploy.fold
+
+    def fold(*args, **kwargs):
+        out.write_text('mine')
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(deploy, 'fold', fold)
+    with pytest.raises(SystemExit):
+        main([*map(str, trained), '--images', '4'])
+    assert 'exists already' in capsys.readouterr().err and out.read_text() == 'mine'
+
+
 @pytest.mark.parametrize('keep,count', [(['3'], 3), (['neck', '*conv1.bn'], None)])
 def test_some_layers_stay_dynamic(trained, tmp_path, keep, count, close):
     out = tmp_path / 'deeper' / 'partly.pth'

@@ -13,6 +13,7 @@ import torch
 from conftest import awake
 from mmdet.datasets.transforms import Resize
 from mmengine.hub import get_config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
 from tiny_detector import write_config
@@ -379,8 +380,11 @@ def test_the_size_is_that_of_the_test_pipeline():
         assert image_size(cfg, None) == (320, 320)
     cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=dataset)
     assert image_size(cfg, None) == (320, 320)
-    with pytest.raises(preflight.ConfigError, match='give the size'):
-        image_size({}, None)
+    resize.scale = 320  # both sides
+    assert image_size(cfg, None) == (320, 320)
+    for without in ({}, dict(test_dataloader=None)):
+        with pytest.raises(preflight.ConfigError, match='give the size'):
+            image_size(without, None)
 
 
 def test_latency_is_of_each_run_after_the_warm_up():
@@ -398,3 +402,65 @@ def test_latency_is_of_each_run_after_the_warm_up():
     session = Session()
     assert len(export.latency(session, pixels(2), runs=4, warm_up=2)) == 4
     assert session.calls == 6
+
+
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        (dict(max_num=3), r"model.test_cfg.nms: expected type='nms'.*no other option.*max_num"),
+        (dict(score_threshold=0.5), 'test_cfg.nms: .*score_threshold'),
+        (dict(offset=1), 'test_cfg.nms: .*offset'),
+        (dict(class_agnostic=True), 'test_cfg.nms'),
+        (dict(iou_threshold=None), 'test_cfg.nms'),
+    ],
+    ids=str,
+)
+def test_options_of_the_suppression_that_the_graph_has_not_are_refused(options, expected):
+    model = retinanet()
+    model.bbox_head.test_cfg.nms.update(max_num=-1, offset=0, class_agnostic=False)  # defaults
+    export.Detector(model, (64, 64))
+    model.bbox_head.test_cfg.nms.update(options)
+    if options == dict(iou_threshold=None):
+        del model.bbox_head.test_cfg.nms['iou_threshold']
+    with pytest.raises(preflight.ConfigError, match=expected):
+        export.Detector(model, (64, 64))
+
+
+def test_no_suppression_and_no_limit_are_refused():
+    model = retinanet()
+    model.bbox_head.test_cfg.nms = None
+    with pytest.raises(preflight.ConfigError, match="test_cfg.nms: expected type='nms'"):
+        export.Detector(model, (64, 64))
+    model = retinanet()
+    model.bbox_head.test_cfg.max_per_img = -1
+    with pytest.raises(preflight.ConfigError, match='max_per_img: expected at least 1, got -1'):
+        export.Detector(model, (64, 64))
+
+
+def test_a_detector_without_mmdets_preprocessor_is_refused():
+    model = retinanet()
+    model.data_preprocessor = BaseDataPreprocessor()
+    with pytest.raises(preflight.ConfigError, match='expected a DetDataPreprocessor'):
+        export.Detector(model, (64, 64))
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path):
+    for name, content in (('empty.png', b''), ('broken.jpg', b'no picture')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(preflight.ConfigError, match=f'{name}: cannot be read as an image'):
+            export.read_images([tmp_path / name], (64, 64))
+
+
+@pytest.mark.parametrize(
+    'agreement, bad',
+    [
+        (export.Agreement(0, 10, 10, 0), False),
+        (export.Agreement(0, 9, 10, 1), False),  # a rounding
+        (export.Agreement(0, 0, 0, 0), False),
+        (export.Agreement(0, 0, 10, 0), True),
+        (export.Agreement(0, 6, 6, 134), True),
+        (export.Agreement(0, 0, 0, 3), True),
+    ],
+)
+def test_detections_that_only_one_side_gives_count(agreement, bad):
+    assert agreement.is_bad() is bad

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -417,3 +418,68 @@ def test_a_part_is_built_with_the_layers_that_stayed_dynamic(close):
     close(built(IMAGES), model(IMAGES))
     with pytest.raises(ValueError, match='there are no DN layers layer7'):
         PartlyFolded(dict(type=net), dynamic=['layer7'])
+
+
+def test_layers_that_share_an_sc_are_folded_with_their_own_images(close):
+    shared, apart = net(), net()
+    shared.layer1[0].bn2.sc = shared.layer1[0].bn1.sc
+    apart.layer1[0].bn2.sc.load_state_dict(apart.layer1[0].bn1.sc.state_dict())
+    reports = [fold_norm(model, [IMAGES]) for model in (shared, apart)]
+    assert [row.images for row in reports[0]] == [row.images for row in reports[1]]
+    close(shared(IMAGES), apart(IMAGES))
+
+
+def test_norms_that_no_image_reaches_keep_their_statistics():
+    model = net()
+    model.unused = nn.BatchNorm2d(3)
+    model.unused.running_mean.fill_(7)
+    recalibrate(model, [IMAGES])
+    assert model.unused.running_mean.tolist() == [7, 7, 7]
+    before = copy.deepcopy(model.state_dict())
+    recalibrate(model, [])
+    with pytest.raises(ValueError, match='batch 1'):
+        recalibrate(model, [IMAGES, 'no image'])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert model.bn1.bn.momentum == model.unused.momentum == 0.1
+
+
+@pytest.mark.parametrize('kind', ['frozen', 'synchronised'])
+def test_timms_norms_of_other_kinds_come_back(kind, close):
+    layers = pytest.importorskip('timm.layers', reason="needs the extra 'test'")
+    model = convert_norm(nn.Sequential(used(layers.BatchNormAct2d(6, act_layer=nn.SiLU))), 'DNC')
+    awake(model).eval()
+    if kind == 'frozen':
+        model = layers.freeze_batch_norm_2d(model)
+    else:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    x = torch.randn(4, 6, 5, 3)
+    expected = model(x) if kind == 'frozen' else None  # torch's refuses a CPU
+    fold_norm(model)
+    wanted = layers.FrozenBatchNormAct2d if kind == 'frozen' else layers.SyncBatchNormAct
+    assert type(model[0]) is wanted
+    if expected is not None:
+        close(model(x), expected)
+
+
+def test_one_image_cannot_say_how_much_g_and_h_vary():
+    with pytest.raises(ValueError, match='max_change: expected at least two images'):
+        fold_norm(net(), [IMAGES[:1]], max_change=0)
+    assert not dn_layers(net()) == {}
+    assert all(row.folded for row in fold_norm(net(), [IMAGES[:1]]))
+
+
+def test_a_number_of_layers_may_be_numpys():
+    model = net()
+    fold_norm(model, [IMAGES], keep=np.int64(2))
+    assert len(dn_layers(model)) == 2
+
+
+def test_an_assertion_of_the_model_is_told_with_its_batch():
+    class Picky(nn.Sequential):
+        def forward(self, x):
+            assert x.shape[1] == 3, 'three channels'
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match='batch 0: the model cannot take it: three channels'):
+        fold_norm(Picky(awake(DNB(3))), [IMAGES[:, :2]])

@@ -136,3 +136,16 @@ def test_a_line_of_a_notebook_that_folds_is_warned(text):
         warnings.simplefilter('always')
         exec(compile(text, 'cell', 'exec'), dict(bn=awake(DNB(6)).eval(), torch=torch))
     assert bool(caught) == CELLS[text]
+
+
+def test_a_name_alone_does_not_fold():
+    layer = awake(DNB(6)).eval()
+
+    def train_fold(model):  # cross-validation
+        return [name for name, m in model.named_modules() if hasattr(m, 'running_var')]
+
+    def merge_variances(layers):
+        return sum(each.running_var for each in layers)
+
+    assert train_fold(nn.Sequential(layer)) == ['0', '0.bn']
+    assert merge_variances([layer, layer]).shape == (6,)

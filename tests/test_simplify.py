@@ -269,3 +269,64 @@ def test_the_file_for_onnxruntime_has_its_fast_forms(tmp_path, close):
     assert np.isfinite(
         session.run(None, dict(images=np.full((1, 3, 21, 21), 9, np.float32)))[0]
     ).all()
+
+
+class Returned(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 1), norm(16)
+
+    def forward(self, x):
+        features = self.conv(x)
+        return self.norm(features), dict(features=[features])
+
+
+@pytest.mark.parametrize('target', simplify.TARGETS)
+@pytest.mark.parametrize('norm', [DNB, nn.BatchNorm2d])
+def test_a_convolution_whose_output_is_returned_too_stays(norm, target, close):
+    model, x = awake(used(Returned(norm)), 0.3).eval(), images()
+    simple = simplified(model, x, target)
+    with torch.no_grad():
+        for actual, expected in zip(simple.model(x), model(x), strict=True):
+            if isinstance(expected, dict):
+                actual, expected = actual['features'][0], expected['features'][0]
+            close(actual, expected)
+
+
+@pytest.mark.parametrize('target', simplify.TARGETS)
+@pytest.mark.parametrize('tiny', [1e-15, 1e-20, 1e-25, 1e-30])
+def test_channels_that_are_as_good_as_dead_are_guarded_too(target, tiny, close):
+    model = net()
+    for norm in (model.norm1, model.norm2, model.norm3, model.norm4):
+        with torch.no_grad():
+            norm.bn.weight[:4] = tiny
+            norm.bn.bias[:4] = 0
+    check(model, images(), target, close)
+
+
+def test_a_norm_that_is_called_by_keyword(close):
+    class ByKeyword(Returned):
+        def __init__(self, norm):
+            super().__init__(norm)
+            self.keyword = 'input' if norm is nn.BatchNorm2d else 'x'
+
+        def forward(self, x):
+            return self.norm(**{self.keyword: self.conv(x)})
+
+    for norm in (DNB, nn.BatchNorm2d):
+        check(awake(used(ByKeyword(norm)), 0.3).eval(), images(), 'portable', close)
+
+
+def test_norms_that_are_not_understood_are_left():
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Own(4), nn.BatchNorm2d(4, track_running_stats=False))
+    assert simplified(model.eval(), images()).left == ['1', '2']
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r'expected one of float32, got .*use model.float'):
+        simplified(net().to(dtype), images().to(dtype))

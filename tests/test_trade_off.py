@@ -1,14 +1,25 @@
 """The rows of tools/fold.py --csv, and their means over seeds."""
 
 import pytest
+import torch
 
 from dn_mmdet.deploy import trade_off
+from dn_mmdet.tables import csv_text
 
 
-def row(seed=0, dynamic=4, value=0.5, took=2.0, config='dnb', changed=None, value_changed=None):
+def row(
+    seed=0,
+    dynamic=4,
+    value=0.5,
+    took=2.0,
+    config='dnb',
+    changed=None,
+    value_changed=None,
+    weights='0123abcd',
+):
     return dict(
         zip(
-            trade_off.COLUMNS,
+            trade_off.COLUMNS + trade_off.EXTRA,
             (
                 'digits',
                 config,
@@ -26,6 +37,7 @@ def row(seed=0, dynamic=4, value=0.5, took=2.0, config='dnb', changed=None, valu
                 512,
                 'CPU',
                 'c0ffee',
+                weights,
             ),
             strict=True,
         )
@@ -79,3 +91,35 @@ def test_the_figure_has_a_panel_for_each_config(tmp_path):
     trade_off.draw(tmp_path / 'rows.csv', tmp_path / 'three.png')
     one, three = (plt.imread(tmp_path / f'{name}.png') for name in ('one', 'three'))
     assert three.shape[1] > 1.9 * one.shape[1] and one[..., :3].std() > 0.01
+
+
+def test_another_checkpoint_of_the_same_run_is_another_model(tmp_path):
+    path = tmp_path / 'folding.csv'
+    early = [row(weights='aaaaaaaa', value=0.3), row(weights='aaaaaaaa', dynamic=0, value=0.2)]
+    late = [row(weights='bbbbbbbb', value=0.5), row(weights='bbbbbbbb', dynamic=0, value=0.1)]
+    trade_off.merge(path, early)
+    trade_off.merge(path, late)
+    assert trade_off.read(path) == [*early, *late]
+    (points,) = trade_off.curves(path).values()
+    assert [point['seeds'] for point in points] == [2, 2]
+    assert points[1]['to_dynamic'] == pytest.approx(-0.25)
+
+
+def test_rows_of_an_earlier_file_do_not_say_which_weights_they_are_of(tmp_path):
+    path = tmp_path / 'folding.csv'
+    old = [{key: value for key, value in row().items() if key != 'weights'}, row(seed=1)]
+    path.write_text(csv_text(old, trade_off.COLUMNS))
+    trade_off.merge(path, [row(value=0.7)])
+    assert [(r['seed'], r['value'], r['weights']) for r in trade_off.read(path)] == [
+        (1, 0.5, None),
+        (0, 0.7, '0123abcd'),
+    ]
+
+
+def test_the_digest_is_of_the_weights():
+    state = dict(a=torch.ones(2, 3), b=torch.zeros((), dtype=torch.int64))
+    digest = trade_off.digest_of(dict(state_dict=state, meta=dict(epoch=3)))
+    assert len(digest) == 8 and digest == trade_off.digest_of(dict(state_dict=dict(state)))
+    changed = dict(state, a=state['a'].index_fill(0, torch.tensor([1]), 2))
+    for other in (changed, dict(c=state['a'], b=state['b'])):
+        assert trade_off.digest_of(dict(state_dict=other)) != digest

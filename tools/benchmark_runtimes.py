@@ -19,6 +19,7 @@ from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import dn_layers
 from dn_mmdet.deploy import export, runtimes
+from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.files import write_text
 from dn_mmdet.fold import recalibrate
 from dn_mmdet.messages import ConfigError
@@ -58,7 +59,8 @@ def parse(argv):
     parser.add_argument(
         '--out',
         default='runtimes.csv',
-        help='file to write; lines of other runtimes in it are kept (default: %(default)s)',
+        help='file to write; lines of other runtimes and configs in it are kept (default: '
+        '%(default)s)',
     )
     command_line.add_common_arguments(parser)
     return parser, parser.parse_args(argv)
@@ -69,7 +71,7 @@ def run(args):
     torch.set_num_threads(1)
     cfg = command_line.load_config(args.config, args.cfg_options)
     torch.manual_seed(0)
-    model = preflight.check_model(cfg)
+    model = built(cfg)
     if not dn_layers(model):
         raise ConfigError(f"{args.config}: builds no DN layers; set norm_cfg to dict(type='DNB')")
     detector = export.Detector(model, args.size)
@@ -82,8 +84,8 @@ def run(args):
         recalibrate(wake(model), [export.batch_of(images)])
     out = Path(args.out)
     preflight.make_folder(out.parent, '--out')
-    columns = runtimes.FIELDS
-    rows = read_table(out, [columns], {}) if out.exists() else []
+    columns, config = (*runtimes.FIELDS, 'config'), Path(args.config).stem
+    rows = read_table(out, [columns, runtimes.FIELDS], {}) if out.exists() else []
     models = runtimes.models_of(detector, images.numpy())
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +102,11 @@ def run(args):
                 failed.append(name)
                 print(f'{name}: failed: {type(error).__name__}: {error}', flush=True)
                 continue
-            rows = [row for row in rows if row['runtime'] != name]
+            rows = [  # rows of an earlier file do not say which config they are of
+                row
+                for row in rows
+                if row['runtime'] != name or row.get('config') not in (None, config)
+            ]
             for row in found:
                 print(
                     f'{name} {row.version}, {row.model}: {row.ms:.2f} ms, {row.ratio:.2f} of '
@@ -113,6 +119,7 @@ def run(args):
                         ms=f'{row.ms:.2f}',
                         ratio=f'{row.ratio:.3f}',
                         error=f'{row.error:.1e}',
+                        config=config,
                     )
                 )
             write_text(out, csv_text(rows, columns))

@@ -14,6 +14,7 @@ from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.cli.predict import find_images
 from dn_mmdet.deploy import export
+from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.deploy.simplify import TARGETS
 from dn_mmdet.messages import ConfigError, some
 from dn_mmdet.registered import is_of
@@ -70,12 +71,13 @@ def parse(argv):
 def image_size(cfg, option):
     if option is not None:
         return tuple(option)
-    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset:  # inside a wrapper
         dataset = dataset['dataset']
     for transform in dataset.get('pipeline', ()):
         if is_of(TRANSFORMS, transform, Resize) and 'scale' in transform:
-            width, height = transform['scale']
+            scale = transform['scale']
+            width, height = (scale, scale) if isinstance(scale, int) else scale
             return height, width
     raise ConfigError(
         '--size: give the size, because the config has no Resize with a scale in '
@@ -90,7 +92,7 @@ def run(args):
         raise ConfigError(f'--out: expected a file name in .onnx, got {out}')
     preflight.check_new([out], '--out')
     cfg = command_line.load_config(args.config, args.cfg_options)
-    model = preflight.check_model(cfg)
+    model = built(cfg)
     preflight.check_evaluation(model)
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     check_fits(model, checkpoint, args.checkpoint)
@@ -109,7 +111,8 @@ def run(args):
             f'onnxruntime against mmdet on {len(images)} images: outputs of the head differ '
             f'by {agreement.raw:.1e} of their range at most'
             + (
-                f', {agreement.matched} of {agreement.detections} detections match'
+                f', {agreement.matched} of {agreement.detections} detections match, and '
+                f'onnxruntime gives {agreement.more} others'
                 if detector.outputs
                 else ''
             )
@@ -118,6 +121,11 @@ def run(args):
             raise ConfigError(
                 f'{out}: not written, the outputs of the head differ by '
                 f'more than {export.TOLERANCE} of their range'
+            )
+        if agreement.is_bad():
+            raise ConfigError(
+                f'{out}: not written, more detections differ from those of mmdet than agree. '
+                f'Compare on real images with --images, or export with --raw'
             )
         names = detector.raw_names if args.raw or not detector.outputs else detector.outputs
         export.keep_outputs(whole, out, names)

@@ -11,9 +11,11 @@ import time
 import warnings
 from typing import Any, NamedTuple
 
+import cv2
 import mmcv
 import numpy as np
 import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
@@ -73,6 +75,11 @@ class Detector(nn.Module):
         self.eval()
         self.size = tuple(size)
         preprocessor: Any = model.data_preprocessor
+        if not isinstance(preprocessor, DetDataPreprocessor):
+            raise ConfigError(
+                f'model.data_preprocessor: expected a DetDataPreprocessor, which says how the '
+                f'pixels are normalised, got {type(preprocessor).__name__}'
+            )
         divisor = preprocessor.pad_size_divisor
         if any(side % divisor for side in size):
             raise ConfigError(
@@ -200,7 +207,15 @@ def open_session(path, threads=1):
 def read_images(paths, size) -> np.ndarray:
     """Image files as the graph takes them: (N, 3, H, W) float32, BGR, resized."""
     height, width = size
-    images = [mmcv.imresize(mmcv.imread(str(path)), (width, height)) for path in paths]
+    images = []
+    for path in paths:
+        try:
+            pixels = mmcv.imread(str(path))
+        except (OSError, cv2.error):  # the latter for an empty file
+            pixels = None
+        if pixels is None:
+            raise ConfigError(f'{path}: cannot be read as an image; leave it out of --images')
+        images.append(mmcv.imresize(pixels, (width, height)))
     return np.stack(images).transpose(0, 3, 1, 2).astype(np.float32)
 
 
@@ -208,6 +223,11 @@ class Agreement(NamedTuple):
     raw: float  # largest difference of the head's outputs, over the range of each
     matched: int  # detections that both give
     detections: int  # of mmdet; 0 where the file has none
+    more: int  # detections that mmdet does not give
+
+    def is_bad(self) -> bool:
+        """Whether more detections differ than agree; roundings can change some."""
+        return self.detections - self.matched + self.more > self.matched
 
 
 @torch.no_grad()
@@ -222,7 +242,7 @@ def compare(session, detector: Detector, images: np.ndarray) -> Agreement:
     x = torch.from_numpy(images)
     expected = dict(zip(detector.raw_names, detector.raw(x), strict=True))
     raw = max(difference(found[name], expected[name].numpy()) for name in detector.head.FIRST)
-    matched = total = 0
+    matched = total = more = 0
     for index, sample in enumerate(_mmdet_predictions(detector, x) if detector.outputs else ()):
         mine = sample.pred_instances.numpy()
         total += len(mine.scores)
@@ -232,7 +252,8 @@ def compare(session, detector: Detector, images: np.ndarray) -> Agreement:
             & (np.abs(found['boxes'][index][:, None] - mine.bboxes).max(-1) < 0.5)
         )
         matched += int(same.any(0).sum())
-    return Agreement(raw, matched, total)
+        more += int(((found['scores'][index] > 0) & ~same.any(1)).sum())
+    return Agreement(raw, matched, total, more)
 
 
 def run(session, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -70,9 +70,28 @@ def _own(head, method, cls):
     return getattr(type(head), method) is getattr(cls, method)
 
 
-def _check_nms(option, nms):
-    if nms.type not in ('nms', mmcv.ops.nms) or nms.get('class_agnostic'):
-        raise ConfigError(f"{option}: expected type='nms', by class, got {dict(nms)}")
+# Options of mmcv's `batched_nms` by which it does no more than what is written here.
+NMS = dict(class_agnostic=False, offset=0, score_threshold=0, max_num=-1)
+
+
+def _check_nms(option, cfg):
+    """Raises ConfigError where mmdet would suppress in another way than the graph."""
+    nms = cfg.get('nms') or {}
+    known = {'type', 'iou_threshold', 'split_thr', *NMS}
+    if (
+        nms.get('type') not in ('nms', mmcv.ops.nms)
+        or not {'iou_threshold'} <= nms.keys() <= known
+        or any(nms.get(name, value) != value for name, value in NMS.items())
+    ):
+        raise ConfigError(
+            f"{option}.nms: expected type='nms' by class, with iou_threshold and no other option "
+            f'that changes what is found, got {dict(nms)}. Change it, or export with --raw'
+        )
+    if cfg.get('max_per_img', 1) < 1:
+        raise ConfigError(
+            f'{option}.max_per_img: expected at least 1, got {cfg.max_per_img}: the graph gives '
+            f'that many detections of each image'
+        )
 
 
 class DenseHead(nn.Module):
@@ -101,7 +120,7 @@ class DenseHead(nn.Module):
 
     def _config(self):
         cfg = self.model.bbox_head.test_cfg
-        _check_nms('model.test_cfg.nms', cfg.nms)
+        _check_nms('model.test_cfg', cfg)
         return cfg
 
     def _names(self, number):
@@ -184,8 +203,8 @@ class TwoStage(DenseHead):
         self.size = size
         self.cfg = model.roi_head.test_cfg
         self.of_rpn = model.rpn_head.test_cfg
-        _check_nms('model.test_cfg.rcnn.nms', self.cfg.nms)
-        _check_nms('model.test_cfg.rpn.nms', self.of_rpn.nms)
+        _check_nms('model.test_cfg.rcnn', self.cfg)
+        _check_nms('model.test_cfg.rpn', self.of_rpn)
         with torch.no_grad():
             features = model.extract_feat(torch.zeros(1, 3, *size))
             self._make_priors(model.rpn_head, model.rpn_head(features)[0])

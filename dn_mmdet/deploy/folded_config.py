@@ -46,7 +46,7 @@ def folded_config(cfg: Config, names, dynamic) -> Config:
 
     Where there is none it needs nothing of this package but what else the config names.
     """
-    cfg = copy.deepcopy(cfg)
+    cfg = Config(cfg.to_dict())  # a copy, with names in place of a python-style config's classes
     if dynamic:
         for key, node in list(cfg.model.items()):
             if isinstance(node, (list, tuple)):
@@ -96,6 +96,11 @@ def built(cfg: Config) -> nn.Module:
     return preflight.check_model(cfg)
 
 
+def from_text(cfg: Config) -> Config:
+    """A config as it is read from the file that its text becomes."""
+    return Config.fromstring(cfg.pretty_text, '.py')
+
+
 def check_twin(cfg: Config, model: nn.Module) -> None:
     """Raises ConfigError where the config with BatchNorm builds more than another norm."""
     wanted = {}
@@ -105,7 +110,7 @@ def check_twin(cfg: Config, model: nn.Module) -> None:
         leaf = key.removeprefix(layer)
         if not layer or leaf.startswith('bn.'):
             wanted[layer + leaf.removeprefix('bn.')] = value.shape
-    twin = built(folded_config(cfg, (), ())).state_dict()
+    twin = built(from_text(folded_config(cfg, (), ()))).state_dict()
     affine = {f'{name}{leaf}' for name in inside for leaf in ('weight', 'bias')}
     differing = sorted(
         key

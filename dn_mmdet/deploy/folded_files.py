@@ -12,7 +12,7 @@ from ..checks import preflight
 from ..experiments.report import markdown_table
 from ..files import replacing, write_text
 from ..messages import ConfigError
-from .folded_config import built, folded_config
+from .folded_config import built, folded_config, from_text
 from .folding import Result, Row
 
 SUFFIXES = ('.pth', '.py', '.md', '.png')  # of what `write` writes
@@ -34,10 +34,9 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
     """
     dynamic = result.chosen.kept
     cfg = folded_config(cfg, [row.name for row in result.report], dynamic)
-    cfg = Config(cfg.to_dict())  # names in place of classes
     state = result.model.state_dict()
     try:
-        built(Config.fromstring(cfg.pretty_text, '.py')).load_state_dict(state)
+        built(from_text(cfg)).load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError(
             f'{out}: not written, the folded weights do not fit the config that '
@@ -53,6 +52,7 @@ def write(result: Result, cfg: Config, checkpoint: dict, out: Path) -> str:
     text = in_words(result)
     figure = io.BytesIO()  # drawn before anything is written
     draw(result, figure)
+    check_out(out)  # again: the evaluations took a while
     with replacing(out) as part:
         torch.save(dict(meta=meta, state_dict=state), part)
     write_text(out.with_suffix('.py'), cfg.pretty_text)

@@ -72,8 +72,8 @@ class Calibration:
             )
         self.collate = collate
         # SC sees an image in the padding of its batch; statistics of batches want more of them.
-        self.evaluated = cfg.val_dataloader.batch_size
-        self.trained = cfg.train_dataloader.batch_size
+        self.evaluated = cfg.val_dataloader.get('batch_size', 1)
+        self.trained = cfg.train_dataloader.get('batch_size', 1)
 
     def halves(self):
         middle = len(self.chosen) // 2
@@ -378,7 +378,10 @@ def fold(
     kept = sorted({*kept, *folding.unreached()}, key=names.index)
     sets = [names, kept, folding.unreached()]
     if folding.halves and curve:
-        sets += [most_varying(folding.report, len(names) // part) for part in (2, 4, 8)]
+        sets += [
+            [*most_varying(folding.report, len(names) // part), *folding.unreached()]
+            for part in (2, 4, 8)
+        ]
     rows = folding.rows(sets)
     chosen = next(row for row in rows if set(row.kept) == set(kept))
     final = folding.final(kept, chosen.recalibrated).cpu()

@@ -3,6 +3,7 @@
 Each runtime is one class: it converts a model, and runs it on one thread.
 """
 
+import collections
 import contextlib
 import copy
 import importlib.metadata
@@ -269,10 +270,10 @@ def models_of(
     trained model loses by that is for `tools/fold.py` to say.
     """
     outputs = calibrate(detector, [torch.from_numpy(images)])
-    values = {}
+    values = collections.Counter()  # a head has several maps
 
     def look(name):
-        return lambda layer, given: values.update({name: given[0].numel()})
+        return lambda layer, given: values.update({name: values[name] + given[0].numel()})
 
     layers = {layer: names[0] for layer, names in foldable(detector).items()}
     handles = [layer.register_forward_pre_hook(look(name)) for layer, name in layers.items()]

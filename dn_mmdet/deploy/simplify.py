@@ -12,6 +12,7 @@ import mmcv.cnn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,6 +27,7 @@ TARGETS = ('portable', 'onnxruntime')
 # Channels with |b| above this times |w| are normalised without w and b. Else the variance of
 # u would be a small difference of large numbers, and SC's first weights would be huge.
 GUARD = 8
+SMALLEST = 1e-12  # so are channels whose |w| / sigma is less: squares of u would be zero
 # The moments come from the covariance of a convolution's input where that has at least so many
 # times fewer channels than the output, and so many times more places than channels.
 WIDENING = 3
@@ -54,8 +56,8 @@ def simplified(model: nn.Module, example: Tensor, target: str = 'portable') -> S
             ``'onnxruntime'``, those that are fast there, for one image at a time.
 
     Raises:
-        ValueError: an unknown target, several images for ``'onnxruntime'``, or a DN layer
-            that is more than one.
+        ValueError: an unknown target, several images for ``'onnxruntime'``, a model that is
+            not of float32, or a DN layer that is more than one.
     """
     if target not in TARGETS:
         raise ValueError(f'target: expected one of {TARGETS}, got {target!r}')
@@ -64,10 +66,17 @@ def simplified(model: nn.Module, example: Tensor, target: str = 'portable') -> S
             f"example: expected one image for target='onnxruntime', got "
             f"{len(example)}: use target='portable' for batches"
         )
+    others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if others:
+        raise ValueError(f'model: expected one of float32, got {others}: use model.float()')
     model = copy.deepcopy(model).eval()
     _fold_constants(model)
     trace = _Trace(model, example)
     found = Simplified(model, [], [], [])
+    known = {*trace.norms, *(norm.bn for norm in trace.norms if isinstance(norm, _DynamicNorm))}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module not in known:
+            found.left.append(name)
     for norm, name in trace.norms.items():
         conv, place = trace.convolution_of(norm)
         if isinstance(norm, _DynamicNorm):
@@ -136,7 +145,7 @@ class _Trace(TorchDispatchMode):
         for module in model.modules():
             if module in self.norms:
                 handles += [
-                    module.register_forward_pre_hook(self._enter),
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave),
                 ]
             elif _is_plain_convolution(module):
@@ -144,16 +153,19 @@ class _Trace(TorchDispatchMode):
                 handles.append(module.register_forward_hook(self._make))
         try:
             with self:
-                model(example)
+                output = model(example)
         finally:
             for handle in handles:
                 handle.remove()
+        for value in tree_leaves(output):  # who gets it reads it
+            if isinstance(value, Tensor) and value in self.made:
+                self.readers[self.made[value]].add(None)
 
     def _make(self, conv, inputs, output):
         self.made[output] = conv
 
-    def _enter(self, norm, inputs):
-        (x,) = inputs
+    def _enter(self, norm, inputs, keywords):
+        x = [*inputs, *keywords.values()][0]
         self.sources[norm].add(self.made.get(x))
         self.shapes[norm].add(x.shape)
         self.inside.append(norm)
@@ -229,7 +241,7 @@ def _dynamic(layer, conv, shapes, target):
     if conv is None:
         k, t = torch.ones_like(mu), torch.zeros_like(mu)
     else:
-        guarded = b.abs() >= GUARD * w.abs()
+        guarded = (b.abs() >= GUARD * w.abs()) | ((w / sigma).abs() < SMALLEST)
         k = torch.where(guarded, 1, w) / sigma
         t = torch.where(guarded, 0, b) - mu * k
         conv = _scaled(conv, k, t)

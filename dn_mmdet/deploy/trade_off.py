@@ -3,9 +3,11 @@
 A row is a model with some of its layers dynamic; models of one config are its seeds.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..checkpoint import meta_of
 from ..experiments import results
@@ -43,7 +45,8 @@ NUMBERS = dict(
     milliseconds=float,
     images=int,
 )
-MODEL = ('data', 'config', 'seed', 'changed')  # a table of tools/fold.py
+EXTRA = ('weights',)  # a digest of the checkpoint's, which earlier files do not have
+MODEL = ('data', 'config', 'seed', 'changed')  # a table of tools/fold.py, with EXTRA
 CURVE = ('data', 'config', 'metric', 'changed')
 
 
@@ -52,11 +55,12 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
 
     Args:
         config (str): name of the config.
-        checkpoint (dict): tells the seed.
+        checkpoint (dict): tells the seed, and is what its weights are.
         commit (str): of the code.
         changed (dict | None): options of the images that ``value_changed`` is of.
     """
     seed = meta_of(checkpoint).get('seed')
+    digest = digest_of(checkpoint)
     options = ' '.join(f'{key}={value}' for key, value in (changed or {}).items())
     return [
         dict(
@@ -76,6 +80,7 @@ def rows_of(result, cfg, config, checkpoint, commit, changed=None) -> list[dict]
             images=result.images,
             hardware=hardware(),
             commit=commit,
+            weights=digest,
         )
         for row in result.rows
     ]
@@ -87,15 +92,35 @@ def read(path) -> list[dict]:
     Raises:
         ConfigError: it has other columns.
     """
-    return read_table(path, [COLUMNS], NUMBERS) if Path(path).exists() else []
+    allowed = [COLUMNS, COLUMNS + EXTRA]
+    return read_table(path, allowed, NUMBERS) if Path(path).exists() else []
 
 
 def merge(path, rows) -> None:
-    """Puts the tables of models into a CSV file, in place of what it holds of the same ones."""
+    """Puts the tables of models into a CSV file, in place of what it holds of the same ones.
+
+    Rows of an earlier file, without a digest of the weights, are of any with the same `MODEL`.
+    """
     path = Path(path)
-    new = {results.key_of(row, MODEL) for row in rows}
-    kept = [row for row in read(path) if results.key_of(row, MODEL) not in new]
-    write_text(path, csv_text([*kept, *rows], COLUMNS))
+    new = {(results.key_of(row, MODEL), row.get('weights')) for row in rows}
+    models = {model for model, _ in new}
+    kept = []
+    for row in read(path):
+        model, digest = results.key_of(row, MODEL), row.get('weights')
+        if (model, digest) not in new and (digest or model not in models):
+            kept.append(row)
+    write_text(path, csv_text([*kept, *rows], COLUMNS + EXTRA))
+
+
+def digest_of(checkpoint: dict) -> str:
+    """What tells the weights of a checkpoint from others: eight hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, value in sorted(checkpoint.get('state_dict', checkpoint).items()):
+        found.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.update(values.numpy().tobytes())
+    return found.hexdigest()[:8]
 
 
 def curve(rows) -> list[dict]:
@@ -105,7 +130,11 @@ def curve(rows) -> list[dict]:
     and to that with all folded. Numbers of dynamic layers that only some seeds have are
     left out.
     """
-    seeds = results.grouped(rows, lambda row: row['seed'])
+
+    def model(row):
+        return row['seed'], row.get('weights')
+
+    seeds = results.grouped(rows, model)
     points = []
     for group in results.grouped(
         sorted(rows, key=lambda row: -row['dynamic']), lambda row: row['dynamic']
@@ -113,7 +142,7 @@ def curve(rows) -> list[dict]:
         if len(group) < len(seeds):
             continue
         whole, folded = (
-            {seed: pick(found, key=lambda row: row['dynamic']) for seed, found in seeds.items()}
+            {key: pick(found, key=lambda row: row['dynamic']) for key, found in seeds.items()}
             for pick in (max, min)
         )
         points.append(
@@ -121,10 +150,10 @@ def curve(rows) -> list[dict]:
                 group[0],
                 seeds=len(group),
                 value=_mean(row['value'] for row in group),
-                to_dynamic=_mean(row['value'] - whole[row['seed']]['value'] for row in group),
+                to_dynamic=_mean(row['value'] - whole[model(row)]['value'] for row in group),
                 value_changed=_mean(row['value_changed'] for row in group),
                 time=_mean(
-                    row['milliseconds'] / folded[row['seed']]['milliseconds'] for row in group
+                    row['milliseconds'] / folded[model(row)]['milliseconds'] for row in group
                 ),
             )
         )
