@@ -26,7 +26,9 @@ def _build_sc(cfg, arguments):
     if cfg is None:
         return SC(**arguments)
     if not isinstance(cfg, dict) or 'type' not in cfg:
-        raise TypeError(f"sc: expected the config of a module, as dict(type='SC'), got {cfg!r}")
+        raise TypeError(
+            f"sc: expected the config of a module, such as dict(type='SC'), got {cfg!r}"
+        )
     return MODELS.build(cfg, default_args=arguments)
 
 

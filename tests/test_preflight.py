@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,23 @@ def snapshot(folder):
 
 def test_a_model_is_built(model):
     assert sum(isinstance(module, _DynamicNorm) for module in model.modules()) == 66
+
+
+def test_layers_that_cannot_learn_are_told(cfg, monkeypatch):
+    told = []
+    monkeypatch.setattr(preflight, 'tell', told.append)
+    preflight.tell_frozen(preflight.check_model(cfg))
+    assert not told
+    cfg.model.backbone.norm_cfg.requires_grad = False
+    preflight.tell_frozen(preflight.check_model(cfg))
+    assert re.match('52 of 66 DN layers cannot learn.*backbone.conv1.bn, .*requires_grad', *told)
+    told.clear()
+    cfg.model.backbone.norm_cfg = dict(type='DNB', bn_requires_grad=False)
+    preflight.tell_frozen(preflight.check_model(cfg))
+    assert not told
+    cfg.model.backbone.frozen_stages = 1
+    preflight.tell_frozen(preflight.check_model(cfg).train())
+    assert re.match('. of 66 DN layers cannot learn', *told)
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,22 @@ def test_the_readmes_times_on_a_gpu_are_the_benchmarks():
     ) in README
 
 
+def test_what_the_readme_says_against_folded_and_compiled_batch_norms_is_measured():
+    def measured(part, task, unit):
+        (median,) = (
+            row['median']
+            for row in speed.read()
+            if (row['part'], row['task'], row['unit'], row['measure'], row['norm'])
+            == (part, task, unit, 'time', 'DNB')
+        )
+        return median
+
+    folded = measured('detector', 'inference', 'of BN folded')
+    text = ' '.join(README.split())
+    assert f'folded into the convolutions, DN-B takes {folded:.2f} of its time' in text
+    assert round(measured('compiled', 'compiled', 'of BN')) == 3 and 'three times as long' in text
+
+
 def gpu_row(line, layout, measure, median, **others):
     return dict(
         dict(
@@ -374,7 +390,7 @@ def gpu_row(line, layout, measure, median, **others):
 
 def test_a_table_of_gpu_speed_follows_the_rows_and_names_card_and_commit():
     first, second, *_ = speed.LINES
-    page = f'a\n{speed.BEGIN}\nold\n{speed.END}\nb'
+    page = f'a\n{speed.BEGIN}\nearlier\n{speed.END}\nb'
     made = speed.with_table(
         page,
         [
@@ -384,7 +400,7 @@ def test_a_table_of_gpu_speed_follows_the_rows_and_names_card_and_commit():
             gpu_row(second, 'contiguous', second.alone, 0.5),
         ],
     )
-    assert 'old' not in made and 'NVIDIA X' in made and '`abc123`' in made
+    assert 'earlier' not in made and 'NVIDIA X' in made and '`abc123`' in made
     assert f'| {first.label} | 0.71 | not measured | not measured | 1.20 |' in made
     assert f'| {second.label} | not measured | 0.50 | not measured | not measured |' in made
     assert speed.with_table(made, []).count('not measured') > 2 * len(speed.LINES)

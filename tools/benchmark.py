@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times DN-B and DN-C against BatchNorm and GroupNorm, after it checked them with the reference.
+"""Times DN-B and DN-C against BatchNorm and GroupNorm, after checking them against the reference.
 
     tools/benchmark.py --device cpu --csv benchmark.csv --plot benchmark.png
     tools/benchmark.py --device cuda --amp --csv gpu.csv --norms BN DNB:auto
@@ -110,8 +110,8 @@ def parse(argv):
     parser.add_argument(
         '--plot',
         metavar='FILE',
-        help='draw the times of the layers into this image. It may exist if the table that --csv '
-        'or --bars names does',
+        help='draw the times of the layers into this image. It may already exist if the table '
+        'named by --csv or --bars exists',
     )
     parser.add_argument(
         '--bars',

@@ -44,7 +44,7 @@ def parse(argv):
         '--trust-checkpoint',
         action='store_true',
         help='open a checkpoint that holds more than weights and logs. Such a '
-        'file can run any program as you',
+        'file can run any program with your rights',
     )
     return parser, parser.parse_args(argv)
 

@@ -36,7 +36,7 @@ def parse(argv):
     )
     parser.add_argument(
         '--show-dir',
-        help='draw the detections into pictures, in this folder inside <work folder>/<time>',
+        help='draw the detections; the pictures are saved in <work folder>/<time>/SHOW_DIR',
     )
     parser.add_argument(
         '--tta',

@@ -268,8 +268,8 @@ def check_labels(content, classes, expected='the classes', sort=False) -> None:
     absent = [name for name in classes if name not in names]
     if absent:
         raise CocoError(
-            f'has {len(names)} classes ({some(names)}), and not {some(absent)} of '
-            f'the {len(classes)} that are expected. Set {expected} (also of the '
+            f'has {len(names)} classes ({some(names)}). Of the {len(classes)} that are '
+            f'expected, {some(absent)} are missing. Set {expected} (also of the '
             f'other data sets) to the names in the file and num_classes of the '
             f'heads to their number'
         )
@@ -286,10 +286,9 @@ def check_labels(content, classes, expected='the classes', sort=False) -> None:
             pair for pair in zip(classes, found, strict=True) if pair[0] != pair[1]
         )
         raise CocoError(
-            f'categories: are in the order {some(found)}, {expected} in the order '
-            f'{some(classes)}: labels are numbered in the order of the file, and '
-            f'{theirs} would be taken for {ours}. Sort the categories of the file '
-            f'in the order of the classes, or the classes in that of the file'
+            f'categories: the file has the order {some(found)}, but {expected} has the '
+            f'order {some(classes)}. Labels follow the order of the file, so {theirs} would '
+            f'be taken for {ours}. Put both into the same order'
         )
 
 
@@ -446,8 +445,8 @@ def _check_runs(number, mask, size):
     if runs.sum() != height * width:
         raise CocoError(
             f'annotations: id {number!r} has a mask whose counts add up to {runs.sum():.0f} '
-            f'pixels: expected height * width = {height * width}; the others would be read '
-            f'from memory that holds anything. Encode the mask again, or write polygons'
+            f'pixels: expected height * width = {height * width}; the rest would be read '
+            f'from uninitialised memory. Encode the mask again, or write polygons'
         )
     return runs[1::2].any()
 

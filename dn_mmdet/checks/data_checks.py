@@ -137,8 +137,7 @@ def _datasets(cfg, split):
     node = loader.get('dataset')
     if node is None:
         raise ConfigError(
-            f"{option}: expected a data set, as dict(type='CocoDataset', ...), and "
-            f'there is none. Set it'
+            f"{option}: expected a data set, such as dict(type='CocoDataset', ...), got none"
         )
     if split != 'train':
         _check_each_image_once(node, option)

@@ -102,8 +102,8 @@ def _check_each_image(loader, option, length):
     if loader.get('batch_sampler') or not length or not size or length % size:
         images = 'the images' if length is None else f'the {length} images'
         raise ConfigError(
-            f'{option}: {drops}=True leaves out the last of {images} where a batch of {size} is '
-            f'not full, and all have to be evaluated. Set {drops}=False'
+            f'{option}: {drops}=True leaves out the last of {images}, which do not fill a batch '
+            f'of {size}, but every image has to be evaluated. Set {drops}=False'
         )
 
 

@@ -26,8 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..config_tree import dicts, strings
+from ..convert import dn_layers
 from ..layers import _DynamicNorm
-from ..messages import ConfigError, did_you_mean, reason, some
+from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from .data_checks import check_data as check_data
 from .data_checks import check_same_classes as check_same_classes
@@ -109,7 +110,7 @@ def check_norm(option: str, norm_cfg: dict) -> None:
     cls = resolve(MODELS, name)
     if cls is None:
         if not isinstance(name, str):
-            raise ConfigError(f"{option}.type: expected a name, as 'DNB', got {name!r}")
+            raise ConfigError(f"{option}.type: expected a name, such as 'DNB', got {name!r}")
         with MODELS.switch_scope_and_registry(None) as registry:
             names = _norm_names(registry)
         raise ConfigError(
@@ -140,6 +141,22 @@ def _norm_names(registry):
         }
         registry = registry.parent
     return sorted(names)
+
+
+def tell_frozen(model: nn.Module) -> None:
+    """Tells how many DN layers stay what they are, a BatchNorm at first, because SC is frozen."""
+    layers = dn_layers(model)
+    frozen = [
+        name
+        for name, layer in layers.items()
+        if not any(parameter.requires_grad for parameter in layer.sc.parameters())
+    ]
+    if frozen:
+        tell(
+            f'{len(frozen)} of {len(layers)} DN layers cannot learn, because their SC is frozen '
+            f'({some(frozen)}): by requires_grad=False in a norm_cfg, for which '
+            f'bn_requires_grad=False freezes only the inner BatchNorm, or by frozen_stages'
+        )
 
 
 def check_evaluation(model: nn.Module) -> None:

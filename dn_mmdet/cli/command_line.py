@@ -48,7 +48,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--trust-checkpoint',
         action='store_true',
         help='open checkpoints that hold more than weights and logs. Such a file can run any '
-        'program as you',
+        'program with your rights',
     )
 
 
@@ -218,9 +218,9 @@ def one_message(parser: argparse.ArgumentParser):
         _exit(
             parser,
             2,
-            f'{error.filename or "writing failed"}: {error.strerror}. Make '
-            f'room or choose another folder; a training continues from its last '
-            f'whole checkpoint with --resume',
+            f'{error.filename or "writing failed"}: {error.strerror}. Free '
+            f'some space, or choose a folder that you can write to; a training continues '
+            f'from its last whole checkpoint with --resume',
         )
     except ValueError as error:
         if wants_larger_batch(error):
