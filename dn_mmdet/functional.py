@@ -170,7 +170,8 @@ class _FusedNorm(torch.autograd.Function):
                 call, m, v, x, ctx.needs_input_grad[2:], (w, b, *sc_parameters)
             )
         ctx.save_for_backward(x, w, b, *sc_parameters)
-        ctx.call, ctx.ops, ctx.small = _settled(call), ops, small
+        ctx.call, ctx.ops, ctx.small = call, ops, small
+        ctx.settings = call.bn.eps, call.sc.inputs, call.sc.bound  # they may change as well
         return ops.affine(x, m, small.a, small.c)
 
     @staticmethod
@@ -178,8 +179,10 @@ class _FusedNorm(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         needed, small = ctx.needs_input_grad[2:], ctx.small
         stale = isinstance(small, _CoefficientsByAutograd) and small.is_stale()
-        if torch.is_grad_enabled() or _autograd_must_see(dy) or stale:
-            return None, None, *_backward_by_the_reference(ctx.call, needed, dy, x, *parameters)
+        if torch.is_grad_enabled() or _autograd_must_see(dy) or dy._is_zerotensor() or stale:
+            eps, *settings = ctx.settings
+            call = ctx.call._replace(bn=SimpleNamespace(eps=eps), sc=_PlainSC(*settings))
+            return None, None, *_backward_by_the_reference(call, needed, dy, x, *parameters)
         dy = dy.resolve_neg()
         p, q, *rest = small.backward(*ctx.ops.reduce(dy, x, small.m), *parameters)
         if not needed[0]:
@@ -355,12 +358,6 @@ class _PlainSC(NamedTuple):
         return g_and_h(mean, std, *self.parameters, self.bound)
 
 
-def _settled(call):
-    """A call that a later change of the layer's settings does not reach."""
-    sc = _PlainSC(call.sc.inputs, call.sc.bound)
-    return call._replace(bn=SimpleNamespace(eps=call.bn.eps), sc=sc, sc_parts=None)
-
-
 def _backward_by_the_reference(call, needed, dy, x, w, b, *sc_parameters):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -442,7 +439,6 @@ def _autograd_must_see(x):
         or is_in_torch_dispatch_mode()
         or type(x) not in PLAIN
         or x.layout != torch.strided
-        or x._is_zerotensor()
         or not torch._C._has_storage(x)
     )  # a batch of gradients, to torch.autograd.grad
 

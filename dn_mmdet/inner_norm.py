@@ -113,7 +113,7 @@ def check_parts(x, sc, norm_parts, sc_parts, read=True):
 
     Returns:
         whether kernels can read all of them. A tensor of a subclass has memory of its own, or
-        none; attributes instead of parameters, in nn.DataParallel's replicas and inside FSDP,
+        none, as a zero tensor has; attributes instead of parameters, in nn.DataParallel's replicas and inside FSDP,
         need autograd's graph as it is.
     """
     mean, var = norm_parts[2:]
@@ -143,7 +143,12 @@ def check_parts(x, sc, norm_parts, sc_parts, read=True):
                     f'(untyped_storage().resize_(0))'
                 )
     parameters = sc_parts or tuple(sc.parameters())
-    return len(parameters) > 0 and PLAIN.issuperset(map(type, (*norm_parts, *parameters)))
+    tensors = (x, *norm_parts, *parameters)
+    return (
+        len(parameters) > 0
+        and PLAIN.issuperset(map(type, tensors))
+        and not (read and any(t is not None and t._is_zerotensor() for t in tensors))
+    )
 
 
 def _is_freed(t):

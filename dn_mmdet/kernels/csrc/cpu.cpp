@@ -625,10 +625,11 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
   check_values(inputs, "inputs", {rows, 2 * channels}, m.scalar_type());
   check_values(hidden, "hidden", {rows, norm.units()}, m.scalar_type());
   check_values(out, "out", {rows, 2 * channels}, m.scalar_type());
-  Tensor sums = at::zeros({4, channels}, m.options().dtype(at::kDouble));
   Tensor received = at::empty_like(m), dout = at::empty_like(out);
   Tensor p = at::empty_like(m), q = at::empty_like(m);
-  Tensor dw_in, db_in, dw_out, db_out;
+  Tensor dw, db, dw_in, db_in, dw_out, db_out;
+  if (norm.w) dw = at::empty({channels}, m.options());
+  if (norm.b) db = at::empty({channels}, m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "coefficients_backward", [&] {
     const scalar_t *ms = m.const_data_ptr<scalar_t>(), *mus = mu.const_data_ptr<scalar_t>(),
                    *sigmas = sigma.const_data_ptr<scalar_t>(), *as = a.const_data_ptr<scalar_t>(),
@@ -636,8 +637,9 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
                    *das = da.const_data_ptr<scalar_t>();
     const Small<scalar_t> small(norm);
     const scalar_t *ws = small.w, *bs = small.b;
-    Sum* dper_sigma = sums.mutable_data_ptr<Sum>();
-    Sum *db = dper_sigma + channels, *dmu = db + channels, *dsigma = dmu + channels;
+    std::vector<Sum> sums(4 * channels);
+    Sum *dper_sigma = sums.data(), *dshift = dper_sigma + channels, *dmu = dshift + channels,
+        *dsigma = dmu + channels;
     scalar_t *all = received.mutable_data_ptr<scalar_t>(),
              *douts = dout.mutable_data_ptr<scalar_t>();
     std::vector<scalar_t> shared_dc;
@@ -660,7 +662,11 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
     for (int64_t r = 0; r < rows; ++r)
       through_scale_and_shift(all + r * channels, dcs + r * channels, sigmas,
                               outs + 2 * r * channels, ws, bs, channels, small.bounded,
-                              small.bound, douts + 2 * r * channels, dper_sigma, db);
+                              small.bound, douts + 2 * r * channels, dper_sigma, dshift);
+    if (norm.w)
+      std::transform(dper_sigma, dper_sigma + channels, sigmas, dw.mutable_data_ptr<scalar_t>(),
+                     [](Sum sum, scalar_t each) { return static_cast<scalar_t>(sum / each); });
+    if (norm.b) std::copy(dshift, dshift + channels, db.mutable_data_ptr<scalar_t>());
     // bfloat16 products would lose what the statistics kept.
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     dw_out = at::mm(dout.t(), hidden);
@@ -696,9 +702,6 @@ std::vector<Tensor> coefficients_backward(const Tensor& da, const Tensor& dc, co
       through_statistics(ms + n * channels, mus, through_var.data(), through_mu.data(), channels,
                          scalar_t(size), ps + n * channels, qs + n * channels);
   });
-  const auto gradient = [&m](const Tensor& t) { return t.to(m.scalar_type(), false, true); };
-  Tensor dw = norm.w ? gradient(sums[0] / sigma) : Tensor();
-  Tensor db = norm.b ? gradient(sums[1]) : Tensor();
   return {p, q, dw, db, dw_in, db_in, dw_out, db_out};
 }
 
