@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from conftest import TOLERANCE, awake
 from parity import INTERPRETED, MODES, assert_interpreted_tests_pass
 from torch import nn
@@ -501,6 +502,17 @@ def test_transforms_of_functions():
     assert graphs.calls() == []
     run = torch.compile(torch.func.vmap(lambda x: layer(x)), fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(run(torch.stack((x, 2 * x))), torch.stack((twin(x), twin(2 * x))))
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_a_tangent_that_a_compiled_layer_would_lose_is_an_error(backend):
+    layer, _ = pair(training=False)
+    layer.requires_grad_(False)
+    x = values()
+    run = torch.compile(layer, backend=backend)
+    run(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='forward-mode'):
+        run(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_a_second_gradient_is_right_or_an_error():
