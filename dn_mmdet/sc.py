@@ -106,7 +106,8 @@ class SC(nn.Module):
     A layer can use another module in place of SC (its argument ``sc``). Such a module gets
     the same arguments. It needs the attributes ``num_features`` and ``inputs``, and the
     methods `reset_parameters`, `is_identity` and `identity_state_dict`. A subclass of SC has
-    them. If it has a ``forward`` of its own, every backend calls that.
+    them. If it has a ``forward`` of its own, every backend calls that, and where gradients
+    are needed the layer runs on plain autograd.
 
     Raises:
         ValueError: an argument is out of range.
