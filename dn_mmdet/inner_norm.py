@@ -113,8 +113,8 @@ def check_parts(x, sc, norm_parts, sc_parts, read=True):
 
     Returns:
         whether kernels can read all of them. A tensor of a subclass has memory of its own, or
-        none, as a zero tensor has; attributes instead of parameters, in nn.DataParallel's replicas and inside FSDP,
-        need autograd's graph as it is.
+        none, as a zero tensor has. Attributes instead of parameters, in nn.DataParallel's
+        replicas and inside FSDP, need autograd's graph as it is.
     """
     mean, var = norm_parts[2:]
     if (mean is None) != (var is None):
