@@ -7,6 +7,7 @@ from pathlib import Path
 
 import claims
 import evidence
+import numpy as np
 import pytest
 import speed
 import torch
@@ -33,7 +34,7 @@ PAGES = [ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'
 
 def one_line(name):
     """A page of the docs as one line of text, for numbers that may stand across a line's end."""
-    return (DOCS / name).read_text().replace('\n', ' ')
+    return ' '.join((DOCS / name).read_text().split())
 
 
 def test_the_readme_is_short():
@@ -233,6 +234,13 @@ def test_the_gain_is_that_of_the_runs():
     assert f'or {lost:.2f} ({high:.2f} to {low:.2f}) with new running statistics' in text
 
 
+def test_the_gain_in_the_figure_is_that_of_the_runs():
+    found = evidence.differences('Classification')
+    gain, low, high = found['mobilenetv2_dnb_tinyin100_32px', 'value']
+    assert f'DN-B gains {gain:.2f} points there (95 %: {low:.2f} to {high:.2f})' in README
+    assert f'and {gain:.2f} in another ([{low:.2f} to {high:.2f}]' in one_line('why.md')
+
+
 def test_the_gain_of_the_small_detector_is_that_of_the_runs():
     found = evidence.differences('Causes, digits')
     (gain, low, high), (folded, folded_low, folded_high) = (
@@ -272,6 +280,51 @@ def test_what_the_page_on_causes_says_is_what_the_runs_say():
             tables += '\n{:+.2f} ({:+.2f} to {:+.2f})'.format(*(100 * value for value in found))
     folding = {triple for triple in said if triple not in tables}
     assert not folding, folding
+
+
+def runs(question):
+    """The rows of a question, by config."""
+    rows = results.read_rows(DOCS / 'results' / 'runs.csv')
+    return results.grouped((r for r in rows if r['question'] == question), lambda r: r['config'])
+
+
+def test_what_the_pages_say_of_stability_is_what_the_runs_say():
+    bn, dnb, _ = (
+        {(round(r['lr'] * 128 / r['batch'], 5), r['batch']): r['value'] for r in rows}
+        for rows in runs('Stability, on a CPU').values()
+    )
+    assert bn.keys() == dnb.keys()
+    lost = [of[0.1, 128] - of[0.4, 128] for of in (bn, dnb)]
+    text = one_line('why.md')
+    assert f'DN-B loses less than BN, by {lost[0] - lost[1]:.2f}' in text
+    assert (
+        f'BN is ahead by {bn[0.1, 32] - dnb[0.1, 32]:.2f}; with batches of 8, DN-B is ahead by '
+        f'{dnb[0.1, 8] - bn[0.1, 8]:.2f}'
+    ) in text
+
+
+def test_what_the_pages_say_of_averaged_weights_is_what_the_runs_say():
+    worse = [
+        np.mean([r['value'] - r['averaged'] for r in rows])
+        for rows in runs('Causes, on a GPU').values()
+        if len(rows) == 3
+    ]
+    assert len(worse) == 4
+    assert f'are {min(worse):.1f} to {max(worse):.1f} points worse' in one_line('why.md')
+
+
+def test_what_the_pages_say_of_folding_is_what_the_runs_say():
+    found = runs('Causes, on a GPU')
+    dnb, bn = found['mobilenetv2_dnb_tinyin100'], found['mobilenetv2_bn_tinyin100']
+    most = np.mean([r['value'] - r['folded_most'] for r in dnb])
+    gain = np.mean([r['value'] for r in dnb]) - np.mean([r['value'] for r in bn])
+    text = one_line('deploying.md')
+    assert f'that vary least cost {most:.2f} of the {gain:.2f} points that DN-B gains' in text
+    (voc,) = runs('Detection, folded')['ssdlite_mbv2_dnb_voc07_128px']
+    lost = {name: 1 - voc[name] / voc['value'] for name in ('folded_recalibrated', 'folded')}
+    assert round(1 / lost['folded_recalibrated']) == 5 and 0.25 < lost['folded'] < 0.33
+    assert 'a fifth with new running statistics, more than a quarter without' in text
+    assert 'does lose about a fifth of its small AP' in one_line('why.md')
 
 
 def test_what_the_page_on_causes_says_of_the_pilot_is_what_its_rows_say():
