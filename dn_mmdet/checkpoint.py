@@ -354,10 +354,13 @@ def _check_norms(model, checkpoint, state, path, whole):
             f'another meaning. Use the config that the checkpoint was trained '
             f'with{_experiment(checkpoint)}'
         )
-    for setting, default in (('inputs', 'raw'), ('bound', 0.25)):
-        then = {options.get(setting, default) for cls, options in named if _kinds([cls])}
-        now = {getattr(modules[name].sc, setting, default) for name in ours}
-        if whole and theirs and then and now and not then & now:
+    arguments = [given for cls, given in named if _kinds([cls])]
+    for setting in ('inputs', 'bound'):
+        # only what the config says: a default may have been another, or a subclass's own
+        says = all(given.get(setting, UNKNOWN) is not UNKNOWN for given in arguments)
+        then = {given[setting] for given in arguments} if says else set()
+        now = {getattr(modules[name].sc, setting, None) for name in ours}
+        if whole and theirs and then and not then & now:
             raise CheckpointError(
                 f'{path}: trained with {setting}={some(map(repr, then))} in its DN layers, the '
                 f'config sets {some(map(repr, now))}. The weights would have another meaning. Use '
@@ -374,10 +377,14 @@ def _kinds(classes):
     }
 
 
+UNKNOWN = object()  # an argument that is no number and no text
+
+
 def _named(text):
     """The classes that the model in a config's text names, and their arguments.
 
-    The text is not executed, so only arguments that are numbers and texts are known.
+    The text is not executed, so only arguments that are numbers and texts are known; what
+    makes an SC of its own (``sc=``) hides those that it sets.
     """
     try:
         statements = ast.parse(text or '').body
@@ -407,7 +414,12 @@ def _type_names(node):
             ]
         else:
             continue
-        arguments = {key: value.value for key, value in pairs if isinstance(value, ast.Constant)}
+        arguments = {
+            key: value.value if isinstance(value, ast.Constant) else UNKNOWN
+            for key, value in pairs
+        }
+        if 'sc' in arguments:
+            arguments = {}
         for key, value in pairs:
             if key == 'type':
                 text = getattr(value, 'value', None)

@@ -170,6 +170,7 @@ def fold_norm(
     layers = foldable(model)
     if max_change is not None and not max_change >= 0:
         raise ValueError(f'max_change: expected a share of at least 0, got {max_change!r}')
+    keep = int(keep) if isinstance(keep, Integral) else keep  # numpy's
     by_name = named(layers, keep)
     varying = [name for layer, (name, *_) in layers.items() if constant(layer) is None]
     outputs = {}
@@ -182,12 +183,14 @@ def fold_norm(
             f'those that the model will see'
         )
     report = measure(model, outputs)
-    kept = set(most_varying(report, keep) if isinstance(keep, (int, Integral)) else by_name)
-    if max_change is not None and any(row.images == 1 for row in report):
-        raise ValueError(
-            'max_change: expected at least two images, over which g and h can vary, got one'
-        )
+    kept = set(most_varying(report, keep) if isinstance(keep, int) else by_name)
     if max_change is not None:
+        once = [row.name for row in report if row.images == 1 and row.name not in kept]
+        if once:
+            raise ValueError(
+                f'max_change: expected several images (for DN-C: batches), over which g and h '
+                f'can vary, got one for {some(once)}'
+            )
         kept |= {row.name for row in report if row.share > max_change}
     return replace_layers(model, outputs, report, kept)
 
@@ -290,7 +293,10 @@ def calibrate(
     }
     found: dict[str, Outputs] = {}
 
-    running: list[str] = []  # layers: several may share an SC
+    owners: dict[nn.Module, list[str]] = {}  # several layers may share an SC
+    for name, layer in layers.items():
+        owners.setdefault(layer.sc, []).append(name)
+    running: list[str] = []
 
     def enter(name):
         return lambda layer, given: running.append(name)
@@ -299,7 +305,11 @@ def calibrate(
         running.pop()
 
     def keep(sc, statistics, outputs):
-        name = running[-1]
+        name = owners[sc][0]
+        if len(owners[sc]) > 1:
+            if not running:  # called outside of its layers
+                return
+            name = running[-1]
         if not all(t.isfinite().all() for t in outputs):
             raise _NotFinite(
                 f'the statistics in {name} are not finite: the batch holds NaN or infinity, '
@@ -309,8 +319,7 @@ def calibrate(
             more = Outputs.of(*outputs)
             found[name] = found[name] + more if name in found else more
 
-    shared = dict.fromkeys(layer.sc for layer in layers.values())
-    handles = [sc.register_forward_hook(keep) for sc in shared]
+    handles = [sc.register_forward_hook(keep) for sc in owners]
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(enter(name)))
         handles.append(layer.register_forward_hook(leave))
@@ -398,7 +407,8 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
         and module.running_mean is not None
         and module.momentum != 0
     ]
-    before = [(bn.momentum, {name: b.clone() for name, b in bn.named_buffers()}) for bn in norms]
+    momenta = [bn.momentum for bn in norms]
+    buffers = [{k: t.clone() for k, t in bn.named_buffers(recurse=False)} for bn in norms]
     done = False
     with _modes_kept(model):
         model.eval()
@@ -411,10 +421,10 @@ def recalibrate(model: nn.Module, batches: Iterable, forward: Callable | None = 
                 _run(model, batch, at, forward)
             done = True
         finally:
-            for bn, (momentum, buffers) in zip(norms, before, strict=True):
+            for bn, momentum, before in zip(norms, momenta, buffers, strict=True):
                 bn.momentum = momentum
                 if not (done and bn.num_batches_tracked):
-                    for name, value in buffers.items():
+                    for name, value in before.items():
                         getattr(bn, name).copy_(value)
 
 
@@ -448,9 +458,9 @@ def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> lis
     Raises:
         ValueError: a pattern matches nothing, or a number is larger than the number of layers.
     """
-    if isinstance(keep, (int, Integral)) and not 0 <= keep <= len(layers):
+    if isinstance(keep, int) and not 0 <= keep <= len(layers):
         raise ValueError(f'keep: expected 0 to {len(layers)} layers, got {keep}')
-    if keep is None or isinstance(keep, (int, Integral)):
+    if keep is None or isinstance(keep, int):
         return []
     kept = []
     for pattern in (keep,) if isinstance(keep, str) else keep:

@@ -257,10 +257,11 @@ def _as_it_is(tensor):
 
 
 def _is_left_to_autograd(call, w, b):
-    """Whether gradients may lead where only autograd's own graph goes.
+    """Whether gradients may flow through code that `_FusedNorm` does not see.
 
-    Out of another module or a hook, to parameters that are not SC's and to other losses. And
-    where hooks on saved tensors are forbidden, which `_CoefficientsByAutograd` uses.
+    That is another module in SC's place, or a hook: it may lead to other parameters, or to
+    other losses. Also where hooks on saved tensors are forbidden, because
+    `_CoefficientsByAutograd` uses them.
     """
     return call.sc_parts is None or not (
         torch._C._autograd._saved_tensors_hooks_is_enabled() or _small_part_is_fused(call, w, b)

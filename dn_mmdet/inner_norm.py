@@ -152,12 +152,13 @@ def check_parts(x, sc, norm_parts, sc_parts, read=True):
 
 
 def _is_freed(t):
+    """Whether the memory of a tensor on a CPU or a GPU was freed; the rarest is asked first."""
     return (
-        t.numel() > 0
-        and t.device.type in ('cpu', 'cuda')
-        and torch._C._has_storage(t)
+        torch._C._has_storage(t)
+        and not t.untyped_storage().nbytes()
+        and t.numel() > 0
         and not t._is_zerotensor()
-        and t.untyped_storage().nbytes() == 0
+        and t.device.type in ('cpu', 'cuda')
     )
 
 

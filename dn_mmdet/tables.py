@@ -44,16 +44,21 @@ def read_table(
             is left out.
 
     Raises:
-        ConfigError: it has other columns.
+        ConfigError: it has other columns, or a text where a number should be.
         FileNotFoundError: there is no such file.
     """
     check_columns(path, *allowed)
     with open(path, newline='') as file:
         lines = [line for line in file if line.endswith('\n') or not unfinished]
-    return [
-        {key: empty if value == '' else numbers.get(key, str)(value) for key, value in row.items()}
-        for row in csv.DictReader(lines)
-    ]
+    rows = []
+    for row in csv.DictReader(lines, restval=''):
+        for name, value in row.items():
+            try:
+                row[name] = empty if value == '' else numbers.get(name, str)(value)
+            except ValueError as error:
+                raise ConfigError(f'{path}: {name}: expected a number, got {value!r}') from error
+        rows.append(row)
+    return rows
 
 
 def csv_text(rows: Iterable[Mapping], columns: Iterable[str]) -> str:
@@ -75,9 +80,12 @@ def append_rows(path: str | Path, rows: Iterable[Mapping], columns: Sequence[str
     path = Path(path)
     check_columns(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    text = io.StringIO()  # all of it, before anything is written
+    writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+    if not path.exists():
+        writer.writeheader()
+    elif not path.read_bytes().endswith(b'\n'):
+        text.write('\n')
+    writer.writerows(rows)
     with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        file.write(text.getvalue())

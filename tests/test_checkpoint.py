@@ -305,7 +305,7 @@ def test_dnb_and_dnc_weights_are_told_apart_by_the_config_that_they_carry():
     'then, now, said',
     [
         ("type='DNB', inputs='standardized'", dict(), "inputs='standardized'.*sets 'raw'"),
-        ("type='DNB'", dict(bound=2.0), r'bound=0\.25 .*sets 2\.0'),
+        ("type='DNB', bound=0.5", dict(bound=2.0), r'bound=0\.5 .*sets 2\.0'),
         ("type='DNC', bound=None", dict(), r'bound=None .*sets 0\.25'),
     ],
 )
@@ -320,11 +320,25 @@ def test_weights_of_other_settings_of_sc_are_refused(then, now, said):
         )
 
 
-def test_settings_of_a_part_of_the_layers_are_enough():
-    meta = dict(cfg="model = [dict(type='DNB', bound=0.5), dict(type='DNB')]")
+@pytest.mark.parametrize(
+    'text, layer',
+    [
+        ("[dict(type='DNB', bound=0.5), dict(type='DNB', bound=0.25)]", DNB(3)),
+        ("dict(type='DNB')", DNB(3, bound=0.5)),  # of a time with another default
+        ("dict(type='DNB', sc=dict(type='SC', bound=1.0))", DNB(3, sc=dict(type='SC', bound=1.0))),
+        ("dict(type='DNB', bound=0.5, sc=dict(type='SC', bound=1.0))", DNB(3)),
+        ("dict(type='DNB', bound=1 / 4)", DNB(3)),
+    ],
+)
+def test_settings_that_a_config_does_not_say_for_all_are_no_reason(text, layer):
+    state = nn.Sequential(layer).state_dict()
+    check_fits(
+        nn.Sequential(layer), dict(state_dict=state, meta=dict(cfg=f'model = {text}')), 'x.pth'
+    )
+
+
+def test_a_meta_that_is_a_text_says_nothing():
     state = nn.Sequential(DNB(3)).state_dict()
-    check_fits(nn.Sequential(DNB(3)), dict(state_dict=state, meta=meta), 'x.pth')
-    check_fits(nn.Sequential(DNB(3, bound=0.5)), dict(state_dict=state, meta=meta), 'x.pth')
     check_fits(nn.Sequential(DNB(3)), dict(state_dict=state, meta='notes'), 'x.pth')
 
 

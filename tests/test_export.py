@@ -424,6 +424,7 @@ def test_options_of_the_suppression_that_the_graph_has_not_are_refused(options, 
         del model.bbox_head.test_cfg.nms['iou_threshold']
     with pytest.raises(preflight.ConfigError, match=expected):
         export.Detector(model, (64, 64))
+    assert not export.Detector(model, (64, 64), raw=True).outputs  # which need none
 
 
 def test_no_suppression_and_no_limit_are_refused():
@@ -432,6 +433,8 @@ def test_no_suppression_and_no_limit_are_refused():
     with pytest.raises(preflight.ConfigError, match="test_cfg.nms: expected type='nms'"):
         export.Detector(model, (64, 64))
     model = retinanet()
+    model.bbox_head.test_cfg.max_per_img = None  # mmdet's for all
+    export.Detector(model, (64, 64))
     model.bbox_head.test_cfg.max_per_img = -1
     with pytest.raises(preflight.ConfigError, match='max_per_img: expected at least 1, got -1'):
         export.Detector(model, (64, 64))
@@ -460,6 +463,8 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
         (export.Agreement(0, 0, 10, 0), True),
         (export.Agreement(0, 6, 6, 134), True),
         (export.Agreement(0, 0, 0, 3), True),
+        (export.Agreement(0, 64, 100, 36), False),
+        (export.Agreement(0, 1, 2, 1), False),
     ],
 )
 def test_detections_that_only_one_side_gives_count(agreement, bad):

@@ -463,10 +463,38 @@ def test_timms_norms_of_other_kinds_come_back(kind, close):
 
 
 def test_one_image_cannot_say_how_much_g_and_h_vary():
-    with pytest.raises(ValueError, match='max_change: expected at least two images'):
-        fold_norm(net(), [IMAGES[:1]], max_change=0)
-    assert not dn_layers(net()) == {}
-    assert all(row.folded for row in fold_norm(net(), [IMAGES[:1]]))
+    model = net()
+    with pytest.raises(ValueError, match='max_change: expected several images.*got one for bn1'):
+        fold_norm(model, [IMAGES[:1]], max_change=0)
+    assert len(dn_layers(model)) == 20
+    assert all(row.folded for row in fold_norm(model, [IMAGES[:1]]))
+    mixed = nn.Sequential(awake(DNB(3)), awake(DNC(3, track_running_stats=False)))
+    fold_norm(mixed, [IMAGES, 2 * IMAGES], max_change=1)
+    fold_norm(
+        nn.Sequential(awake(DNB(3)), awake(DNC(3, track_running_stats=False))),
+        [IMAGES],
+        keep='1',
+        max_change=1,
+    )
+
+
+def test_an_sc_that_is_also_called_by_itself(close):
+    class Apart(nn.Sequential):
+        def forward(self, x):
+            self[0].sc(x.mean((2, 3)), x.std((2, 3)))
+            return self[0].forward(x)
+
+    model = Apart(awake(DNB(3))).eval()
+    fold_norm(model, [IMAGES])
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_statistics_of_a_norm_with_a_parametrization_are_put_back():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    with pytest.raises(ValueError, match='batch 0: the model cannot take it'):
+        recalibrate(model, ['no image'])
+    assert model[0].running_var.tolist() == [1, 1, 1]
 
 
 def test_a_number_of_layers_may_be_numpys():

@@ -53,8 +53,24 @@ def test_a_row_with_more_than_the_columns_is_refused_whole(tmp_path):
     append_rows(tmp_path / 'rows.csv', [dict(name='a', count=1)], COLUMNS)
     before = (tmp_path / 'rows.csv').read_text()
     with pytest.raises(ValueError, match='other'):
-        append_rows(tmp_path / 'rows.csv', [dict(name='b', other=1)], COLUMNS)
+        append_rows(tmp_path / 'rows.csv', [dict(name='c'), dict(name='b', other=1)], COLUMNS)
     assert (tmp_path / 'rows.csv').read_text() == before
+
+
+def test_rows_with_too_few_cells_and_with_texts_for_numbers(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.write_text('name,count\na\n')
+    assert read_table(path, [COLUMNS], dict(count=int)) == [dict(name='a', count=None)]
+    path.write_text('name,count\na,many\n')
+    with pytest.raises(ConfigError, match="rows.csv: count: expected a number, got 'many'"):
+        read_table(path, [COLUMNS], dict(count=int))
+
+
+def test_a_last_line_without_its_end_is_ended_before_others_follow(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.write_text('name,count\na,1')  # by hand
+    append_rows(path, [dict(name='b', count=2)], COLUMNS)
+    assert path.read_text() == 'name,count\na,1\nb,2\n'
 
 
 def test_half_a_row_of_a_killed_process(tmp_path):

@@ -100,9 +100,8 @@ def test_another_checkpoint_of_the_same_run_is_another_model(tmp_path):
     trade_off.merge(path, early)
     trade_off.merge(path, late)
     assert trade_off.read(path) == [*early, *late]
-    (points,) = trade_off.curves(path).values()
-    assert [point['seeds'] for point in points] == [2, 2]
-    assert points[1]['to_dynamic'] == pytest.approx(-0.25)
+    (points,) = trade_off.curves(path).values()  # of a seed, the last
+    assert [(point['seeds'], point['value']) for point in points] == [(1, 0.5), (1, 0.1)]
 
 
 def test_rows_of_an_earlier_file_do_not_say_which_weights_they_are_of(tmp_path):
@@ -120,6 +119,7 @@ def test_the_digest_is_of_the_weights():
     state = dict(a=torch.ones(2, 3), b=torch.zeros((), dtype=torch.int64))
     digest = trade_off.digest_of(dict(state_dict=state, meta=dict(epoch=3)))
     assert len(digest) == 8 and digest == trade_off.digest_of(dict(state_dict=dict(state)))
+    assert digest == trade_off.digest_of({f'module.{key}': t for key, t in state.items()})
     changed = dict(state, a=state['a'].index_fill(0, torch.tensor([1]), 2))
     for other in (changed, dict(c=state['a'], b=state['b'])):
         assert trade_off.digest_of(dict(state_dict=other)) != digest

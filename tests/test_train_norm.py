@@ -106,3 +106,19 @@ def run(cwd, tool, *argv):
         env=dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES=''),
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_detector_whose_train_gives_nothing_back(tmp_path, monkeypatch):
+    """As mmdet's for distillation."""
+    (tmp_path / 'images').mkdir()
+    make_coco(tmp_path)
+    argv = [str(write_config(tmp_path, 'DNB')), '--work-dir', str(tmp_path / 'work')]
+    cfg, args = configure(*argv), TOOL['parse'](argv)[1]
+    modes = []
+
+    def train(self, mode=True):
+        modes.append(mode)
+
+    monkeypatch.setattr('mmdet.models.SingleStageDetector.train', train, raising=False)
+    TOOL['check'](cfg, args)
+    assert modes

@@ -97,7 +97,7 @@ def run(args):
     checkpoint = open_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     check_fits(model, checkpoint, args.checkpoint)
     size = image_size(cfg, args.size)
-    detector = export.Detector(model, size)
+    detector = export.Detector(model, size, raw=args.raw)
     preflight.make_folder(out.parent, '--out')
     if args.images:
         images = export.read_images(find_images(args.images)[:8], size)
@@ -127,13 +127,13 @@ def run(args):
                 f'{out}: not written, more detections differ from those of mmdet than agree. '
                 f'Compare on real images with --images, or export with --raw'
             )
-        names = detector.raw_names if args.raw or not detector.outputs else detector.outputs
+        names = detector.outputs or detector.raw_names
         export.keep_outputs(whole, out, names)
         print(in_words(simple))
         number = 'N' if args.target == 'portable' else 1
         print(f'{out}: images ({number}, 3, {size[0]}, {size[1]}) -> {", ".join(names)}')
         if args.latency:
-            twin = export.Detector(export.folded_twin(model), size)
+            twin = export.Detector(export.folded_twin(model), size, raw=args.raw)
             export.export(twin, Path(folder, 'bn.onnx'), args.target)
             print_latency({'BN, folded': Path(folder, 'bn.onnx'), 'this detector': whole}, images)
 

@@ -124,7 +124,8 @@ def check(cfg, args):
     command_line.check_launcher(args.launcher)
     preflight.check_amp(cfg)
     model = preflight.check_model(cfg)
-    preflight.tell_frozen(model.train())  # as a runner does; some backbones freeze stages then
+    model.train()  # as a runner does: some backbones freeze stages then
+    preflight.tell_frozen(model)
     if cfg.get('val_dataloader'):
         preflight.check_evaluation(model)
     for split in ('train', 'val'):

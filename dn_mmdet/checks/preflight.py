@@ -149,7 +149,7 @@ def tell_frozen(model: nn.Module) -> None:
     frozen = [
         name
         for name, layer in layers.items()
-        if not any(parameter.requires_grad for parameter in layer.sc.parameters())
+        if {parameter.requires_grad for parameter in layer.sc.parameters()} == {False}
     ]
     if frozen:
         tell(

@@ -50,6 +50,7 @@ class Detector(nn.Module):
     Args:
         model: an mmdet detector: single-stage, or Faster R-CNN.
         size: (height, width) of the images.
+        raw: give the head's own outputs alone.
 
     Shape:
         - images: (N, 3, H, W), float, pixels from 0 to 255 in the channel order in
@@ -68,7 +69,7 @@ class Detector(nn.Module):
     head: Any  # of the kinds in `export_heads`
     raw_names: tuple[str, ...]
 
-    def __init__(self, model: nn.Module, size: tuple[int, int]):
+    def __init__(self, model: nn.Module, size: tuple[int, int], raw: bool = False):
         super().__init__()
         kind = kind_of(model)
         self.model = model
@@ -87,7 +88,8 @@ class Detector(nn.Module):
                 f'pads its images, got {tuple(size)}'
             )
         self.head = kind(model, self.size)
-        self.outputs = OUTPUTS if self.head.detect else ()
+        self.head.check(raw)
+        self.outputs = OUTPUTS if self.head.detect and not raw else ()
         self.raw_names = self.head.raw_names
 
     def forward(self, images: Tensor):
@@ -226,8 +228,8 @@ class Agreement(NamedTuple):
     more: int  # detections that mmdet does not give
 
     def is_bad(self) -> bool:
-        """Whether more detections differ than agree; roundings can change some."""
-        return self.detections - self.matched + self.more > self.matched
+        """Whether more detections of one side are others than agree; roundings change some."""
+        return max(self.detections - self.matched, self.more) > self.matched
 
 
 @torch.no_grad()

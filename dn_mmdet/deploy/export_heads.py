@@ -87,10 +87,11 @@ def _check_nms(option, cfg):
             f"{option}.nms: expected type='nms' by class, with iou_threshold and no other option "
             f'that changes what is found, got {dict(nms)}. Change it, or export with --raw'
         )
-    if cfg.get('max_per_img', 1) < 1:
+    limit = cfg.get('max_per_img')
+    if limit is not None and limit < 1:
         raise ConfigError(
-            f'{option}.max_per_img: expected at least 1, got {cfg.max_per_img}: the graph gives '
-            f'that many detections of each image'
+            f'{option}.max_per_img: expected at least 1, got {limit}: the graph needs a number '
+            f'of detections for each image. Change it, or export with --raw'
         )
 
 
@@ -112,16 +113,17 @@ class DenseHead(nn.Module):
         super().__init__()
         self.model = model
         self.size = size
-        self.cfg = self._config()
+        head: Any = model.bbox_head
+        self.cfg = head.test_cfg
         with torch.no_grad():
             levels = model(torch.zeros(1, 3, *size), mode='tensor')
-        self._make_priors(model.bbox_head, levels[0])
+        self._make_priors(head, levels[0])
         self.raw_names = self.FIRST = self._names(len(levels))
 
-    def _config(self):
-        cfg = self.model.bbox_head.test_cfg
-        _check_nms('model.test_cfg', cfg)
-        return cfg
+    def check(self, raw: bool) -> None:
+        """Raises ConfigError where mmdet would choose other detections, unless only raw ones."""
+        if not raw:
+            _check_nms('model.test_cfg', self.cfg)
 
     def _names(self, number):
         return (*self.FIRST, 'score_factors')[:number]
@@ -203,12 +205,15 @@ class TwoStage(DenseHead):
         self.size = size
         self.cfg = model.roi_head.test_cfg
         self.of_rpn = model.rpn_head.test_cfg
-        _check_nms('model.test_cfg.rcnn', self.cfg)
-        _check_nms('model.test_cfg.rpn', self.of_rpn)
         with torch.no_grad():
             features = model.extract_feat(torch.zeros(1, 3, *size))
             self._make_priors(model.rpn_head, model.rpn_head(features)[0])
         self.raw_names = (*self.FIRST, 'proposals', 'class_scores', 'box_deltas')
+
+    def check(self, raw):
+        _check_nms('model.test_cfg.rpn', self.of_rpn)  # which the head's own outputs need too
+        if not raw:
+            _check_nms('model.test_cfg.rcnn', self.cfg)
 
     def raw(self, images):
         rpn, roi = self.model.rpn_head, self.model.roi_head
@@ -297,6 +302,9 @@ class RawOutputs(nn.Module):
                 f'be written as ONNX'
             )
         self.raw_names = self.FIRST = tuple(f'raw_{i}' for i in range(len(outputs)))
+
+    def check(self, raw):
+        pass
 
     def raw(self, images):
         return tuple(tree_leaves(self.model(images, mode='tensor')))

@@ -10,6 +10,7 @@ import logging
 import math
 import statistics
 import time
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -361,6 +362,7 @@ def fold(
         ConfigError: see `Calibration` and `Evaluation`.
         ValueError: see `fold_norm`.
     """
+    keep = int(keep) if isinstance(keep, Integral) else keep  # numpy's
     by_name = named(foldable(model), keep)
     model = model.to(get_device())
     with quiet():

@@ -27,7 +27,7 @@ TARGETS = ('portable', 'onnxruntime')
 # Channels with |b| above this times |w| are normalised without w and b. Else the variance of
 # u would be a small difference of large numbers, and SC's first weights would be huge.
 GUARD = 8
-SMALLEST = 1e-12  # so are channels whose |w| / sigma is less: squares of u would be zero
+SMALLEST = 1e-12  # also channels with |w| / sigma below this: the squares of u would be zero
 # The moments come from the covariance of a convolution's input where that has at least so many
 # times fewer channels than the output, and so many times more places than channels.
 WIDENING = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoint import meta_of
+from ..checkpoint import meta_of, weights
 from ..experiments import results
 from ..experiments.compare import data_name
 from ..files import write_text
@@ -115,11 +115,11 @@ def merge(path, rows) -> None:
 def digest_of(checkpoint: dict) -> str:
     """What tells the weights of a checkpoint from others: eight hexadecimal digits."""
     found = hashlib.sha256()
-    for name, value in sorted(checkpoint.get('state_dict', checkpoint).items()):
-        found.update(name.encode())
+    for name, value in sorted(weights(checkpoint, '').items(), key=lambda pair: str(pair[0])):
+        found.update(str(name).encode())
         if isinstance(value, torch.Tensor):
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(values.numpy().tobytes())
+            dense = value.detach().cpu().to_dense() if value.is_sparse else value.detach().cpu()
+            found.update(dense.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:8]
 
 
@@ -128,13 +128,12 @@ def curve(rows) -> list[dict]:
 
     Differences and ratios are taken within a seed, to its model with all layers dynamic
     and to that with all folded. Numbers of dynamic layers that only some seeds have are
-    left out.
+    left out, and of several checkpoints of a seed all but the last.
     """
 
-    def model(row):
-        return row['seed'], row.get('weights')
-
-    seeds = results.grouped(rows, model)
+    last = {row['seed']: row.get('weights') for row in rows}  # rows are in order of time
+    rows = [row for row in rows if row.get('weights') == last[row['seed']]]
+    seeds = results.grouped(rows, lambda row: row['seed'])
     points = []
     for group in results.grouped(
         sorted(rows, key=lambda row: -row['dynamic']), lambda row: row['dynamic']
@@ -142,7 +141,7 @@ def curve(rows) -> list[dict]:
         if len(group) < len(seeds):
             continue
         whole, folded = (
-            {key: pick(found, key=lambda row: row['dynamic']) for key, found in seeds.items()}
+            {seed: pick(found, key=lambda row: row['dynamic']) for seed, found in seeds.items()}
             for pick in (max, min)
         )
         points.append(
@@ -150,10 +149,10 @@ def curve(rows) -> list[dict]:
                 group[0],
                 seeds=len(group),
                 value=_mean(row['value'] for row in group),
-                to_dynamic=_mean(row['value'] - whole[model(row)]['value'] for row in group),
+                to_dynamic=_mean(row['value'] - whole[row['seed']]['value'] for row in group),
                 value_changed=_mean(row['value_changed'] for row in group),
                 time=_mean(
-                    row['milliseconds'] / folded[model(row)]['milliseconds'] for row in group
+                    row['milliseconds'] / folded[row['seed']]['milliseconds'] for row in group
                 ),
             )
         )
