@@ -292,7 +292,6 @@ def calibrate(
         name: layer for name, layer in model.named_modules() if isinstance(layer, _DynamicNorm)
     }
     found: dict[str, Outputs] = {}
-
     owners: dict[nn.Module, list[str]] = {}  # several layers may share an SC
     for name, layer in layers.items():
         owners.setdefault(layer.sc, []).append(name)
