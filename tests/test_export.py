@@ -85,7 +85,7 @@ def fcos():
             )
         )
     )
-    torch.nn.init.normal_(model.bbox_head.conv_cls.weight, std=0.02)  # else many scores are 1
+    torch.nn.init.normal_(model.bbox_head.conv_cls.weight, std=0.002)  # else many scores are 1
     return model
 
 
