@@ -303,6 +303,13 @@ def test_what_the_pages_say_of_stability_is_what_the_runs_say():
     ) in text
 
 
+def test_what_the_page_on_causes_says_of_the_learning_rate_is_what_the_runs_say():
+    (bn,), (dnb,), (rate,) = runs('Other controls, digits').values()
+    gained, all_of_it = (row['value'] - bn['value'] for row in (rate, dnb))
+    assert f"BN gains [{gained:.2f} of DN-B's {all_of_it:.2f}]" in one_line('why.md')
+    assert gained > all_of_it / 2  # 'most of it'
+
+
 def test_what_the_pages_say_of_averaged_weights_is_what_the_runs_say():
     worse = [
         np.mean([r['value'] - r['averaged'] for r in rows])
