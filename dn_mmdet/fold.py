@@ -445,6 +445,29 @@ def measure(model: nn.Module, outputs: dict[str, Outputs]) -> list[LayerReport]:
     return report
 
 
+@torch.no_grad()
+def values_of_maps(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """How many values the maps of each layer have in a run of the model, added up over calls."""
+    found = {}
+
+    def look(name):
+        def hook(layer, given):
+            found[name] += given[0].numel()
+
+        return hook
+
+    handles = []
+    for layer, (name, *_) in foldable(model).items():
+        found[name] = 0
+        handles.append(layer.register_forward_pre_hook(look(name)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def most_varying(report: list[LayerReport], number: int) -> list[str]:
     """The names of the layers that folding would change most, in descending order."""
     seen = [row for row in report if not math.isnan(row.share)]

@@ -104,7 +104,7 @@ def check_map(x, num_features, ndims):
         raise TypeError(f'expected a floating-point map, got one of {x.dtype}{remedy}')
 
 
-def check_parts(x, sc, norm_parts, sc_parts, read=True):
+def check_parts(x, sc, norm_parts, sc_parts, read):
     """Raises, in torch's words, where something that will be read does not fit x.
 
     In every backend, so that nothing is broadcast and no kernel reads past the end. With

@@ -17,7 +17,7 @@ from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
 from dn_mmdet.convert import convert_norm, dn_layers
 from dn_mmdet.experiments.ablation import VariantSC
 from dn_mmdet.experiments.controls import ScaledBN, StaticDN
-from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate
+from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate, values_of_maps
 
 SHAPES = {
     DNB: (4, 6, 5, 3),
@@ -476,6 +476,23 @@ def test_one_image_cannot_say_how_much_g_and_h_vary():
         keep='1',
         max_change=1,
     )
+
+
+def test_the_maps_of_a_layer_that_is_called_several_times_add_up():
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.small, self.unused = DNB(3), DNB(3), DNB(3)
+
+        def forward(self, x):
+            for side in (8, 4, 2):
+                self.head(x[..., :side, :side])
+            return self.small(x[..., :5, :5])
+
+    model = Levels()
+    found = values_of_maps(model, lambda: model(IMAGES[:1]))
+    assert found == dict(head=3 * (64 + 16 + 4), small=75, unused=0)
+    assert not model.head._forward_pre_hooks
 
 
 def test_an_sc_that_is_also_called_by_itself(close):

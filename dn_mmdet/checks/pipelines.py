@@ -2,19 +2,7 @@
 
 from mmcv.transforms import Compose, RandomFlip, TestTimeAug
 from mmdet.datasets import CocoDataset
-from mmdet.datasets.transforms import (
-    CachedMixUp,
-    CopyPaste,
-    Expand,
-    GeomTransform,
-    MinIoURandomCrop,
-    MixUp,
-    Mosaic,
-    RandomAffine,
-    RandomCenterCropPad,
-    RandomCrop,
-    RandomShift,
-)
+from mmdet.datasets import transforms as mmdets
 from mmdet.models.detectors.base import BaseDetector
 from mmdet.structures import DetDataSample
 from mmengine.dataset import BaseDataset
@@ -24,18 +12,18 @@ from ..messages import ConfigError, some, tell
 
 # Transforms after which objects are elsewhere, and no detector takes that back.
 MOVING = (
-    CachedMixUp,
-    CopyPaste,
-    Expand,
-    GeomTransform,
-    MinIoURandomCrop,
-    MixUp,
-    Mosaic,
-    RandomAffine,
-    RandomCenterCropPad,
-    RandomCrop,
     RandomFlip,
-    RandomShift,
+    mmdets.CachedMixUp,
+    mmdets.CopyPaste,
+    mmdets.Expand,
+    mmdets.GeomTransform,
+    mmdets.MinIoURandomCrop,
+    mmdets.MixUp,
+    mmdets.Mosaic,
+    mmdets.RandomAffine,
+    mmdets.RandomCenterCropPad,
+    mmdets.RandomCrop,
+    mmdets.RandomShift,
 )
 
 

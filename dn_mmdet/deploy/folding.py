@@ -37,6 +37,7 @@ from ..fold import (
     named,
     recalibrate,
     replace_layers,
+    values_of_maps,
 )
 from ..messages import ConfigError, wants_larger_batch
 from .folded_config import built
@@ -251,22 +252,10 @@ class Folding:
                 kept = fewer
         return kept
 
-    @torch.no_grad()
     def values_per_image(self) -> dict[str, int]:
         """How many values the maps of each layer have: what keeping it costs."""
-        found = dict.fromkeys(self.names(), 0)
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, given, name=name: found.update({name: found[name] + given[0].numel()})
-            )
-            for layer, (name, *_) in foldable(self.model).items()
-        ]
-        try:
-            self.model(*self.evaluation.one_image(self.model), mode='tensor')
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        data = self.evaluation.one_image(self.model)
+        return values_of_maps(self.model, lambda: self.model(*data, mode='tensor'))
 
     def of_halves(self, kept, recalibrated) -> list[float]:
         """The metric with what each half of the images alone gives."""

@@ -3,7 +3,6 @@
 Each runtime is one class: it converts a model, and runs it on one thread.
 """
 
-import collections
 import contextlib
 import copy
 import importlib.metadata
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..fold import calibrate, foldable, measure, replace_layers
+from ..fold import calibrate, measure, replace_layers, values_of_maps
 from . import export, simplify
 
 FIELDS = ('runtime', 'version', 'model', 'ms', 'ratio', 'error')
@@ -270,17 +269,9 @@ def models_of(
     trained model loses by that is for `tools/fold.py` to say.
     """
     outputs = calibrate(detector, [torch.from_numpy(images)])
-    values = collections.Counter()  # a head has several maps
-
-    def look(name):
-        return lambda layer, given: values.update({name: values[name] + given[0].numel()})
-
-    layers = {layer: names[0] for layer, names in foldable(detector).items()}
-    handles = [layer.register_forward_pre_hook(look(name)) for layer, name in layers.items()]
-    detector(torch.from_numpy(images[:1]))
-    for handle in handles:
-        handle.remove()
-    order = sorted(values, key=values.__getitem__, reverse=True)
+    values = values_of_maps(detector, lambda: detector(torch.from_numpy(images[:1])))
+    reached = [name for name in values if values[name]]
+    order = sorted(reached, key=values.__getitem__, reverse=True)
     report = measure(detector, outputs)
     found = {REFERENCE: export.folded_twin(detector), 'dynamic': detector}
     for part in (folded, 1):
