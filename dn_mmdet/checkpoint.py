@@ -26,7 +26,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from .layers import _DynamicNorm
+from .layers import _DynamicNorm, dn_layers_in
 from .messages import UserError, some, tell
 from .registered import loaded
 
@@ -320,7 +320,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool
 
 def _check_norms(model, checkpoint, state, path, whole):
     """Dynamic against batch normalization, and DN-B against DN-C, which share their keys."""
-    theirs = {key.removesuffix('.sc.w_in') for key in state if key.endswith('.sc.w_in')}
+    theirs = dn_layers_in(state)
     ours = {name for name, module in model.named_modules() if isinstance(module, _DynamicNorm)}
     modules = dict(model.named_modules())
     plain = sorted(name for name in theirs - ours if name in modules)

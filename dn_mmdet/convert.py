@@ -36,7 +36,9 @@ from .layers import (
     SyncDNB,
     SyncDNC,
     _DynamicNorm,
+    dn_layers_in,
 )
+from .messages import some
 from .registered import resolve
 from .sc import SC
 
@@ -139,6 +141,11 @@ def convert_norm(
     layers = dn_layers(model)
     chosen = _choose(found, layers, only, skip)
     if not chosen:
+        if found:
+            raise ValueError(
+                f'only, skip: expected patterns that leave a BatchNorm to convert, and these '
+                f'leave none of {len(found)}: {some(found)}'
+            )
         if not layers:
             raise ValueError(
                 f'found no BatchNorm to convert in {type(model).__name__}{norms_in_words(model)}'
@@ -360,7 +367,10 @@ def _config_path(name, model_cfg):
     """The name of the module around the norm ``name`` that a dict of the config builds."""
     parts, node = [], model_cfg
     for part in name.split('.')[:-1]:
-        node = node[int(part)] if isinstance(node, (list, tuple)) else node.get(part)
+        if isinstance(node, (list, tuple)):  # which need not be the modules of that name
+            node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+        else:
+            node = node.get(part)
         if not isinstance(node, (dict, list, tuple)):
             break
         parts.append(part)
@@ -412,7 +422,7 @@ def _convert_state(state, sc, args, everywhere):
             f'expected weights, or a dict with weights under "state_dict", found '
             f'{", ".join(map(str, list(state)[:8])) or "nothing"}'
         )
-    if any(f'.{key}'.endswith('.sc.w_in') for key in state):
+    if dn_layers_in(state):
         raise ValueError(
             'this checkpoint already has Dynamic Normalization. The weights alone are not enough '
             'to go back to BatchNorm, because the scale and shift that a trained SC makes differ '

@@ -10,11 +10,17 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end, if there is no error."""
+    """A path to write to, which takes the place of ``path`` at the end, if there is no error.
+
+    After an error there is nothing of it. Each process writes to a path of its own.
+    """
     path = Path(path)
-    part = path.with_name(f'{path.name}.part')
-    yield part
-    os.replace(part, path)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

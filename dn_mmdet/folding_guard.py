@@ -36,7 +36,8 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
         frame: of the code that reads.
 
     Raises:
-        TypeError: its name says that it folds. If only what it does looks so, it is warned.
+        TypeError: its name says that it folds, and what it does looks so. If only one of the
+            two does, there is a warning.
     """
     frames = [frame]
     while _is_part_of_a_function(frame.f_code) and frame.f_back:
@@ -45,14 +46,15 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
     name = frame.f_code.co_name
     named = FOLDING.search(name) and any(map(_reads_more, frames))
     computes = any(map(_computes_batch_norm, frames))
-    if not (named or computes or any(map(_seems_to_fold, frames))) or layer.sc.is_identity():
+    folds = computes or any(map(_seems_to_fold, frames))
+    if not (named or folds) or layer.sc.is_identity():
         return
     kind = type(layer).__name__
     remedy = (
         'turn the layers into BatchNorms first, with dn_mmdet.fold.fold_norm, or do not '
         'fold this one. Code that only reads the norm can use the inner BatchNorm, .bn'
     )
-    if named:
+    if named and folds:
         raise TypeError(
             f'{name}: expected a BatchNorm to fold, got {kind}. Its scale and shift '
             f'follow the input and would be lost: {remedy}'

@@ -387,7 +387,7 @@ def replayed_backward(
     bound: float | None,
     group: str,
 ) -> tuple[Tensor | None, ...]:
-    """A differentiable backward pass for the compiled GPU host, which keeps no modules.
+    """A differentiable backward pass for what keeps no modules: the GPU host and the operators.
 
     Args:
         mu, sigma: (C,), what the forward pass normalised by, unless batch.

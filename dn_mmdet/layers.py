@@ -1,6 +1,8 @@
 """The layers DN-B and DN-C, as configs name them, and the state they hold."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +22,22 @@ torch.fx.wrap('dynamic_norm')
 
 # What a BatchNorm checkpoint holds for a layer of the same name.
 BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
+
+
+def dn_layers_in(keys: Iterable[str]) -> set[str]:
+    """Names of the DN layers whose weights have these keys, whatever their SC is.
+
+    A layer holds ``bn`` and ``sc``. A block that calls its shortcut so has convolutions too.
+    """
+    parts: dict = defaultdict(set)
+    known = set()
+    for key in keys:
+        *path, leaf = key.split('.')
+        for depth, part in enumerate((*path, leaf)):
+            parts['.'.join(path[:depth])].add(part)
+        if path[-1:] == ['sc'] and leaf == 'w_in':
+            known.add('.'.join(path[:-1]))
+    return known | {name for name, found in parts.items() if found == {'bn', 'sc'}}
 
 
 def _build_sc(cfg, arguments):

@@ -18,7 +18,10 @@ DISTRIBUTIONS = dict(
 
 
 def commit_of(root: Path = ROOT) -> str:
-    """The commit that the code is at, with '+' where its files differ from it."""
+    """The commit that the code is at, with '+' where its files differ from it.
+
+    'unknown' where ``root`` is no checkout of its own, as in an environment inside another one.
+    """
 
     def git(*arguments):
         return subprocess.run(
@@ -26,7 +29,10 @@ def commit_of(root: Path = ROOT) -> str:
         ).stdout.strip()
 
     try:
-        changed = git('status', '--porcelain', '--untracked-files=no', '--', 'dn_mmdet', 'tools')
+        if Path(git('rev-parse', '--show-toplevel')).resolve() != Path(root).resolve():
+            return 'unknown'
+        parts = 'dn_mmdet', 'tools', 'configs'
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', *parts)
         return git('rev-parse', '--short=10', 'HEAD') + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'

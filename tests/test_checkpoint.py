@@ -14,6 +14,7 @@ from mmdet.registry import PARAM_SCHEDULERS as MMDET_SCHEDULERS
 from mmdet.utils import register_all_modules
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
+from mmengine.registry import MODELS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_SCHEDULERS
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmengine.runner.checkpoint import load_from_http, load_from_local
@@ -28,6 +29,7 @@ from dn_mmdet.checkpoint import (
     safe_loading,
     weights,
 )
+from dn_mmdet.layers import dn_layers_in
 
 HOSTILE = ('zip', 'legacy', 'pickle')
 
@@ -291,6 +293,45 @@ def test_dn_weights_do_not_fit_a_bn_model(whole):
     checkpoint = dict(state_dict=net(DNB).state_dict(), meta=dict(experiment_name='one_2026'))
     with pytest.raises(CheckpointError, match="BatchNorm2d.*norm_cfg to type='DNB'.*one_2026"):
         check_fits(net(nn.BatchNorm2d), checkpoint, 'x.pth', whole=whole)
+
+
+@MODELS.register_module()
+class OwnSC(nn.Module):
+    """With other parameters than SC."""
+
+    inputs, bound = 'raw', None
+
+    def __init__(self, num_features, **arguments):
+        super().__init__()
+        self.num_features = num_features
+        self.own = nn.Parameter(torch.ones(2, num_features))
+
+
+def own(num_features):
+    return DNB(num_features, sc=dict(type='OwnSC'))
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_an_sc_of_another_kind_is_one_too(whole, caplog):
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_instance('own')
+    logger.addHandler(caplog.handler)
+    trained = net(own).state_dict()
+    with caplog.at_level(logging.WARNING):
+        check_fits(net(own), dict(trained), 'x.pth', whole=whole)
+    assert 'holds no SC weights' not in caplog.text
+    with pytest.raises(CheckpointError, match="BatchNorm2d.*norm_cfg to type='DNB'"):
+        check_fits(net(nn.BatchNorm2d), dict(trained), 'x.pth', whole=whole)
+
+
+def test_a_shortcut_of_that_name_is_no_sc():
+    block = nn.Sequential()
+    block.conv, block.bn, block.sc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1)
+    assert dn_layers_in(block.state_dict()) == set()
+    layer = DNB(4, affine=False, track_running_stats=False)
+    assert dn_layers_in(layer.state_dict()) == {''}
+    assert dn_layers_in(nn.Sequential(block, layer, own(4)).state_dict()) == {'1', '2'}
 
 
 def test_dnb_and_dnc_weights_are_told_apart_by_the_config_that_they_carry():

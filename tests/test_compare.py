@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -417,6 +418,40 @@ def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
 
 def test_where_git_cannot_tell_the_commit_is_unknown(tmp_path):
     assert commit_of(tmp_path) == 'unknown'
+
+
+def test_an_environment_inside_another_checkout_has_no_commit_and_a_changed_config_counts(
+    tmp_path,
+):
+    def git(*arguments):
+        who = '-c', 'user.name=a', '-c', 'user.email=a@b'
+        subprocess.run(['git', '-C', tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'a.py').write_text('a = 1')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'a')
+    (tmp_path / 'site-packages').mkdir()
+    assert commit_of(tmp_path / 'site-packages') == 'unknown'
+    before = commit_of(tmp_path)
+    assert re.fullmatch('[0-9a-f]{10}', before)
+    (tmp_path / 'configs' / 'a.py').write_text('a = 2')
+    assert commit_of(tmp_path) == f'{before}+'
+
+
+def test_what_was_made_of_a_checkpoint_is_none_of_the_trainings(tmp_path):
+    for name in ('epoch_9', 'epoch_10', 'epoch_10_folded', 'epoch_11_folded_3'):
+        (tmp_path / f'{name}.pth').touch()
+    assert [path.stem for path in compare.epoch_checkpoints(tmp_path)] == ['epoch_9', 'epoch_10']
+    assert compare.last_checkpoint(tmp_path).stem == 'epoch_10'
+    compare._keep_last_checkpoint(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        'epoch_10',
+        'epoch_10_folded',
+        'epoch_11_folded_3',
+    }
+    assert compare.last_checkpoint(tmp_path / 'nowhere') is None
 
 
 # --- the real thing ---

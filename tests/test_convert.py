@@ -20,7 +20,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from dn_mmdet import DNB, DNC, DNB1d, DNB3d, SyncDNB
+from dn_mmdet import DNB, DNC, DNB1d, DNB3d, SyncDNB, convert
 from dn_mmdet.convert import batch_norms, convert_checkpoint, convert_norm, dn_layers, swap_norm
 
 ROOT = Path(__file__).parents[1]
@@ -362,6 +362,15 @@ def test_a_model_without_batch_norm_says_what_it_holds():
         convert_norm(model, 'DNB')
 
 
+@pytest.mark.parametrize('patterns', [dict(only=[]), dict(skip='*'), dict(only='1', skip='1')])
+def test_patterns_that_leave_nothing_are_named(patterns):
+    for model in (small_net(), convert_norm(small_net(), 'DNB', skip='1')):
+        if patterns.get('only') == '1' and dn_layers(model):
+            continue
+        with pytest.raises(ValueError, match='only, skip: .* leave none of [12]: '):
+            convert_norm(model, 'DNB', **patterns)
+
+
 def test_a_converted_model_is_left_and_says_so():
     model = convert_norm(small_net(), 'DNB')
     layers = dn_layers(model)
@@ -555,6 +564,12 @@ def test_a_bn_checkpoint_gives_a_swapped_model_bns_output(close):
             torch.cat([level.flatten() for kind in model(x, mode='tensor') for level in kind]),
             torch.cat([level.flatten() for kind in source(x, mode='tensor') for level in kind]),
         )
+
+
+@pytest.mark.parametrize('node', [[dict(type='A')], dict(type='A'), 'A'])
+def test_a_norm_is_found_in_a_config_of_another_structure_than_the_model(node):
+    assert convert._config_path('neck.2.conv.bn', dict(neck=node)) in ('neck', '')
+    assert convert._config_path('neck.stage1.bn', dict(neck=node)) in ('neck', '')
 
 
 def test_swapping_twice_changes_nothing_and_says_so(log):

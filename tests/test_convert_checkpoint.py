@@ -10,10 +10,13 @@ from hostile import write_hostile
 from mmengine.registry import MODELS
 from test_convert import used
 from tiny_detector import write_config
+from torch import nn
 
+from dn_mmdet import DNB
 from dn_mmdet.checkpoint import open_checkpoint
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_norm
+from dn_mmdet.experiments.ablation import VariantSC
 
 main = runpy.run_path(str(Path(__file__).parents[1] / 'tools/convert_checkpoint.py'))['main']
 
@@ -73,6 +76,12 @@ def refused(tmp_path, capsys, *argv):
 def test_the_way_back_is_refused(tmp_path, capsys):
     state = convert_norm(torchvision.models.resnet18(weights=None)).state_dict()
     message = refused(tmp_path, capsys, saved(tmp_path / 'dn.pth', state), tmp_path / 'out.pth')
+    layer = DNB(8)
+    layer.sc = VariantSC(8, hidden='channelwise')
+    state = nn.Sequential(layer).state_dict()
+    assert message == refused(
+        tmp_path, capsys, saved(tmp_path / 'dn.pth', state), tmp_path / 'out.pth'
+    )
     assert 'not enough to go back to BatchNorm' in message and 'from image to image' in message
 
 

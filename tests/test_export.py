@@ -454,6 +454,14 @@ def test_images_that_cannot_be_read_are_named(tmp_path):
             export.read_images([tmp_path / name], (64, 64))
 
 
+def test_outputs_that_are_no_numbers_do_not_agree():
+    right, wrong = np.ones(2), np.array([1.0, np.nan])
+    pairs = (right, right), (wrong, right)
+    assert max(export.difference(*pair) for pair in pairs) == float('inf')
+    assert max(export.difference(*pair) for pair in pairs[::-1]) == float('inf')
+    assert export.difference(right, right) == 0
+
+
 @pytest.mark.parametrize(
     'agreement, bad',
     [

@@ -1,6 +1,7 @@
 """What is written is there whole or not at all."""
 
 import json
+import os
 
 import pytest
 
@@ -24,6 +25,18 @@ def test_an_error_leaves_the_old_file(tmp_path):
         part.write_text('ha')
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == dict(a=[1])
+    assert list(tmp_path.iterdir()) == [path]  # a full disk is not filled further
+
+
+def test_of_two_writers_the_last_one_wins(tmp_path, monkeypatch):
+    path = tmp_path / 'run.json'
+    with replacing(path) as mine:
+        mine.write_text('mine')
+        monkeypatch.setattr(os, 'getpid', lambda: -1)
+        with replacing(path) as theirs:
+            theirs.write_text('theirs')
+        assert path.read_text() == 'theirs'
+    assert path.read_text() == 'mine' and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_was_not_written_yet_is_the_default(tmp_path):

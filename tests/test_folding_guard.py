@@ -69,6 +69,14 @@ def test_code_that_folds_by_attributes_is_refused(cls, fold):
     fold(conv, layer.bn)  # on purpose
 
 
+def merge_statistics(conv, bn):  # of one model on several machines
+    return torch.stack([bn.running_mean, bn.running_var])
+
+
+def deploy_report(conv, bn):
+    return f'{bn.eps} {bn.running_var}'
+
+
 def in_place(conv, bn):
     return conv.weight * (bn.weight / bn.running_var.clone().add_(bn.eps).sqrt_())[:, None, None]
 
@@ -83,7 +91,17 @@ def by_function(conv, bn):
 
 
 @pytest.mark.parametrize(
-    'fold', [by_another_name, by_a_part, by_a_call, in_place, one_by_one, by_function]
+    'fold',
+    [
+        by_another_name,
+        by_a_part,
+        by_a_call,
+        in_place,
+        one_by_one,
+        by_function,
+        merge_statistics,
+        deploy_report,
+    ],
 )
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_of_any_name_that_looks_as_if_it_folded_is_warned(cls, fold):

@@ -9,13 +9,14 @@ import torch
 from conftest import awake
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from dn_mmdet import DNB
 from dn_mmdet.checkpoint import safe_loading
-from dn_mmdet.experiments.controls import BNSE
+from dn_mmdet.experiments.controls import BNSE, StaticDN
 from dn_mmdet.experiments.recording import (
     PARENT,
     Diverged,
@@ -23,6 +24,7 @@ from dn_mmdet.experiments.recording import (
     RecordRun,
     describe,
     norm_counts,
+    nothing_to_fold,
     read_log,
     scale_and_shift,
 )
@@ -201,6 +203,21 @@ def test_norms_are_counted_by_type_and_inner_ones_are_not():
         nn.Conv2d(3, 8, 1), DNB(8), nn.BatchNorm2d(8), nn.GroupNorm(2, 8), DNB(8), BNSE(8)
     )
     assert norm_counts(model) == dict(BN=1, BNSE=1, DNB=2, GN=1)
+
+
+def test_plain_norms_of_every_kind_leave_nothing_to_fold():
+    plain = [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm2d(4),
+        nn.BatchNorm3d(4),
+        FrozenBatchNorm2d(4),
+        revert_sync_batchnorm(nn.SyncBatchNorm(4)),
+    ]
+    for norm in plain:
+        counts = norm_counts(nn.Sequential(norm))
+        assert sum(counts.values()) == 1 and nothing_to_fold(counts), counts
+    for norm in (DNB(8), StaticDN(8)):
+        assert not nothing_to_fold(norm_counts(nn.Sequential(norm, *plain)))
 
 
 def test_the_scale_of_a_dn_layer_spreads_over_samples_and_that_of_bn_does_not(close):

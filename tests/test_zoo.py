@@ -78,6 +78,13 @@ def test_another_output_fails(tiny, monkeypatch):
     assert row['difference'] > 0.005 and 'train_step' not in row
 
 
+def test_an_output_that_is_no_number_fails_whichever_it_is():
+    right, wrong = torch.ones(2), torch.tensor([1.0, float('nan')])
+    for got in ([wrong, right], [right, wrong]):
+        assert zoo.difference(got, [right, right]) == float('inf')
+    assert zoo.difference([right, right], [right, 2 * right]) == 0.5
+
+
 def test_where_a_rounding_tips_the_output_float64_decides(tiny, monkeypatch):
     real = zoo.outputs
 

@@ -13,6 +13,7 @@ from dn_mmdet.checks import preflight
 from dn_mmdet.cli import command_line
 from dn_mmdet.convert import convert_checkpoint, dn_layers
 from dn_mmdet.files import replacing
+from dn_mmdet.layers import dn_layers_in
 from dn_mmdet.messages import ConfigError
 
 
@@ -71,7 +72,7 @@ def convert(args):
     with replacing(out) as part:
         torch.save(converted, part)
     keys = list(converted.get('state_dict', converted))
-    layers = sum(key.endswith('.sc.w_in') for key in keys)
+    layers = len(dn_layers_in(keys))
     left = sum(key.endswith('running_mean') for key in keys) - layers
     print(f'{out}: {layers} BatchNorms converted, {left} left')
 

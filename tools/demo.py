@@ -79,7 +79,7 @@ def train(configs, out, seed, console):
 def detect(runs, images):
     """Runs tools/predict.py over a folder of images with every run's last checkpoint."""
     for run in runs:
-        (checkpoint,) = run.folder.glob('epoch_*.pth')
+        (checkpoint,) = compare.epoch_checkpoints(run.folder)
         command = [
             sys.executable,
             PREDICT,
@@ -171,7 +171,7 @@ def fold(runs, out):
     configs = [command_line.load_config(run.folder / 'config.py') for run in runs]
     models, checkpoints = [], []
     for run, cfg in zip(runs, configs, strict=True):
-        (path,) = run.folder.glob('epoch_*.pth')
+        (path,) = compare.epoch_checkpoints(run.folder)
         models.append(built(cfg).eval())
         checkpoints.append(open_checkpoint(path))
         check_fits(models[-1], checkpoints[-1], path)

@@ -78,7 +78,7 @@ def divide(values, others) -> list[float]:
 
 
 def geometric_means(by_shape: dict, shapes) -> list[float]:
-    """Of each round: over all layers, a shape counting as often as layers have it."""
+    """The mean ratio of each round: a shape counts as often as there are layers with it."""
     weights = [shapes[shape] for shape in by_shape]
     return [
         math.exp(sum(w * math.log(v) for w, v in zip(weights, values, strict=True)) / sum(weights))
@@ -87,7 +87,7 @@ def geometric_means(by_shape: dict, shapes) -> list[float]:
 
 
 def sums(by_shape: dict, shapes) -> list[float]:
-    """Of each round: over all layers, a shape counting as often as layers have it."""
+    """The sum of each round: a shape counts as often as there are layers with it."""
     weights = [shapes[shape] for shape in by_shape]
     return [
         sum(w * v for w, v in zip(weights, values, strict=True))

@@ -12,6 +12,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from rich.progress import track
 
+from ..files import write_text
 from ..messages import ConfigError
 
 PREDICTIONS = 'predictions.json'
@@ -72,7 +73,7 @@ def predict(cfg, checkpoint, images, out_dir, score_thr) -> list[Path]:
             pred_score_thr=score_thr,
         )['predictions'][0]
         _add(content, image.name, pixels.shape, sample.pred_instances.numpy(), score_thr)
-    (Path(out_dir) / PREDICTIONS).write_text(json.dumps(content))
+    write_text(Path(out_dir) / PREDICTIONS, json.dumps(content))
     return unreadable
 
 

@@ -6,6 +6,7 @@ Its norm layers become few plain operators (simplify.py), for a target.
 import collections
 import copy
 import importlib.util
+import math
 import platform
 import time
 import warnings
@@ -271,9 +272,13 @@ def run(session, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def difference(found, expected):
-    """The largest, over the range of what was expected; an output that is all one value by it."""
+    """The largest, over the range of what was expected; an output that is all one value by it.
+
+    Infinite where one is no number.
+    """
     scale = np.ptp(expected) or max(np.abs(expected).max(), 1)
-    return float(np.abs(found - expected).max() / scale)
+    error = float(np.abs(found - expected).max() / scale)
+    return math.inf if math.isnan(error) else error  # max() of several would pass over a NaN
 
 
 def batch_of(images: torch.Tensor) -> dict:

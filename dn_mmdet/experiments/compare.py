@@ -57,6 +57,7 @@ RATES = ('eta_max', 'eta_min')
 FOLD = 'dn_mmdet.deploy.fold_run'  # the module that evaluates a finished run folded
 # The metric with all or most DN layers folded, and with all folded and new running statistics.
 FOLDED = ('folded', 'folded_most', 'folded_recalibrated')
+EPOCH = re.compile(r'epoch_(\d+)\.pth')
 LOGS = dict(training='output.log', folding='folding.log')
 TAIL = 15  # lines of a failed run's output that are shown
 
@@ -404,12 +405,15 @@ def keep_as_folded(folder, result) -> None:
         write_json(Path(folder, 'folded.json'), dict.fromkeys(FOLDED, result['metrics']))
 
 
+def epoch_checkpoints(folder) -> list[Path]:
+    """What the training wrote, first to last; not what was made of it, as epoch_8_folded.pth."""
+    found = ((EPOCH.fullmatch(path.name), path) for path in Path(folder).glob('epoch_*.pth'))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
 def last_checkpoint(folder) -> Path | None:
-    return max(Path(folder).glob('epoch_*.pth'), key=_epoch_of, default=None)
-
-
-def _epoch_of(checkpoint):
-    return int(checkpoint.stem.removeprefix('epoch_'))
+    found = epoch_checkpoints(folder)
+    return found[-1] if found else None
 
 
 def _told_divergence(folder):
@@ -572,7 +576,7 @@ def _resume(folder):
     mmengine's own file last_checkpoint holds a path of the machine that wrote it,
     and a kill can cut a checkpoint off.
     """
-    for path in sorted(folder.glob('epoch_*.pth'), reverse=True, key=_epoch_of):
+    for path in reversed(epoch_checkpoints(folder)):
         try:
             check_resumable(open_checkpoint(path), path)
         except CheckpointError:
@@ -610,7 +614,7 @@ def _share_done(folder):
 
 def _keep_last_checkpoint(folder):
     """The weights of a run that has ended; the one before was for the case of a kill."""
-    for path in sorted(folder.glob('epoch_*.pth'), key=_epoch_of)[:-1]:
+    for path in epoch_checkpoints(folder)[:-1]:
         path.unlink()
 
 

@@ -39,10 +39,12 @@ PLAIN = {
     'BatchNorm3d',
     'SyncBatchNorm',
     'FrozenBatchNorm2d',
+    '_BatchNormXd',  # what mmengine makes of a SyncBatchNorm on one device
     'BNSE',
     'GN',
     'LayerNorm',
 }
+SHORT = dict(BatchNorm2d='BN', GroupNorm='GN')
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -259,10 +261,7 @@ def norm_counts(model: nn.Module) -> dict[str, int]:
         for module in model.modules()
         if module not in inside and isinstance(module, (nn.GroupNorm, nn.LayerNorm))
     ]
-    names = [
-        type(layer).__name__.replace('BatchNorm2d', 'BN').replace('GroupNorm', 'GN')
-        for layer in layers
-    ]
+    names = [SHORT.get(type(layer).__name__, type(layer).__name__) for layer in layers]
     return {name: names.count(name) for name in sorted(set(names))}
 
 

@@ -21,7 +21,8 @@ class Backend(Protocol):
     memory format; any other x is copied first. ``dy`` may have any strides. Centring on m
     keeps channels with ``|mean| >> std`` accurate.
 
-    A backend may also have ``infer``, all of a layer at one call where no gradient is needed.
+    A backend may also have ``infer``, all of a layer at one call where no gradient is needed. One
+    that does not run on all devices has ``check_runs_on(x)``, which raises ValueError there.
     """
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def backend_for(x: Tensor, backend: str) -> Backend | None:
     if backend == 'cpp' and x.is_cuda:
         _gpu_host()  # says so where it cannot be imported
         return _triton_ops()
-    ops = _triton_ops() if backend == 'triton' else _cpp_ops()
+    ops = {'cpp': _cpp_ops, 'triton': _triton_ops}[backend]()
     ops.check_runs_on(x)
     return ops
 

@@ -8,7 +8,7 @@ others, and GPUs, run through `torch_ops`.
 import torch
 from torch import Tensor
 
-from . import torch_ops
+from . import _cpp, torch_ops
 from ._cpp import affine as _affine
 from ._cpp import coefficients, coefficients_backward
 from ._cpp import fits as fits
@@ -17,6 +17,9 @@ from ._cpp import input_gradient as _input_gradient
 from ._cpp import moments as _moments
 from ._cpp import reduce as _reduce
 
+INTERFACE = 1  # cpu.cpp's
+if getattr(_cpp, 'INTERFACE', None) != INTERFACE:
+    raise ImportError(f'{_cpp.__file__} was built from other sources of this package')
 COMPILED = (torch.float32, torch.float64)
 
 

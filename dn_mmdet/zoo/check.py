@@ -366,11 +366,15 @@ def _tensors(node):
 
 
 def difference(got, expected) -> float:
-    """The largest difference of two lists of tensors, over the largest value of its tensor."""
+    """The largest difference of two lists of tensors, over the largest value of its tensor.
+
+    Infinite where shapes differ or a value is no number.
+    """
     if [t.shape for t in got] != [t.shape for t in expected]:
         return float('inf')
     pairs = [(a.double(), b.double()) for a, b in zip(got, expected, strict=True)]
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
+    found = [(a - b).abs().max() / b.abs().max().clamp(min=1e-6) for a, b in pairs]
+    return float(torch.stack(found).nan_to_num(nan=float('inf')).max())
 
 
 def in_words(error) -> str:

@@ -767,6 +767,7 @@ Tensor infer(const Tensor& x, const Tensor& running_mean, const Tensor& running_
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "The primitives of Dynamic Normalization over contiguous maps on CPUs.";
+  module.attr("INTERFACE") = 1;  // raised whenever a function takes or gives something else
   const auto free = py::call_guard<py::gil_scoped_release>();
   module.def("fits", &fits);
   module.def("moments", &moments, free);
