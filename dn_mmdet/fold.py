@@ -474,6 +474,12 @@ def most_varying(report: list[LayerReport], number: int) -> list[str]:
     return [row.name for row in sorted(seen, key=lambda row: -row.share)[:number]]
 
 
+def dynamic_of_most(report: list[LayerReport]) -> list[str]:
+    """The names of the layers that stay dynamic where `MOST` of those that images reach fold."""
+    reached = sum(not math.isnan(row.share) for row in report)
+    return most_varying(report, reached - round(MOST * reached))
+
+
 def named(layers: dict[Any, list[str]], keep: int | Sequence[str] | None) -> list[str]:
     """The first name of each layer that ``keep`` names. If ``keep`` is a number, none.
 

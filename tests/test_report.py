@@ -49,7 +49,10 @@ def test_a_paired_difference_is_that_of_scipys_paired_test():
 
 def test_a_seed_without_its_partner_is_no_pair_and_equal_differences_have_no_p():
     found, p = results.paired({0: 2.0, 1: 3.0, 7: 100.0}, {0: 1.0, 1: 2.0, 8: -100.0})
-    assert found == (2, 1.0, 1.0, 1.0) and p is None
+    assert found == (2, 1.0, None, None) and p is None
+    values, baseline = [0.54, 0.47, 0.61, 0.33], [0.53, 0.46, 0.60, 0.32]  # but for roundings
+    found, p = results.paired(dict(enumerate(values)), dict(enumerate(baseline)))
+    assert found == (4, pytest.approx(0.01), None, None) and p is None
     found, p = results.paired({0: 2.0}, {0: 1.0})
     assert found == (1, 1.0, None, None) and p is None
 
@@ -175,6 +178,13 @@ def test_an_unpaired_difference_is_that_of_welchs_test():
     assert results.unpaired({0: 3.0}, baseline) == ((1, pytest.approx(4 / 3), None, None), None)
     assert results.unpaired({0: 3.0, 1: 3.0}, {0: 1.0, 1: 1.0}) == ((2, 2.0, None, None), None)
     assert results.unpaired({}, baseline) == ((0, None, None, None), None)
+
+
+def test_an_unpaired_difference_where_one_side_does_not_spread_is_welchs_too():
+    found, p = results.unpaired({0: 0.3, 1: 0.3, 2: 0.3}, {0: 0.1, 1: 0.2, 2: 0.15})
+    assert found.mean == pytest.approx(0.15) and p == pytest.approx(0.0351, abs=1e-4)
+    assert found.low < found.mean < found.high
+    assert results.unpaired({0: 0.1 + 0.2, 1: 0.3}, {0: 0.1, 1: 0.1})[1] is None
 
 
 def test_the_power_is_that_of_simulated_experiments():
@@ -371,6 +381,36 @@ def test_the_head_names_all_that_makes_figures_incomparable(tmp_path):
         assert text in head
 
 
+def test_the_head_names_what_cannot_be_told_apart_from_the_norm(tmp_path):
+    for seed in range(2):
+        store(tmp_path, 'bn', seed, commit='c0ffee')
+        store(tmp_path, 'dnb', seed, commit='beef00')
+        store(tmp_path, 'wide', seed, commit=('c0ffee', 'beef00')[seed])
+    head = report.notes(results.read([tmp_path]))
+    assert head == [
+        'different commit: beef00, c0ffee',
+        '**no commit in common**: bn (c0ffee) and dnb (beef00): their difference may come from '
+        'that',
+        'intervals and p are not corrected for 2 comparisons',
+    ]
+
+
+def test_runs_of_other_options_under_one_name_are_told(tmp_path):
+    store(tmp_path / 'a', 'bn', 0, options_hash='x')
+    store(tmp_path / 'b', 'bn', 1, options_hash='y')
+    store(tmp_path / 'b', 'bn', 2)  # of before there was this
+    (head,) = report.notes(results.read([tmp_path]))
+    assert head.startswith('**different options** in one row of the tables, bn: 2 configs')
+
+
+def test_the_table_says_of_how_many_seeds_a_paired_difference_is(tmp_path):
+    for seed in range(3):
+        store(tmp_path, 'bn', seed, value=0.3 + seed / 100)
+        store(tmp_path, 'dnb', seed + 1, value=0.4 + seed**2 / 100)
+    text = report.write([tmp_path], tmp_path / 'report').text
+    assert '+0.09 (2 of 3 seeds)' in text
+
+
 def test_a_clean_report_has_no_head(tmp_path):
     store(tmp_path, 'bn', 0)
     store(tmp_path, 'dnb', 0)
@@ -386,6 +426,7 @@ def test_a_diverged_run_counts_as_diverged_and_in_no_mean(tmp_path):
     assert [row['status'] for row in written.rows].count('diverged') == 1
     row = results.summarise(results.read([tmp_path]), 'bn')[1]
     assert (row['seeds'], row['diverged'], row['mean'], row['pairs']) == (1, 1, 0.5, 1)
+    assert 'seed 1); means and p are of the others' in written.text
 
 
 def test_another_metric_can_be_chosen(tmp_path):

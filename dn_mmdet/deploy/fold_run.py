@@ -21,7 +21,7 @@ from ..cli import command_line
 from ..experiments.compare import last_checkpoint, read_result
 from ..experiments.recording import check_parent, plain
 from ..files import write_json
-from ..fold import MOST, most_varying
+from ..fold import dynamic_of_most
 from ..messages import ConfigError
 from . import folding
 from .folded_config import built
@@ -56,9 +56,8 @@ def folded_metrics(cfg: Config, model: nn.Module) -> dict[str, dict | None]:
         return dict(found, folded_most=found['folded'], folded_recalibrated=found['folded'])
     enough = models.recalibrate(model, calibration.chosen)
     found['folded_recalibrated'] = _metrics(evaluation, model) if enough else None
-    reached = len(models.report) - len(unreached)
-    varying = most_varying(models.report, reached - round(MOST * reached))
-    return dict(found, folded_most=_metrics(evaluation, models.folded([*unreached, *varying])))
+    kept = [*unreached, *dynamic_of_most(models.report)]
+    return dict(found, folded_most=_metrics(evaluation, models.folded(kept)))
 
 
 def _metrics(evaluation, model):

@@ -303,7 +303,7 @@ def plan(points, out, question, commit) -> list[Run]:
     runs = []
     for order, point in enumerate(points):
         cfg, numbers = configured(point)
-        text = json.dumps(cfg.to_dict(), sort_keys=True, default=str)
+        content = cfg.to_dict()
         folder = Path(
             out,
             point.variant.name,
@@ -319,12 +319,18 @@ def plan(points, out, question, commit) -> list[Run]:
             commit=commit,
             order=order,
             different=point.variant.different,
-            config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+            config_hash=_digest(content),
+            options_hash=_digest({**content, 'randomness': None}),  # that of all seeds
         )
         run = Run(folder, spec, cfg)
         _check_same(run)
         runs.append(run)
     return list(dict.fromkeys(runs))
+
+
+def _digest(content):
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_same(run):

@@ -23,7 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..convert import dn_layers
-from ..fold import MOST, Outputs, batch_norm_of, calibrate, put, recalibrate
+from ..fold import (
+    Outputs,
+    batch_norm_of,
+    calibrate,
+    dynamic_of_most,
+    measure,
+    put,
+    recalibrate,
+)
 from .gpu_recipe import Classifier, build, check_recipe, learning_rates, parameter_groups
 
 WARM_UP = 3  # steps before a capture: libraries and kernels settle
@@ -339,9 +347,9 @@ class Training:
         found = dict(value=value, folded=value, folded_most=value, folded_recalibrated=value)
         if dn_layers(self.model):
             outputs = self.generated()
-            varying = sorted(outputs, key=lambda name: sum(outputs[name].std()))
-            most = varying[: round(MOST * len(varying))]
-            with folded(self.model, {name: outputs[name] for name in most}):
+            kept = dynamic_of_most(measure(self.model, outputs))
+            most = {name: made for name, made in outputs.items() if name not in kept}
+            with folded(self.model, most):
                 found['folded_most'] = self.top1()
             with folded(self.model, outputs):
                 found['folded'] = self.top1()

@@ -2,6 +2,7 @@
 
 import html
 import os
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,9 @@ def notes(runs) -> list[str]:
         _different_data,
         _different_versions,
         _different_machines,
+        _different_options,
         _different_configs,
+        _several_comparisons,
         _uncounted,
         _not_folded,
         _resumed,
@@ -115,7 +118,8 @@ def _ends(runs):
     for status in ('unfinished', 'failed', 'diverged'):
         names = [_name(run) for run in runs if run.row['status'] == status]
         if names:
-            yield f'{len(names)} of {len(runs)} runs {status}: {_some(names)}'
+            left_out = '; means and p are of the others' if status == 'diverged' else ''
+            yield f'{len(names)} of {len(runs)} runs {status}: {_some(names)}{left_out}'
 
 
 def _missing_metrics(runs):
@@ -167,9 +171,40 @@ def _different_versions(runs):
 
 def _different_machines(runs):
     for name in ('hardware', 'commit'):
-        values = {str(run.row[name]) for run in runs if run.row[name] is not None}
+        known = [run for run in runs if run.row[name] is not None]
+        values = {str(run.row[name]) for run in known}
         if len(values) > 1:
             yield f'different {name}: {", ".join(sorted(values))}'
+        for group in grouped(known, lambda run: key_of(run.row, SETTING)).values():
+            by_config = {
+                config: {str(run.row[name]) for run in members}
+                for config, members in grouped(group, lambda run: run.row['config']).items()
+            }
+            for first, second in combinations(by_config, 2):
+                if by_config[first].isdisjoint(by_config[second]):
+                    yield (
+                        f'**no {name} in common**: {first} ({", ".join(by_config[first])}) and '
+                        f'{second} ({", ".join(by_config[second])}): their difference may come '
+                        f'from that'
+                    )
+
+
+def _different_options(runs):
+    for row, group in grouped(runs, lambda run: key_of(run.row, (*SETTING, 'config'))).items():
+        digests = {spec_of(run).get('options_hash') for run in group} - {None}
+        if len(digests) > 1:
+            yield (
+                f'**different options** in one row of the tables, {row[-1]}: {len(digests)} '
+                f'configs of that name: {_some([_name(run) for run in group])}'
+            )
+
+
+def _several_comparisons(runs):
+    ended = [run for run in runs if run.row['value'] is not None]
+    groups = grouped(ended, lambda run: key_of(run.row, SETTING)).values()
+    most = max((len({run.row['config'] for run in group}) for group in groups), default=0)
+    if most > 2:
+        yield f'intervals and p are not corrected for {most - 1} comparisons'
 
 
 def _different_configs(runs):
@@ -273,7 +308,7 @@ def metric_table(rows, baseline) -> tuple[list, list[list]]:
             row['diverged'],
             _number(row['mean']),
             _range(row['low'], row['high']),
-            _number(row['difference'], '+'),
+            _number(row['difference'], '+') + _of_seeds(row['pairs'], row['seeds']),
             _range(row['difference_low'], row['difference_high'], '+'),
             _probability(row['p']),
             _number(row['unpaired'], '+'),
@@ -319,11 +354,12 @@ def _number(value, sign=''):
 
 
 def _folded(row):
-    """The mean, and of how many seeds where it is not all of them."""
-    few = row['folded_seeds'] not in (0, row['seeds'])
-    return _number(row['folded']) + (
-        f' ({row["folded_seeds"]} of {row["seeds"]} seeds)' if few else ''
-    )
+    return _number(row['folded']) + _of_seeds(row['folded_seeds'], row['seeds'])
+
+
+def _of_seeds(number, seeds):
+    """Of how many seeds a mean is, where it is not of all."""
+    return f' ({number} of {seeds} seeds)' if number not in (0, seeds) else ''
 
 
 def _probability(p):

@@ -3,6 +3,7 @@
 Folders and files are read as they are, so they may come from another machine.
 """
 
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ NUMBERS = dict(
     **dict.fromkeys(EXTRA[:-1], float),
 )
 LEVEL = 0.95
+DIGITS = 12  # behind the point, to which values are told apart
 
 
 class Recorded(NamedTuple):
@@ -63,7 +65,10 @@ class Recorded(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Mean of n values and its 95 % confidence interval (Student's t), None for n = 1."""
+    """Mean of n values and its 95 % confidence interval (Student's t).
+
+    None where the values tell no spread: there is one, or all are the same.
+    """
 
     n: int
     mean: float | None
@@ -82,10 +87,15 @@ def interval(values) -> Interval:
     if len(values) < 2:
         return Interval(len(values), float(values[0]) if len(values) else None, None, None)
     mean = float(values.mean())
-    if np.ptp(values) == 0:
-        return Interval(len(values), mean, mean, mean)
+    if not _spread(values):
+        return Interval(len(values), mean, None, None)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
     return Interval(len(values), mean, float(low), float(high))
+
+
+def _spread(values):
+    """The range of values. What differs by a rounding does not differ: 0.54 - 0.53 is not 0.01."""
+    return round(float(np.ptp(values)), DIGITS)
 
 
 def paired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
@@ -99,7 +109,7 @@ def paired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
     """
     seeds = sorted(values.keys() & baseline.keys())
     found = interval([values[seed] - baseline[seed] for seed in seeds])
-    if len(seeds) < 2 or np.ptp([values[seed] - baseline[seed] for seed in seeds]) == 0:
+    if found.low is None:
         return found, None
     test = stats.ttest_rel([values[seed] for seed in seeds], [baseline[seed] for seed in seeds])
     return found, float(test.pvalue)
@@ -123,10 +133,12 @@ def unpaired(values: dict, baseline: dict) -> tuple[Interval, float | None]:
     n = min(len(ours), len(theirs))
     if n == 0:
         return Interval(0, None, None, None), None
-    difference = round(float(np.mean(ours) - np.mean(theirs)), 12)  # equal means give 1e-16
-    if n < 2 or np.ptp(ours) == np.ptp(theirs) == 0:
+    difference = round(float(np.mean(ours) - np.mean(theirs)), DIGITS)  # equal means give 1e-16
+    if n < 2 or not (_spread(ours) or _spread(theirs)):
         return Interval(n, difference, None, None), None
-    test = stats.ttest_ind(ours, theirs, equal_var=False)
+    with np.errstate(all='ignore'), warnings.catch_warnings():  # where one side does not spread
+        warnings.simplefilter('ignore', RuntimeWarning)
+        test = stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = test.confidence_interval(LEVEL)
     return Interval(n, difference, float(low), float(high)), float(test.pvalue)
 
