@@ -347,12 +347,13 @@ def _check_norms(model, checkpoint, state, path, whole):
     named = _named(meta_of(checkpoint).get('cfg'))
     trained = _kinds(cls for cls, _ in named)
     built = _kinds(type(module) for module in modules.values())
-    if whole and theirs and trained and built and trained != built:
-        raise CheckpointError(
+    if theirs and trained and built and trained != built:
+        _other_meaning(
             f'{path}: trained with DN-{" and DN-".join(sorted(trained))}, the config builds DN-'
             f'{" and DN-".join(sorted(built))}. The weights have the same names in both, but '
-            f'another meaning. Use the config that the checkpoint was trained '
-            f'with{_experiment(checkpoint)}'
+            f'another meaning.',
+            checkpoint,
+            whole,
         )
     arguments = [given for cls, given in named if _kinds([cls])]
     for setting in ('inputs', 'bound'):
@@ -360,12 +361,22 @@ def _check_norms(model, checkpoint, state, path, whole):
         says = all(given.get(setting, UNKNOWN) is not UNKNOWN for given in arguments)
         then = {given[setting] for given in arguments} if says else set()
         now = {getattr(modules[name].sc, setting, None) for name in ours}
-        if whole and theirs and then and not then & now:
-            raise CheckpointError(
+        if theirs and then and not then & now:
+            _other_meaning(
                 f'{path}: trained with {setting}={some(map(repr, then))} in its DN layers, the '
-                f'config sets {some(map(repr, now))}. The weights would have another meaning. Use '
-                f'the config that the checkpoint was trained with{_experiment(checkpoint)}'
+                f'config sets {some(map(repr, now))}. The weights would have another meaning.',
+                checkpoint,
+                whole,
             )
+
+
+def _other_meaning(text, checkpoint, whole):
+    """An error where the weights are to be used as they are, a warning where training goes on."""
+    if whole:
+        raise CheckpointError(
+            f'{text} Use the config that the checkpoint was trained with{_experiment(checkpoint)}'
+        )
+    tell(f'{text} The training starts from them nevertheless{_experiment(checkpoint)}')
 
 
 def _kinds(classes):

@@ -119,7 +119,8 @@ def convert_norm(
     Raises:
         ValueError: an unknown norm, a pattern that matches nothing, no BatchNorm
             at all, or one that cannot be converted: it has a forward of its own or
-            forward or backward hooks, or is lazy. Nothing was changed then.
+            forward or backward hooks, or is lazy; or there are only layers of the other
+            kind. Nothing was changed then.
         TypeError: an argument that does not exist.
 
     Example:
@@ -150,9 +151,16 @@ def convert_norm(
             raise ValueError(
                 f'found no BatchNorm to convert in {type(model).__name__}{norms_in_words(model)}'
             )
+        others = {type(each).__name__ for each in layers.values() if not isinstance(each, family)}
+        if others:
+            raise ValueError(
+                f'{type(model).__name__} holds {", ".join(sorted(others))} and no BatchNorm to '
+                f'convert to {norm}: build the model with BatchNorm, and convert that'
+            )
+        unused = ''.join(f', nor was {name} set' for name in args)
         warnings.warn(
             f'{type(model).__name__} is already converted: it holds {len(layers)} '
-            f'DN layers and no BatchNorm to convert; nothing was changed',
+            f'DN layers and no BatchNorm to convert; nothing was changed{unused}',
             stacklevel=2,
         )
         return model
@@ -228,7 +236,8 @@ def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
         a new and complete config, which imports dn_mmdet when it is loaded.
 
     Raises:
-        ValueError: an unknown norm, no model, or no BatchNorm that a config reaches.
+        ValueError: an unknown norm, no model, no BatchNorm that a config reaches, or DN layers
+            of the other kind or with other arguments.
         TypeError: an argument that does not exist.
     """
     family = _family(norm)
@@ -239,6 +248,7 @@ def swap_norm(cfg: Config, norm: str = 'DNB', **args: Any) -> Config:
         )
     cfg = copy.deepcopy(cfg)
     with in_scope_of(cfg):
+        _check_existing(cfg.model, norm, family, args)
         found = list(batch_norm_cfgs(cfg.model, 'model'))
         for _, node in found:
             _swap(node, family, args)
@@ -255,26 +265,57 @@ def in_scope_of(cfg: Config) -> AbstractContextManager:
 
 
 def batch_norm_cfgs(node: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Path and dict of every BatchNorm in a model's config, its classes' defaults written out."""
+    """Path and dict of every BatchNorm in a model's config, its classes' defaults written out.
+
+    A dict that stands in several places is there once, by its first path.
+    """
+    return _cfgs_of(_is_batch_norm_class, node, path, set())
+
+
+def _cfgs_of(is_wanted, node, path, seen):
+    """The same of any classes."""
     if isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
-            yield from batch_norm_cfgs(child, f'{path}.{i}')
-    if not isinstance(node, dict):
+            yield from _cfgs_of(is_wanted, child, f'{path}.{i}', seen)
+    if not isinstance(node, dict) or id(node) in seen:
         return
+    seen.add(id(node))
     cls = resolve(MODELS, node.get('type'))
-    if _is_batch_norm_class(cls):
+    if is_wanted(cls):
         yield path, node
         return
     for name, default in _defaults(cls):
         if (
             name not in node
             and isinstance(default, dict)
-            and _is_batch_norm_class(resolve(MODELS, default.get('type')))
+            and is_wanted(resolve(MODELS, default.get('type')))
         ):
             node[name] = copy.deepcopy(default)
     for key, child in node.items():
         if key != 'init_cfg':  # its types are names of layers to initialise
-            yield from batch_norm_cfgs(child, f'{path}.{key}')
+            yield from _cfgs_of(is_wanted, child, f'{path}.{key}', seen)
+
+
+def _check_existing(model_cfg, norm, family, args):
+    """Raises ValueError where a config has DN layers that are not those that are asked for."""
+    for path, node in _cfgs_of(_is_dn_class, model_cfg, 'model', set()):
+        cls = resolve(MODELS, node['type'])
+        if cls.batch_shared != family[0].batch_shared:
+            raise ValueError(
+                f'{path}: expected BatchNorm or {norm}, got {cls.__name__}: set its type there'
+            )
+        parameters = inspect.signature(cls).parameters
+        for name, value in args.items():
+            now = node.get(name, getattr(parameters.get(name), 'default', value))
+            if now != value:
+                raise ValueError(
+                    f'{path}: holds {cls.__name__} with {name}={now!r} already, and only '
+                    f'BatchNorms are swapped; {name}={value!r} was asked for: set it there'
+                )
+
+
+def _is_dn_class(cls):
+    return inspect.isclass(cls) and issubclass(cls, _DynamicNorm)
 
 
 def _is_batch_norm_class(cls):

@@ -105,6 +105,8 @@ def _words(code, line=None):
         named = {*dis.hasname, *dis.hasfree}
         called = {each.argval for _, each in found if each.opcode in named}
         constants = {each.argval for _, each in found if each.opcode in dis.hasconst}
+    for group in [each for each in constants if isinstance(each, (tuple, frozenset))]:
+        constants |= {*group}
     for inner in [each for each in constants if isinstance(each, CodeType)]:
         if _is_part_of_a_function(inner):
             more_called, more_constants = _words(inner)

@@ -1,5 +1,7 @@
 """What a layer's modules are and hold: the inner norm, SC, and whether they fit a map."""
 
+import numbers
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -22,6 +24,12 @@ def check_eps(eps: float) -> None:
         positive = False
     if not positive:
         raise ValueError(f'eps must be positive, but got {eps!r}')
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Raises ValueError for what is no number and not None, as a text out of a YAML file."""
+    if momentum is not None and not isinstance(momentum, numbers.Real):
+        raise ValueError(f'momentum: expected a number or None, got {momentum!r}')
 
 
 def is_torch_batch_norm(bn: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .folding_guard import refuse_to_be_folded
 from .functional import dynamic_norm
-from .inner_norm import check_eps
+from .inner_norm import check_eps, check_momentum
 from .kernels.choice import check_backend
 from .sc import SC
 
@@ -84,6 +84,7 @@ class _DynamicNorm(nn.Module):
     ):
         super().__init__()
         check_eps(eps)
+        check_momentum(momentum)
         if self.batch_shared and inputs != 'raw':
             raise ValueError(
                 f"inputs: expected 'raw', got {inputs!r}: {type(self).__name__} makes its "
@@ -120,7 +121,7 @@ class _DynamicNorm(nn.Module):
         # The mode is that of bn. A wrapper such as torch.compile's sets the same one again, which
         # is to leave a bn that norm_eval froze as it is.
         if name == 'training' and value != self.training and 'bn' in self._modules:
-            self.bn.training = value
+            self.bn.train(value)  # which some models replace, to freeze it
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,14 +165,20 @@ class _DynamicNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _accept_batch_norm_checkpoint(self, state_dict, prefix, assign):
-        """Lets the keys of a BatchNorm of this layer's name stand for those of `bn`."""
+        """Lets the keys of a BatchNorm of this layer's name stand for those of `bn`.
+
+        With them comes an SC that does nothing, but not with a part of them, such as the running
+        statistics alone: that leaves SC as it is.
+        """
         found = [key for key in BATCH_NORM_KEYS if prefix + key in state_dict]
         if not found:
             return
         device = state_dict[prefix + found[0]].device if assign else None
+        of_a_layer = any(key.startswith((f'{prefix}sc.', f'{prefix}bn.')) for key in state_dict)
+        is_whole = 'weight' in found or getattr(self.bn, 'weight', None) is None
         for key in found:
-            state_dict[f'{prefix}bn.{key}'] = state_dict.pop(prefix + key)
-        if not any(key.startswith(f'{prefix}sc.') for key in state_dict):
+            state_dict.setdefault(f'{prefix}bn.{key}', state_dict.pop(prefix + key))
+        if is_whole and not of_a_layer:
             state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.', device))
 
     def __prepare_scriptable__(self):

@@ -35,8 +35,8 @@ def some(names) -> str:
 
 
 def reason(error) -> str:
-    """The message of an exception, without the quotes of a KeyError."""
-    return str(error.args[0] if len(error.args) == 1 else error)
+    """The message of an exception, without the quotes of a KeyError; its type without one."""
+    return str(error.args[0] if len(error.args) == 1 else error) or type(error).__name__
 
 
 def wants_larger_batch(error) -> bool:

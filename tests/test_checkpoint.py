@@ -311,6 +311,19 @@ def own(num_features):
     return DNB(num_features, sc=dict(type='OwnSC'))
 
 
+def test_a_training_may_start_from_weights_of_another_meaning_and_that_is_said(caplog):
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_instance('meaning')
+    logger.addHandler(caplog.handler)
+    meta = dict(cfg="norm_cfg=dict(bound=0.5, type='DNC')")
+    checkpoint = dict(state_dict=net(DNC).state_dict(), meta=meta)
+    with caplog.at_level(logging.WARNING):
+        check_fits(net(DNB), checkpoint, 'x.pth', whole=False)
+    assert 'trained with DN-C, the config builds DN-B' in caplog.text
+    assert 'trained with bound=0.5' in caplog.text and 'starts from them' in caplog.text
+
+
 @pytest.mark.parametrize('whole', [True, False])
 def test_an_sc_of_another_kind_is_one_too(whole, caplog):
     from mmengine.logging import MMLogger

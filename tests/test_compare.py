@@ -97,6 +97,30 @@ def test_schedules_keep_their_shape_when_epochs_change():
     assert configured(point(epochs=2))[0].train_cfg.val_interval == 2
 
 
+@pytest.mark.parametrize('epochs, periods', [(5, [4, 1]), (2, [2, 1]), (20, [16, 4])])
+def test_periods_stay_in_their_order_and_what_begins_on_the_way_at_its_share(epochs, periods):
+    given = config(
+        param_scheduler=[
+            dict(type='CosineRestartLR', periods=[8, 2], restart_weights=[1, 0.5], eta_min=0.0),
+            dict(type='ExponentialLR', gamma=0.9),
+            dict(type='MultiStepLR', gamma=0.1, milestones=[5]),
+        ],
+        custom_hooks=[
+            dict(type='PipelineSwitchHook', switch_epoch=8, switch_pipeline=[]),
+            dict(type='YOLOXModeSwitchHook', num_last_epochs=4),
+        ],
+    )
+    given.train_cfg.dynamic_intervals = [(6, 1)]
+    cfg, _ = configured(Point(NamedConfig('a', 'a.py', given), 0, epochs=epochs))
+    restarts, exponential, steps = cfg.param_scheduler
+    assert restarts.periods == periods
+    assert exponential.gamma**epochs == pytest.approx(0.9**10) and steps.gamma == 0.1
+    share = epochs / 10
+    assert cfg.custom_hooks[0].switch_epoch == pytest.approx(8 * share, abs=0.5)
+    assert cfg.custom_hooks[1].num_last_epochs == pytest.approx(4 * share, abs=0.5)
+    assert cfg.train_cfg.dynamic_intervals[0][0] == pytest.approx(6 * share, abs=0.5)
+
+
 def test_an_automatic_learning_rate_is_the_real_one_in_the_table():
     cfg, numbers = configured(point(config(auto_scale_lr=dict(enable=True, base_batch_size=64))))
     assert numbers['lr'] == cfg.optim_wrapper.optimizer.lr == pytest.approx(0.1 / 8)
@@ -399,6 +423,13 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     assert not compare.is_reserved(tmp_path)
     with reserved(tmp_path):
         pass
+
+
+def test_trust_is_handed_to_the_trainings(tmp_path, trainer):
+    (run,) = runs_of(tmp_path / 'grid', 'bn')
+    run.folder.mkdir(parents=True)
+    assert compare._training(run, trust=False)[-1] != '--trust-checkpoint'
+    assert compare._training(run, trust=True)[-1] == '--trust-checkpoint'
 
 
 def test_a_run_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):

@@ -578,6 +578,52 @@ def test_swapping_twice_changes_nothing_and_says_so(log):
     assert 'already converted: this config builds 74 DN layers' in log()
 
 
+def test_layers_of_the_other_kind_or_of_other_arguments_are_told():
+    once = swap_norm(zoo('yolox/yolox_tiny_8xb8-300e_coco'), 'DNC', reduction=16)
+    with pytest.raises(ValueError, match='norm_cfg: expected BatchNorm or DNB, got DNC'):
+        swap_norm(once, 'DNB')
+    once.model.bbox_head.norm_cfg = dict(type='BN')
+    with pytest.raises(ValueError, match='norm_cfg: expected BatchNorm or DNB, got DNC'):
+        swap_norm(once, 'DNB')
+    with pytest.raises(ValueError, match='DNC with bound=0.25 already.*bound=0.5 was asked'):
+        swap_norm(once, 'DNC', bound=0.5)
+    assert swap_norm(once, 'DNC', reduction=16).model.bbox_head.norm_cfg.type == 'DNC'
+    model = convert_norm(small_net(), 'DNC')
+    with pytest.raises(ValueError, match='holds DNC and no BatchNorm to convert to DNB'):
+        convert_norm(model, 'DNB')
+    with pytest.warns(UserWarning, match='nothing was changed, nor was bound set'):
+        convert_norm(model, 'DNC', bound=0.5)
+
+
+def test_a_dict_that_stands_in_several_places_is_swapped_once():
+    cfg = zoo('yolox/yolox_tiny_8xb8-300e_coco')
+    shared = Config(dict(norm_cfg=dict(type='BN', eps=0.1))).norm_cfg
+    for part in ('backbone', 'neck', 'bbox_head'):
+        cfg.model[part].norm_cfg = shared
+    new = swap_norm(cfg, 'DNB')
+    for part in ('backbone', 'neck', 'bbox_head'):
+        assert new.model[part].norm_cfg == dict(type='DNB', eps=0.1)
+
+
+def train_is_replaced(self, mode=True):
+    return self
+
+
+@pytest.mark.parametrize('where', ['instance', 'class'])
+def test_a_norm_that_a_model_keeps_in_eval_mode_stays_in_it(where, close):
+    kept = type(
+        'Kept', (nn.BatchNorm2d,), dict(train=train_is_replaced) if where == 'class' else {}
+    )
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), kept(8))
+    net[1].training = False
+    if where == 'instance':
+        net[1].train = train_is_replaced.__get__(net[1])
+    model = convert_norm(net, 'DNB').train()
+    assert not model[1].bn.training
+    model(torch.randn(4, 3, 5, 5) + 3)
+    assert not model[1].bn.running_mean.any()
+
+
 def test_configs_that_cannot_be_swapped_say_why():
     with pytest.raises(ValueError, match=r"expected one of \('DNB', 'DNC'\).*got 'BN'"):
         swap_norm(zoo('ssd/ssd300_coco'), 'BN')

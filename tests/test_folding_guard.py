@@ -25,6 +25,12 @@ def fuse_conv_and_bn(conv, bn):
     return conv.weight * scale
 
 
+def fuse_by_names(conv, bn):
+    names = ('weight', 'running_var', 'eps')
+    weight, var, eps = (getattr(bn, name) for name in names)
+    return conv.weight * (weight / torch.sqrt(var + eps))[:, None, None, None]
+
+
 class Block(nn.Sequential):
     def switch_to_deploy(self):
         conv, bn = self
@@ -56,9 +62,10 @@ def by_a_call(conv, bn):
         fuse_conv_bn_eval,
         fuse_conv_and_bn,
         to_bn_fold,
+        fuse_by_names,
         lambda conv, bn: Block(conv, bn).switch_to_deploy(),
     ],
-    ids=['torch', 'yolo', 'nested', 'method'],
+    ids=['torch', 'yolo', 'nested', 'names', 'method'],
 )
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_that_folds_by_attributes_is_refused(cls, fold):

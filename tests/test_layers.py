@@ -538,6 +538,28 @@ def test_ssdlite_parameter_count(ssdlite):
     assert counts == {'BN': 4_228_788, 'DNB': 6_297_390}  # + 49 %
 
 
+@pytest.mark.parametrize('args', [dict(), dict(affine=False)])
+def test_running_statistics_alone_leave_sc_as_it_is(args, close):
+    """As code restores that keeps the running statistics of whatever has some."""
+    model = nn.Sequential(awake(DNB(6, **args))).eval()
+    x = torch.randn(4, 6, 5, 3)
+    before = model(x)
+    kept = {
+        f'{name}.{key}': getattr(module, key).clone()
+        for name, module in model.named_modules()
+        for key in ('running_mean', 'running_var')
+        if getattr(module, 'running_mean', None) is not None
+    }
+    assert {'0.running_mean', '0.bn.running_mean'} <= kept.keys()
+    model.load_state_dict(kept, strict=False)
+    close(model(x), before)
+    if not args:
+        outer = {key: value for key, value in kept.items() if '.bn.' not in key}
+        found = model.load_state_dict(outer, strict=False)
+        close(model(x), before)
+        assert '0.sc.w_out' in found.missing_keys and not found.unexpected_keys
+
+
 @pytest.mark.parametrize('norm', ['DNB', 'DNC'])
 def test_fresh_ssdlite_equals_its_batch_norm_twin(ssdlite, norm):
     twin, model = ssdlite('BN'), ssdlite(norm)

@@ -3,11 +3,13 @@
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.fileio import dump
@@ -17,6 +19,7 @@ from tiny_detector import make_coco, write_config
 from torch import nn
 
 from dn_mmdet import DNB
+from dn_mmdet.checkpoint import CheckpointError
 from dn_mmdet.checks import preflight
 from dn_mmdet.checks.preflight import ConfigError
 from dn_mmdet.layers import _DynamicNorm
@@ -217,6 +220,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 HOLD = """
 import sys, time
+from dn_mmdet.checkpoint import CheckpointError
 from dn_mmdet.checks import preflight
 with preflight.reserved(sys.argv[1]):
     print('reserved', flush=True)
@@ -263,6 +267,55 @@ def test_resume_finds_the_last_checkpoint(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/moved/epoch_2.pth')
     with pytest.raises(ConfigError, match=f'/moved/epoch_2.pth, which does not.*--resume {last}'):
         preflight.checkpoint_to_resume(tmp_path, 'auto')
+
+
+def test_a_folder_that_was_moved_goes_on_from_its_own_checkpoint(tmp_path):
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    old.mkdir()
+    assert preflight.moved_checkpoint(old) is None
+    (old / 'epoch_2.pth').touch()
+    (old / 'last_checkpoint').write_text(str(old / 'epoch_2.pth'))
+    assert preflight.moved_checkpoint(old) is None
+    shutil.copytree(old, new)
+    assert preflight.moved_checkpoint(new) == str(new / 'epoch_2.pth')
+    (new / 'epoch_2.pth').unlink()
+    assert preflight.moved_checkpoint(new) is None
+
+
+@pytest.mark.parametrize(
+    'then, paramwise',
+    [(nn.BatchNorm2d, None), (DNB, dict(norm_decay_mult=0.0)), (DNB, dict(custom_keys={}))],
+)
+def test_an_optimizer_of_other_parameters_cannot_be_resumed(then, paramwise):
+    def model(norm):
+        return nn.Sequential(nn.Conv2d(3, 8, 1), norm(8))
+
+    def cfg(paramwise):
+        made = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1, weight_decay=0.1))
+        return Config(dict(optim_wrapper=dict(made, paramwise_cfg=paramwise)))
+
+    saved = torch.optim.SGD(model(then).parameters(), 0.1).state_dict()
+    checkpoint = dict(optimizer=saved)
+    preflight.check_same_optimizer(cfg(None), model(then), checkpoint, 'x.pth')
+    with pytest.raises(CheckpointError, match='x.pth: cannot be resumed: its optimizer has . par'):
+        preflight.check_same_optimizer(cfg(paramwise), model(DNB), checkpoint, 'x.pth')
+    several = Config(dict(optim_wrapper=dict(a=dict(), b=dict())))
+    preflight.check_same_optimizer(several, model(then), dict(optimizer=dict(a={})), 'x.pth')
+
+
+@pytest.mark.parametrize(
+    'value, message',
+    [
+        ('DNB', r"expected a dict, as in dict\(type='DNB'\), got a text"),
+        (dict(type='DNB', momentum='0.1'), "momentum: expected a number or None, got '0.1'"),
+        (dict(type='DNB', requires_grad='false'), 'requires_grad'),
+        (dict(type='DNB', device='nowhere'), 'model.neck.norm_cfg: .*nowhere'),
+    ],
+)
+def test_values_of_a_norm_cfg_that_are_of_a_wrong_kind_are_told(value, message, cfg):
+    cfg.model.neck.norm_cfg = value
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_model(cfg)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Each preset holds the grid that it is named for, and its variants are what they say."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -8,10 +10,10 @@ from torch import nn
 
 from dn_mmdet import DNB, DNC
 from dn_mmdet.checks.preflight import ConfigError, check_model
-from dn_mmdet.convert import batch_norms, dn_layers
+from dn_mmdet.convert import batch_norms, dn_layers, swap_norm
 from dn_mmdet.experiments.compare import NamedConfig, check, configured, differences
 from dn_mmdet.experiments.controls import BNSE, ScaledBN, StaticDN
-from dn_mmdet.experiments.presets import CONTROLS, PRESETS, SC_FACTORS, widened
+from dn_mmdet.experiments.presets import CONTROLS, PRESETS, SC_FACTORS, points_of, widened
 from dn_mmdet.experiments.recording import norm_counts
 from dn_mmdet.kernels.choice import compiled_kernels
 
@@ -26,7 +28,7 @@ def bn(tmp_path_factory):
 
 
 def grid(name, bn, seeds=(0, 1), lr=None, batch=None, epochs=None):
-    return PRESETS[name](bn, seeds, lr, batch, epochs)
+    return points_of(name, bn, seeds, lr, batch, epochs)
 
 
 def variants(points):
@@ -35,6 +37,19 @@ def variants(points):
 
 def parameters(cfg):
     return sum(parameter.numel() for parameter in check_model(cfg).parameters())
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_config_without_batch_norm_is_refused(preset, bn):
+    for norm in ('DNB', 'DNC'):
+        dn = NamedConfig('tiny', 'tiny.py', swap_norm(bn.cfg, norm))
+        with pytest.raises(ConfigError, match=f'--preset {preset}: .* builds 66 DN layers'):
+            points_of(preset, dn, [0], None, None, None)
+    gn = copy.deepcopy(bn.cfg)
+    for part in ('backbone', 'neck', 'bbox_head'):
+        gn.model[part].norm_cfg = dict(type='GN', num_groups=2)
+    with pytest.raises(ConfigError, match='tiny.py builds none'):
+        points_of(preset, NamedConfig('tiny', 'tiny.py', gn), [0], None, None, None)
 
 
 def test_robustness_is_four_norms_at_four_rates_and_at_five_batches(bn):

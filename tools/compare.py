@@ -150,8 +150,8 @@ def grid(args):
     if len(set(names)) < len(names):
         raise ConfigError(f'expected configs with different file names, got {", ".join(names)}')
     if args.preset:
-        points = presets.PRESETS[args.preset](
-            variants[0], args.seeds, args.lr, args.batch, args.epochs
+        points = presets.points_of(
+            args.preset, variants[0], args.seeds, args.lr, args.batch, args.epochs
         )
         if args.variants:
             points = compare.choose(points, args.variants)
@@ -176,7 +176,7 @@ def main(argv=None):
             runs = compare.plan(grid(args), args.out, args.question, args.commit or commit_of())
             preflight.make_folder(args.out, '--out')
             jobs = args.jobs or torch.cuda.device_count() or compare.cores()
-            failures = compare.run_grid(runs, jobs, console, args.folded)
+            failures = compare.run_grid(runs, jobs, console, args.folded, args.trust_checkpoint)
             folders = [run.folder for run in runs]
         written = report.write(folders, args.out / 'report', args.metric, args.baseline)
         if args.csv:

@@ -114,7 +114,8 @@ def configure(args):
         cfg.resume = False  # but load_from stays
     elif args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        auto = args.resume == 'auto'
+        cfg.load_from = preflight.moved_checkpoint(cfg.work_dir) if auto else args.resume
     if args.overwrite:
         cfg.resume = False
     return cfg
@@ -139,6 +140,8 @@ def check(cfg, args):
             check_resumable(checkpoint, path)
             preflight.check_trained_classes(cfg, 'train', checkpoint, path)
         check_fits(model, checkpoint, path, whole=bool(resume))
+        if resume:
+            preflight.check_same_optimizer(cfg, model, checkpoint, path)
     if args.overwrite:
         preflight.check_overwrite(cfg)
     preflight.check_config_copy(cfg)

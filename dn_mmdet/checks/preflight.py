@@ -18,13 +18,14 @@ from mmdet.registry import MODELS, OPTIM_WRAPPERS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.fileio import load
-from mmengine.optim import AmpOptimWrapper
+from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..checkpoint import CheckpointError
 from ..config_tree import dicts, strings
 from ..convert import dn_layers
 from ..layers import _DynamicNorm
@@ -87,20 +88,29 @@ def check_model(cfg: Config) -> nn.Module:
         check_norm(option, norm_cfg)
     try:
         return MODELS.build(copy.deepcopy(cfg.model))
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         raise ConfigError(f'model: cannot be built from the config: {reason(error)}') from error
 
 
 def _norm_cfgs(model, option):
-    """Every dict under a key that ends in ``norm_cfg``, with the option that sets it."""
+    """What is under each key that ends in ``norm_cfg``, with the option that sets it."""
     for outer, node in dicts(model, option):
         for key, value in node.items():
-            if str(key).endswith('norm_cfg') and isinstance(value, dict):
+            if str(key).endswith('norm_cfg') and isinstance(value, (dict, str)):
                 yield f'{outer}.{key}', value
 
 
 def check_norm(option: str, norm_cfg: dict) -> None:
     """Raises ConfigError where a norm's type or an argument does not exist or is out of range."""
+    if isinstance(norm_cfg, str):
+        raise ConfigError(f'{option}: expected a dict, as in dict(type={norm_cfg!r}), got a text')
     arguments = dict(norm_cfg)
     name = arguments.pop('type', None)
     if name is None:
@@ -127,7 +137,7 @@ def check_norm(option: str, norm_cfg: dict) -> None:
     if issubclass(cls, _DynamicNorm):
         try:
             cls(8, **arguments)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f'{option}: {reason(error)}') from error
 
 
@@ -338,6 +348,35 @@ def checkpoint_to_resume(work_dir, resume):
             f'{work_dir / "last_checkpoint"}: names {last}, which does not exist.{hint}'
         )
     return str(last)
+
+
+def moved_checkpoint(work_dir) -> str | None:
+    """The last checkpoint of a folder that was moved or copied, or None.
+
+    mmengine would go on from the path in its file last_checkpoint, which is in the old folder.
+    """
+    if not Path(work_dir, 'last_checkpoint').is_file():
+        return None
+    named = Path(find_latest_checkpoint(str(work_dir)))
+    here = Path(work_dir, named.name)
+    return str(here) if here.is_file() and here.resolve() != named.resolve() else None
+
+
+def check_same_optimizer(cfg: Config, model: nn.Module, checkpoint: dict, path) -> None:
+    """Raises CheckpointError where the optimizer's state to resume is of other parameters."""
+    then = checkpoint['optimizer'].get('param_groups')
+    if then is None or 'optimizer' not in cfg.optim_wrapper:
+        return  # several optimizers
+    now = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper)).optimizer.param_groups
+    sizes = [[len(group['params']) for group in groups] for groups in (then, now)]
+    if sizes[0] != sizes[1]:
+        (groups, of_it), (wanted, of_ours) = ((len(each), sum(each)) for each in sizes)
+        raise CheckpointError(
+            f'{path}: cannot be resumed: its optimizer has {of_it} parameters in {groups} groups, '
+            f'that of this config {of_ours} in {wanted}. The model, paramwise_cfg or what is '
+            f'frozen was another. Resume with the config of that training, or start a new one '
+            f'from its weights: --cfg-options load_from={path}'
+        )
 
 
 def old_checkpoints(work_dir) -> list[Path]:

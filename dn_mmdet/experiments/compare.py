@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import torch
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, METRICS
+from mmdet.registry import DATASETS, METRICS, PARAM_SCHEDULERS
 from mmengine.config import Config
 from mmengine.dataset import RepeatDataset
+from mmengine.optim.scheduler import ExponentialParamScheduler
 from rich.progress import (
     Progress,
     TaskID,
@@ -52,7 +53,8 @@ DIVERGED = re.compile(
 )
 # Of a param_scheduler: what counts epochs or iterations, and what is a learning rate.
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
-DURATION_LISTS = ('milestones', 'periods', 'restarts')
+DURATION_LISTS = ('milestones', 'restarts')  # increasing
+HOOK_EPOCHS = ('switch_epoch', 'num_last_epochs')  # of hooks that change something on the way
 RATES = ('eta_max', 'eta_min')
 FOLD = 'dn_mmdet.deploy.fold_run'  # the module that evaluates a finished run folded
 # The metric with all or most DN layers folded, and with all folded and new running statistics.
@@ -204,6 +206,7 @@ def configured(point: Point) -> tuple[Config, dict]:
     optimizer.lr *= _usual_rate(cfg, usual_batch)
     optimizer.lr *= rate
     _scale_schedules(cfg, rate, epochs / usual_epochs, usual_batch / batch)
+    _scale_switches(cfg, epochs / usual_epochs)
     loader.batch_size = batch
     cfg.train_cfg.max_epochs = epochs
     if 'val_interval' in cfg.train_cfg:
@@ -283,8 +286,25 @@ def _scale_schedule(scheduler, rate, ratio):
     for key in DURATION_LISTS:
         if scheduler.get(key) is not None:
             scheduler[key] = sorted({max(1, round(value * ratio)) for value in scheduler[key]})
+    if 'periods' in scheduler:  # each has a weight of its own
+        scheduler['periods'] = [max(1, round(value * ratio)) for value in scheduler['periods']]
+    if is_of(PARAM_SCHEDULERS, scheduler, ExponentialParamScheduler):
+        scheduler['gamma'] **= 1 / ratio
     if scheduler.get('end', float('inf')) <= scheduler.get('begin', 0):
         scheduler['end'] = scheduler['begin'] + 1
+
+
+def _scale_switches(cfg, ratio):
+    """Has hooks and evaluations that begin at an epoch do so at the same share of the training."""
+    for hook in cfg.get('custom_hooks') or []:
+        for key in HOOK_EPOCHS:
+            if hook.get(key) and ratio != 1:
+                hook[key] = max(1, round(hook[key] * ratio))
+    if cfg.train_cfg.get('dynamic_intervals') and ratio != 1:
+        cfg.train_cfg.dynamic_intervals = [
+            (max(1, round(begin * ratio)), interval)
+            for begin, interval in cfg.train_cfg.dynamic_intervals
+        ]
 
 
 def _ask_for_classes(evaluator):
@@ -428,7 +448,7 @@ def _told_divergence(folder):
     return found and found[1]
 
 
-def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
+def run_grid(runs, jobs, console, folded=False, trust=False) -> dict[str, str]:
     """Trains what has not ended, ``jobs`` runs at once, and shows how far it is.
 
     A run that another process trains at the moment is waited for. However this is
@@ -437,6 +457,7 @@ def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
     Args:
         folded (bool): evaluate runs that have finished, now or before, with their DN
             layers folded too.
+        trust (bool): hand ``--trust-checkpoint`` to the trainings.
 
     Returns:
         the ends of the output of runs that failed, by name.
@@ -452,7 +473,7 @@ def run_grid(runs, jobs, console, folded=False) -> dict[str, str]:
         TextColumn('{task.fields[note]}'),
     )
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-        grid = _Grid(waiting, jobs, progress, folded)
+        grid = _Grid(waiting, jobs, progress, folded, trust)
         try:
             while grid.waiting or grid.running:
                 grid.start()
@@ -481,8 +502,11 @@ class _Child(NamedTuple):
 class _Grid:
     """Runs that wait, that are trained or folded, each in a process of its own, or have ended."""
 
-    def __init__(self, waiting: list[Run], jobs: int, progress: Progress, folded: bool):
-        self.waiting, self.jobs, self.progress, self.folded = waiting, jobs, progress, folded
+    def __init__(
+        self, waiting: list[Run], jobs: int, progress: Progress, folded: bool, trust: bool
+    ):
+        self.waiting, self.jobs, self.progress = waiting, jobs, progress
+        self.folded, self.trust = folded, trust
         self.running: dict[Run, _Child] = {}
         self.failures: dict[str, str] = {}
         self.ended = 0
@@ -500,7 +524,7 @@ class _Grid:
                 continue
             bar = self.progress.add_task(run.name, total=1, note='')
             task = 'training' if harvest(run.folder) is None else 'folding'
-            process = _start(run, task, _environment(slot, self.jobs))
+            process = _start(run, task, _environment(slot, self.jobs), self.trust)
             self.running[run] = _Child(process, task, slot, bar)
 
     def update(self):
@@ -547,12 +571,12 @@ def is_reserved(folder) -> bool:
     return False
 
 
-def _start(run, task, environment):
+def _start(run, task, environment, trust):
     """The process that trains a run, or that folds one that has finished."""
     folder = run.folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'failure.json').unlink(missing_ok=True)
-    command = _training(run) if task == 'training' else ['-m', FOLD, folder]
+    command = _training(run, trust) if task == 'training' else ['-m', FOLD, folder]
     # A new file: the process of a killed grid may still hold the old one.
     (folder / LOGS[task]).unlink(missing_ok=True)
     with open(folder / LOGS[task], 'w') as log:
@@ -565,7 +589,7 @@ def _start(run, task, environment):
         )
 
 
-def _training(run):
+def _training(run, trust):
     """The command of a training, from the last whole checkpoint where there is one."""
     folder = run.folder
     write_json(folder / 'run.json', run.spec)
@@ -573,7 +597,8 @@ def _training(run):
     cfg = copy.deepcopy(run.cfg)
     cfg.work_dir, cfg.launcher = str(folder), 'none'  # so that the training may replace the file
     cfg.dump(folder / 'config.py')
-    return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder)]
+    trusted = ['--trust-checkpoint'] if trust else []
+    return [TRAIN, folder / 'config.py', '--work-dir', folder, *_resume(folder), *trusted]
 
 
 def _resume(folder):

@@ -11,10 +11,10 @@ import torch
 
 from ..checks.preflight import check_model
 from ..config_tree import add_imports
-from ..convert import batch_norm_cfgs, batch_norms, in_scope_of, swap_norm
+from ..convert import batch_norm_cfgs, batch_norms, dn_layers, in_scope_of, swap_norm
 from ..kernels.choice import fused_backends
 from ..messages import ConfigError
-from .compare import NamedConfig, product
+from .compare import NamedConfig, Point, product
 
 
 def variant_sc(**choices) -> dict:
@@ -171,6 +171,23 @@ PRESETS = {
 }
 
 
+def points_of(preset: str, bn: NamedConfig, *grid) -> list[Point]:
+    """The points of a preset; ``grid`` are seeds, factors of the rate, batches and epochs.
+
+    Raises:
+        ConfigError: the config does not build BatchNorms, in whose place the variants' norms go.
+    """
+    model = check_model(bn.cfg)
+    layers = dn_layers(model)
+    if layers or not batch_norms(model):
+        found = f'{len(layers)} DN layers (such as {min(layers)})' if layers else 'none'
+        raise ConfigError(
+            f'--preset {preset}: expected a config with BatchNorm, which the preset replaces; '
+            f'{bn.file} builds {found}'
+        )
+    return PRESETS[preset](bn, *grid)
+
+
 def _swapped(bn, name, norm, **args):
     return NamedConfig(name, bn.file, swap_norm(bn.cfg, norm, **args))
 
@@ -187,7 +204,13 @@ def _with_norm(bn, name, swap, imports=()):
     """A variant in which every norm_cfg of the model is what ``swap`` makes of it."""
     cfg = copy.deepcopy(bn.cfg)
     with in_scope_of(cfg):
-        for _, node in list(batch_norm_cfgs(cfg.model, 'model')):
+        found = list(batch_norm_cfgs(cfg.model, 'model'))
+        if not found:
+            raise ConfigError(
+                f'{name}: expected a norm_cfg with BatchNorm to replace in {bn.file}; its classes '
+                f'create their BatchNorms themselves'
+            )
+        for _, node in found:
             new = swap(dict(node))
             node.clear()
             node.update(new)
