@@ -14,6 +14,7 @@ accept_old_names()
 from .functional import dynamic_norm  # noqa: E402
 from .layers import DNB, DNC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC  # noqa: E402
 from .sc import SC  # noqa: E402
+from .scaled_bn import ScaledBN  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     'DNC1d',
     'DNC3d',
     'SC',
+    'ScaledBN',
     'SyncDNB',
     'SyncDNC',
     '__version__',

@@ -18,7 +18,6 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import (
@@ -33,26 +32,7 @@ from .inner_norm import is_torch_batch_norm, parts_of_sc
 from .layers import BATCH_NORM_KEYS, _DynamicNorm
 from .messages import some
 from .reference import call_sc
-
-
-class RewrittenBN(nn.Module):
-    """A BatchNorm with a scale and a shift that come from other parameters, not from the input.
-
-    ``y = scale * (x - mu) / sigma + shift``; statistics, their running averages and modes
-    are those of ``bn``. It costs what BatchNorm does, and `fold_norm` makes it one, exactly.
-    """
-
-    _abbr_ = 'bn'
-    bn: Any
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self.scale_and_shift()
-        return functional_call(self.bn, dict(weight=scale, bias=shift), (x,))
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Both (C,)."""
-        raise NotImplementedError
-
+from .scaled_bn import RewrittenBN
 
 MOST = 0.75  # of the layers are 'most of them': those that vary least
 
@@ -138,7 +118,7 @@ def fold_norm(
     statistics, dtype, device, mode and ``requires_grad``.
 
     Folding is exact where g and h are constants: in DN-C, in layers with an SC that is not
-    trained, and in the controls `StaticDN` and `ScaledBN`. No images are needed for these.
+    trained, and in `ScaledBN` and the control `StaticDN`. No images are needed for these.
     The more g and h vary, the more folding changes; measure on a test set by how much. The
     images have to be like those that the model will see. If an optimizer or DDP holds the
     old parameters, make it again.

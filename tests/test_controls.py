@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import awake
-from mmengine.optim import OneCycleLR
 from mmengine.registry import MODELS
 from torch import nn
 
-from dn_mmdet import DNB
+from dn_mmdet import DNB, ScaledBN
 from dn_mmdet.convert import batch_norms, dn_layers
 from dn_mmdet.experiments.ablation import VariantSC
-from dn_mmdet.experiments.controls import ScaledBN, StaticDN
+from dn_mmdet.experiments.controls import StaticDN
 from dn_mmdet.experiments.recording import norm_counts
 
 STATIC = [
@@ -104,46 +103,6 @@ def test_every_parameter_of_a_static_layer_learns():
         layer = moved(StaticDN(6, **args))
         layer(torch.randn(4, 6, 5, 3)).square().sum().backward()
         assert all(p.grad.any() for p in layer.parameters()), args
-
-
-def exact(layer):
-    """In float64, where the start is not rounded to float32."""
-    layer.double().u.data.fill_(1 / layer.k)
-    return layer
-
-
-@pytest.mark.parametrize('momentum', [0.0, 0.9])
-@pytest.mark.parametrize('rate', [3, 10, 30])
-def test_scaled_bn_moves_as_batch_norm_at_that_rate_does(rate, momentum, close):
-    scaled, bn = exact(ScaledBN(6, rate=rate)), nn.BatchNorm2d(6).double()
-    slow = torch.optim.SGD(scaled.parameters(), lr=0.01, momentum=momentum)
-    fast = torch.optim.SGD(bn.parameters(), lr=0.01 * rate, momentum=momentum)
-    for _ in range(3):
-        x, dy = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
-        for layer, optimizer in ((scaled, slow), (bn, fast)):
-            optimizer.zero_grad()
-            layer(x).backward(dy)
-            optimizer.step()
-        weight, bias = scaled.scale_and_shift()
-        close(weight, bn.weight)
-        close(bias, bn.bias)
-    assert (bn.weight - 1).abs().max() > 0.01
-
-
-def test_weight_decay_of_scaled_bn_is_that_of_the_usual_rate(close):
-    layer = exact(ScaledBN(6, rate=10))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.01)
-    (0 * layer.u.sum() + 0 * layer.v.sum()).backward()
-    optimizer.step()
-    close(layer.scale_and_shift()[0], torch.full((6,), 1 - 0.1 * 0.01, dtype=torch.float64))
-
-
-def test_lr_mult_does_nothing_under_one_cycle_and_so_is_written_into_the_layer():
-    """The reason for `ScaledBN`."""
-    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 1.0)]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    OneCycleLR(optimizer, eta_max=0.1, total_steps=10)
-    assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([0.1 / 25] * 2)
 
 
 def test_initialisers_leave_the_controls_as_they_are():

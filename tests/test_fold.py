@@ -13,10 +13,10 @@ from mmengine.model import revert_sync_batchnorm
 from test_convert import used
 from torch import nn
 
-from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, SyncDNB, SyncDNC
+from dn_mmdet import DNB, DNC, SC, DNB1d, DNB3d, DNC1d, DNC3d, ScaledBN, SyncDNB, SyncDNC
 from dn_mmdet.convert import convert_norm, dn_layers
 from dn_mmdet.experiments.ablation import VariantSC
-from dn_mmdet.experiments.controls import ScaledBN, StaticDN
+from dn_mmdet.experiments.controls import StaticDN
 from dn_mmdet.fold import Outputs, PartlyFolded, fold_norm, recalibrate, values_of_maps
 
 SHAPES = {

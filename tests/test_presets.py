@@ -8,11 +8,11 @@ from mmengine.config import Config
 from tiny_detector import make_coco, write_config
 from torch import nn
 
-from dn_mmdet import DNB, DNC
+from dn_mmdet import DNB, DNC, ScaledBN
 from dn_mmdet.checks.preflight import ConfigError, check_model
 from dn_mmdet.convert import batch_norms, dn_layers, swap_norm
 from dn_mmdet.experiments.compare import NamedConfig, check, configured, differences
-from dn_mmdet.experiments.controls import BNSE, ScaledBN, StaticDN
+from dn_mmdet.experiments.controls import BNSE, StaticDN
 from dn_mmdet.experiments.presets import CONTROLS, PRESETS, SC_FACTORS, points_of, widened
 from dn_mmdet.experiments.recording import norm_counts
 from dn_mmdet.kernels.choice import compiled_kernels

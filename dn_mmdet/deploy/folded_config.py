@@ -9,10 +9,11 @@ from torch import nn
 from ..checks import preflight
 from ..config_tree import add_imports, remove_imports
 from ..experiments.controls import PartlyConverted
-from ..fold import PartlyFolded, RewrittenBN, foldable
+from ..fold import PartlyFolded, foldable
 from ..layers import _DynamicNorm
 from ..messages import ConfigError, some
 from ..registered import is_of, resolve
+from ..scaled_bn import RewrittenBN
 
 BATCH_NORMS = {
     nn.BatchNorm1d: 'BN1d',

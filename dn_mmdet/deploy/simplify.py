@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..convert import DNBAct, DNCAct, batch_norms, dn_layers, is_frozen_batch_norm
-from ..fold import RewrittenBN, affine_of, batch_norm_of, constant, foldable, put
+from ..fold import affine_of, batch_norm_of, constant, foldable, put
 from ..inner_norm import has_registered, is_torch_batch_norm
 from ..layers import _DynamicNorm
 from ..sc import SC
+from ..scaled_bn import RewrittenBN
 
 TARGETS = ('portable', 'onnxruntime')
 # Channels with |b| above this times |w| are normalised without w and b. Else the variance of

@@ -1,14 +1,12 @@
 """Norm layers that Dynamic Normalization is compared with, each without one part of it."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..convert import convert_norm
-from ..fold import RewrittenBN
+from ..scaled_bn import RewrittenBN
 
 
 @MODELS.register_module()
@@ -80,50 +78,6 @@ class StaticDN(RewrittenBN):
 
     def extra_repr(self):
         return f'rank={self.rank!r}, bound={self.bound}'
-
-
-@MODELS.register_module()
-class ScaledBN(RewrittenBN):
-    r"""BatchNorm whose weight and bias learn at ``rate`` times the rate of all others.
-
-    .. math::
-        y = k u \, \frac{x - \mu}{\sigma} + k v, \qquad k = \sqrt{\text{rate}}
-
-    u starts at 1 / k and v at 0, so that a fresh layer is BatchNorm. The gradient of u is k
-    times the weight's, and the weight moves k times as far as u: a step of SGD, with
-    momentum too, is that of ``rate`` times the learning rate. (Adam divides by the
-    gradient's size, so with it the factor is k.) Weight decay acts on weight and bias as
-    often as on the other parameters: ``lr * decay * weight``, not ``rate`` times that.
-
-    Written into the layer because `lr_mult` does not do it: mmengine's OneCycleLR sets one
-    learning rate for all parameters.
-
-    Args:
-        num_features (int): channels C of the input.
-        eps, momentum, track_running_stats: of the BatchNorm.
-        rate (float): above 0.
-
-    Shape: (N, C, H, W) -> the same.
-
-    Raises:
-        ValueError: rate is not above 0.
-    """
-
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, track_running_stats=True, *, rate):
-        super().__init__()
-        if not rate > 0:
-            raise ValueError(f'rate: expected a number above 0, got {rate!r}')
-        self.k = math.sqrt(rate)
-        self.bn = nn.BatchNorm2d(num_features, eps, momentum, False, track_running_stats)
-        # Not called weight and bias: initialisers would set them to 1 and 0.
-        self.u = nn.Parameter(torch.full((num_features,), 1 / self.k))
-        self.v = nn.Parameter(torch.zeros(num_features))
-
-    def scale_and_shift(self):
-        return self.k * self.u, self.k * self.v
-
-    def extra_repr(self):
-        return f'rate={self.k**2:g}'
 
 
 @MODELS.register_module()

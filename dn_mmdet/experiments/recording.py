@@ -26,8 +26,9 @@ from ..convert import batch_norms, dn_layers
 from ..files import write_json, write_text
 from ..fold import affine_of
 from ..provenance import hardware
+from ..scaled_bn import ScaledBN
 from ..version import __version__
-from .controls import BNSE, ScaledBN, StaticDN
+from .controls import BNSE, StaticDN
 from .cost import first_image, mult_adds, peak_memory
 
 # The process that started the run, which a run does not outlive.
