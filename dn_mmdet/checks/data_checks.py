@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .pipelines import (
     loads_masks,
     sample_of,
 )
+from .voc import check_voc, reads_voc
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
@@ -261,6 +263,8 @@ def _check_dataset(option, dataset, split, model, files):
         return data
     if _reads_coco(dataset):
         _check_coco(data, split, files)
+    elif reads_voc(dataset):
+        _check_voc(data, split)
     elif dataset.ann_file.endswith('.json'):
         files.read(f'{option}.ann_file', dataset.ann_file)
     return data
@@ -388,8 +392,20 @@ def _check_coco(data, split, files):
             check_runs_are_used(data.option, dataset, boxes.get(coco.TRAINED, []))
     left = set(data.image_ids)
     images = [image for image in content['images'] if image['id'] in left]
-    check_images(data.option, dataset, images)
+    names = [os.path.join(dataset.data_prefix['img'], image['file_name']) for image in images]
+    check_images(f'{data.option}.data_prefix.img', dataset, images, names)
     data.sample = sample_of(dataset, content, data.image_ids[0])
+
+
+def _check_voc(data, split):
+    ids = check_voc(data.option, data.dataset, split == 'train')
+    if data.dataset._indices is None:
+        data.image_ids = ids
+    if not ids and not is_remote(data.dataset.sub_data_root):
+        raise ConfigError(
+            f'{data.dataset.ann_file}: {data.option}.filter_cfg leaves out all images '
+            f'(filter_cfg={data.dataset.filter_cfg})'
+        )
 
 
 @contextlib.contextmanager

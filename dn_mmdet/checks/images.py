@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cv2
 from mmcv.transforms import LoadImageFromFile
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import BaseDetDataset
 
 from ..checkpoint import is_remote
 from ..messages import ConfigError, reason, tell
@@ -14,22 +14,24 @@ from .paths import check_exists
 SIZES = 1000  # about as many image files are asked for their size, of all of a data set
 
 
-def check_images(option: str, dataset: CocoDataset, images: list[dict]) -> None:
-    """Checks that images exist, and that the sizes in the json are those of the pictures.
+def check_images(
+    option: str, dataset: BaseDetDataset, images: list[dict], names: list[str]
+) -> None:
+    """Checks that images exist, and that the sizes in the annotations are those of the pictures.
 
     Args:
-        option: sets the data set.
-        images: what the json says of them.
+        option: sets their folder.
+        images: what the annotations say of them: id and, where they say it, height and width.
+        names: the paths of their files.
 
     Raises:
         ConfigError: an image is missing, cannot be read or has another size.
     """
-    path, prefix = dataset.ann_file, dataset.data_prefix['img']
-    if is_remote(prefix):
+    path = dataset.ann_file
+    if is_remote(names[0]):
         return
-    names = [os.path.join(prefix, image['file_name']) for image in images]
-    for name in _not_listed(names):
-        check_exists(f'{option}.data_prefix.img', name, Path.is_file, f'image, which {path} names')
+    for name in not_listed(names):
+        check_exists(option, name, Path.is_file, f'image, which {path} names')
     for name in names[:: max(1, len(names) // SIZES)]:
         if not os.path.getsize(name):
             raise ConfigError(
@@ -39,7 +41,7 @@ def check_images(option: str, dataset: CocoDataset, images: list[dict]) -> None:
         _check_size(dataset, images[index], names[index])
 
 
-def _not_listed(names):
+def not_listed(names):
     """What their folders do not list as files: faster than asking for each file."""
     folders = {}
     for name in names:
@@ -69,6 +71,8 @@ def _check_size(dataset, image, name):
             f'{dataset.ann_file} names it'
         ) from error
     if loaded is None:  # with ignore_empty=True
+        return
+    if 'height' not in image:
         return
     size, written = loaded['ori_shape'], (image['height'], image['width'])
     text = (
