@@ -26,7 +26,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from .layers import _DynamicNorm, dn_layers_in
+from .layers import DynamicNorm, dn_layers_in
 from .messages import UserError, some, tell
 from .registered import loaded
 
@@ -321,7 +321,7 @@ def check_fits(model: nn.Module, checkpoint: dict, path: str | Path, whole: bool
 def _check_norms(model, checkpoint, state, path, whole):
     """Dynamic against batch normalization, and DN-B against DN-C, which share their keys."""
     theirs = dn_layers_in(state)
-    ours = {name for name, module in model.named_modules() if isinstance(module, _DynamicNorm)}
+    ours = {name for name, module in model.named_modules() if isinstance(module, DynamicNorm)}
     modules = dict(model.named_modules())
     plain = sorted(name for name in theirs - ours if name in modules)
     if plain:
@@ -384,7 +384,7 @@ def _kinds(classes):
     return {
         'C' if cls.batch_shared else 'B'
         for cls in classes
-        if inspect.isclass(cls) and issubclass(cls, _DynamicNorm)
+        if inspect.isclass(cls) and issubclass(cls, DynamicNorm)
     }
 
 

@@ -33,9 +33,9 @@ from .layers import (
     DNB3d,
     DNC1d,
     DNC3d,
+    DynamicNorm,
     SyncDNB,
     SyncDNC,
-    _DynamicNorm,
     dn_layers_in,
 )
 from .messages import some
@@ -206,12 +206,12 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def dn_layers(model: nn.Module) -> dict[str, _DynamicNorm]:
+def dn_layers(model: nn.Module) -> dict[str, DynamicNorm]:
     """The DN layers of a model by name."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _DynamicNorm)
+        if isinstance(module, DynamicNorm)
     }
 
 
@@ -315,7 +315,7 @@ def _check_existing(model_cfg, norm, family, args):
 
 
 def _is_dn_class(cls):
-    return inspect.isclass(cls) and issubclass(cls, _DynamicNorm)
+    return inspect.isclass(cls) and issubclass(cls, DynamicNorm)
 
 
 def _is_batch_norm_class(cls):
@@ -669,7 +669,7 @@ def misfolded(model: nn.Module) -> Iterator[str]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d):
                 last_conv, norm_between = child, False
-            elif isinstance(child, _DynamicNorm):
+            elif isinstance(child, DynamicNorm):
                 norm_between = True
             elif isinstance(child, _BatchNorm) and last_conv is not None:
                 if norm_between:

@@ -29,7 +29,7 @@ from .convert import (
     norms_in_words,
 )
 from .inner_norm import is_torch_batch_norm, parts_of_sc
-from .layers import BATCH_NORM_KEYS, _DynamicNorm
+from .layers import BATCH_NORM_KEYS, DynamicNorm
 from .messages import some
 from .reference import call_sc
 from .scaled_bn import RewrittenBN
@@ -175,7 +175,7 @@ def fold_norm(
     return replace_layers(model, outputs, report, kept)
 
 
-def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
+def foldable(model: nn.Module) -> dict[DynamicNorm | RewrittenBN, list[str]]:
     """The layers that can become BatchNorms, each with all names that it has in the model.
 
     Raises:
@@ -187,7 +187,7 @@ def foldable(model: nn.Module) -> dict[_DynamicNorm | RewrittenBN, list[str]]:
         )
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (_DynamicNorm, RewrittenBN)):
+        if isinstance(module, (DynamicNorm, RewrittenBN)):
             found.setdefault(module, []).append(name)
     if not found:
         raise ValueError(
@@ -210,7 +210,7 @@ def _check_foldable(name, layer):
             f'{name}: expected a BatchNorm inside the layer, got {type(bn).__module__}.'
             f'{type(bn).__qualname__}, which cannot be folded'
         )
-    own = (DNBAct.forward, DNCAct.forward, _DynamicNorm.forward, RewrittenBN.forward)
+    own = (DNBAct.forward, DNCAct.forward, DynamicNorm.forward, RewrittenBN.forward)
     if type(layer).forward not in own or 'forward' in vars(layer) or 'forward' in vars(bn):
         raise ValueError(
             f'{name}: {type(layer).__name__} has a forward of its own, which folding would lose'
@@ -226,7 +226,7 @@ def _check_foldable(name, layer):
         )
 
 
-def constant(layer: _DynamicNorm | RewrittenBN) -> Outputs | None:
+def constant(layer: DynamicNorm | RewrittenBN) -> Outputs | None:
     """The g, h of a layer in eval mode where they are the same for every input."""
     if isinstance(layer, RewrittenBN):  # its scale and shift are all of weight and bias
         nothing = torch.zeros(1, layer.bn.num_features)
@@ -269,7 +269,7 @@ def calibrate(
             f'{type(batches).__name__}: put a single batch into a list'
         )
     layers = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, _DynamicNorm)
+        name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicNorm)
     }
     found: dict[str, Outputs] = {}
     owners: dict[nn.Module, list[str]] = {}  # several layers may share an SC

@@ -292,9 +292,13 @@ def _small_part_is_fused(call, w, b):
     momentum is another at each step), not with only one of w and b, and only for SC as it is:
     another module, hooks and parametrizations are called. Nor without any hidden unit.
     """
+    return _is_plain(call, w, b) and not (call.bn.training and call.bn.momentum is None)
+
+
+def _is_plain(call, w, b):
+    """Whether a layer is of the kind that has kernels for its small part."""
     return (
         call.group is None
-        and not (call.bn.training and call.bn.momentum is None)
         and (w is None) == (b is None)
         and call.sc_parts is not None
         and len(call.sc_parts[1]) > 0
@@ -516,10 +520,7 @@ def _kernels_of_operator(call, x, w, b, backend):
     ]
     if (
         x.dtype not in FUSED_DTYPES
-        or call.group is not None
-        or call.sc_parts is None
-        or len(call.sc_parts[1]) == 0
-        or (w is None) != (b is None)
+        or not _is_plain(call, w, b)
         or (steps(call.bn) and call.bn.running_mean is None)
         or not all(t.is_contiguous() and t.device == x.device for t in state)
         or x.numel() == 0

@@ -50,7 +50,7 @@ def _build_sc(cfg, arguments):
     return MODELS.build(cfg, default_args=arguments)
 
 
-class _DynamicNorm(nn.Module):
+class DynamicNorm(nn.Module):
     """What DN-B and DN-C share. `DNB` documents it.
 
     The layer contains a BatchNorm and is not a subclass of it, because frameworks fold,
@@ -253,11 +253,11 @@ def _register(cls):
 _register(SC)
 
 
-class _DNB(_DynamicNorm):
+class _DNB(DynamicNorm):
     batch_shared = False
 
 
-class _DNC(_DynamicNorm):
+class _DNC(DynamicNorm):
     batch_shared = True
 
 

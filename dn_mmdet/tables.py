@@ -1,4 +1,4 @@
-"""Tables as CSV files whose columns are known: reading, checking, appending a row."""
+"""Tables: CSV files whose columns are known, and Markdown."""
 
 import csv
 import io
@@ -89,3 +89,9 @@ def append_rows(path: str | Path, rows: Iterable[Mapping], columns: Sequence[str
     writer.writerows(rows)
     with open(path, 'a', newline='') as file:
         file.write(text.getvalue())
+
+
+def markdown_table(header, rows) -> str:
+    """A table, its first column to the left and the others to the right."""
+    lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
+    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)

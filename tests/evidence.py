@@ -26,6 +26,7 @@ from pathlib import Path
 
 from dn_mmdet.deploy import trade_off
 from dn_mmdet.experiments import figures, report, results
+from dn_mmdet.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md')))
@@ -108,7 +109,7 @@ def tables(
         data, epochs, lr, batch = setting
         text.append(
             f'{data}, {epochs} epochs, lr {lr:g}, batch {batch}:\n\n'
-            + report.markdown_table(
+            + markdown_table(
                 [header[0], 'parameters', *header[1:]],
                 [
                     [line[0], count, *line[1:]]
@@ -150,7 +151,7 @@ def summary(question: str, labels: str) -> str:
                 difference,
             ]
         )
-    return report.markdown_table(
+    return markdown_table(
         ['', 'parameters', 'seeds', name, f'difference to {configs[baseline]} (95 % interval)'],
         lines,
     )
@@ -203,7 +204,7 @@ def adaptation(question: str) -> str:
         if lines:
             text.append(
                 f'{epochs} epochs, lr {lr:g}, batch {batch}:\n\n'
-                + report.markdown_table(
+                + markdown_table(
                     ['config', 'seeds', *(f'dynamic - {column}' for column in FOLDED)], lines
                 )
             )
@@ -237,7 +238,7 @@ def folding(config: str) -> str:
         also = f'; changed images: `{changed}`' if changed else ''
         text.append(
             f'{data}, {seeds} seed{"s" if seeds > 1 else ""}, the time of all folded '
-            f'is 1{also}:\n\n{report.markdown_table(header, lines)}'
+            f'is 1{also}:\n\n{markdown_table(header, lines)}'
         )
     if not text:
         raise ValueError(f'docs/results/folding.csv has no rows of {config!r}')
@@ -285,7 +286,7 @@ def trade_off_of_runs(question: str, config: str, twin: str) -> str:
             ]
         )
     lines.append(['BatchNorm twin', *_mean([factor * row['value'] for row in found[twin]]), ''])
-    return report.markdown_table(['layers', 'seeds', name, 'to dynamic, within a run'], lines)
+    return markdown_table(['layers', 'seeds', name, 'to dynamic, within a run'], lines)
 
 
 def _mean(values):
@@ -320,7 +321,7 @@ def fit(question: str) -> str:
                 _mean_and_spread([row['averaged'] for row in both]),
             ]
         )
-    return report.markdown_table(
+    return markdown_table(
         [
             'config',
             'seeds',
@@ -357,13 +358,11 @@ def settings(question: str, labels: str) -> str:
             cell = [f'{statistics.mean(values):.2f}'] if values else []
             cell += [row['status'] for row in rows if row['value'] is None]
             lines[-1].append(', '.join(cell) or 'not run')
-    return report.markdown_table(
-        ['', *(f'lr {lr:g}, batch {batch}' for batch, lr in columns)], lines
-    )
+    return markdown_table(['', *(f'lr {lr:g}, batch {batch}' for batch, lr in columns)], lines)
 
 
 def seeds_needed(spread: float) -> str:
-    return report.markdown_table(
+    return markdown_table(
         ['true difference', *(f'{difference:g}' for difference in DIFFERENCES)],
         [
             ['seeds of each', *(results.seeds_needed(d, spread) for d in DIFFERENCES)],

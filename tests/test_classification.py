@@ -21,7 +21,7 @@ from tool_process import succeed  # noqa: E402
 
 from dn_mmdet.checkpoint import open_checkpoint  # noqa: E402
 from dn_mmdet.checks.preflight import ConfigError, check_data, check_model  # noqa: E402
-from dn_mmdet.layers import _DynamicNorm  # noqa: E402
+from dn_mmdet.layers import DynamicNorm  # noqa: E402
 from dn_mmdet.models.classification import ListedImageFolder, StridedMobileNetV2  # noqa: E402
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -60,7 +60,7 @@ def test_twins_differ_in_nothing_but_the_norm(norm, data):
 @pytest.mark.parametrize('norm,layers', [('bn', 0), ('dnb', 52), ('dnc', 52)])
 def test_builds_and_trains(norm, layers):
     model = check_model(read(norm, 'tinyin100'))
-    assert sum(isinstance(module, _DynamicNorm) for module in model.modules()) == layers
+    assert sum(isinstance(module, DynamicNorm) for module in model.modules()) == layers
     model.init_weights()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     samples = [mmpretrain.structures.DataSample().set_gt_label(i) for i in (0, 99)]

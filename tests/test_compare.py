@@ -374,7 +374,7 @@ def test_an_interruption_leaves_no_training_behind(tmp_path, trainer, monkeypatc
     monkeypatch.setattr(compare, '_share_done', interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare.run_grid([run], 1, Console(file=io.StringIO()))
-    assert not compare.is_reserved(run.folder)
+    assert not preflight.is_reserved(run.folder)
     steps = len(read_log(run.folder))
     monkeypatch.undo()
     monkeypatch.setattr(compare, 'TRAIN', trainer)
@@ -387,7 +387,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, trainer):
     (run,) = runs_of(tmp_path / 'out', 'good')
     run.folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, trainer, '--work-dir', run.folder])
-    while not compare.is_reserved(run.folder):
+    while not preflight.is_reserved(run.folder):
         time.sleep(0.01)
     compare.run_grid([run], 1, Console(file=io.StringIO()))
     assert other.wait() == 0
@@ -405,7 +405,7 @@ def test_a_run_whose_folder_another_process_took_first_is_tried_again(tmp_path, 
 
 @pytest.mark.slow
 def test_a_lock_ends_with_its_holder(tmp_path):
-    assert not compare.is_reserved(tmp_path)
+    assert not preflight.is_reserved(tmp_path)
     code = (
         f'from dn_mmdet.checks.preflight import reserved\nwith reserved({str(tmp_path)!r}):\n'
         '    print("held", flush=True)\n    input()'
@@ -418,9 +418,9 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     ) as holder:
         while 'held' not in holder.stdout.readline():
             pass
-        assert compare.is_reserved(tmp_path)
+        assert preflight.is_reserved(tmp_path)
         holder.kill()
-    assert not compare.is_reserved(tmp_path)
+    assert not preflight.is_reserved(tmp_path)
     with reserved(tmp_path):
         pass
 

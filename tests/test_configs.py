@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dn_mmdet.convert import dn_layers
-from dn_mmdet.layers import _DynamicNorm
+from dn_mmdet.layers import DynamicNorm
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 DATA = ('coco', 'voc07', 'voc07_128px', 'digits')
@@ -81,7 +81,7 @@ def test_line_1_names_the_parent(path):
 @pytest.mark.parametrize('norm', NORMS)
 def test_every_norm_is_dynamic(norm, data):
     model = build(read(norm, data))
-    dynamic = {name for name, module in model.named_modules() if isinstance(module, _DynamicNorm)}
+    dynamic = {name for name, module in model.named_modules() if isinstance(module, DynamicNorm)}
     plain = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     assert len(dynamic) == NORM_LAYERS[data]
     assert plain == {f'{name}.bn' for name in dynamic}

@@ -583,4 +583,4 @@ def test_help_documents_the_layer_itself():
     for argument in inspect.signature(DNB).parameters:
         assert re.search(rf'^    {argument}\b.*: ', inspect.getdoc(DNB), re.M), argument
     for cls in (DNB, DNB1d, DNB3d, DNC, DNC1d, DNC3d, SyncDNB, SyncDNC):
-        assert '_DynamicNorm' not in cls.__doc__
+        assert 'DynamicNorm' not in cls.__doc__

@@ -22,7 +22,7 @@ from dn_mmdet import DNB
 from dn_mmdet.checkpoint import CheckpointError
 from dn_mmdet.checks import preflight
 from dn_mmdet.checks.preflight import ConfigError
-from dn_mmdet.layers import _DynamicNorm
+from dn_mmdet.layers import DynamicNorm
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def snapshot(folder):
 
 
 def test_a_model_is_built(model):
-    assert sum(isinstance(module, _DynamicNorm) for module in model.modules()) == 66
+    assert sum(isinstance(module, DynamicNorm) for module in model.modules()) == 66
 
 
 def test_layers_that_cannot_learn_are_told(cfg, monkeypatch):

@@ -26,6 +26,7 @@ from dn_mmdet.deploy.folded_config import built
 from dn_mmdet.experiments import compare, report
 from dn_mmdet.messages import ConfigError
 from dn_mmdet.provenance import commit_of
+from dn_mmdet.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ROOT / 'tools' / 'predict.py'
@@ -192,7 +193,7 @@ def fold(runs, out):
             strict=True,
         )
     ]
-    return report.markdown_table(['model', result.metric, 'ms per image'], rows)
+    return markdown_table(['model', result.metric, 'ms per image'], rows)
 
 
 def run(configs, out, seed, console):

@@ -28,7 +28,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..checkpoint import CheckpointError
 from ..config_tree import dicts, strings
 from ..convert import dn_layers
-from ..layers import _DynamicNorm
+from ..layers import DynamicNorm
 from ..messages import ConfigError, did_you_mean, reason, some, tell
 from ..registered import is_of, name_of, resolve
 from .data_checks import check_data as check_data
@@ -41,7 +41,7 @@ except ImportError:  # Windows has no such locks: two runs in a folder go unnoti
     fcntl = None  # type: ignore[assignment]
 
 LOCK = '.train.lock'
-NORMS = (_DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (DynamicNorm, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # The names that mmengine's CheckpointHook gives.
 CHECKPOINTS = re.compile(r'((best_.+_)?(epoch|iter)_\d+\.pth|last_checkpoint)')
 
@@ -134,7 +134,7 @@ def check_norm(option: str, norm_cfg: dict) -> None:
                 f'{option}.{argument}: {name_of(name)} has no such argument'
                 f'{did_you_mean(argument, list(parameters)[1:])}'
             )
-    if issubclass(cls, _DynamicNorm):
+    if issubclass(cls, DynamicNorm):
         try:
             cls(8, **arguments)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -316,6 +316,19 @@ def _acquire(lock, work_dir):
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     lock.flush()
+
+
+def is_reserved(folder) -> bool:
+    """Whether a training runs in a folder, as `reserved` marks it."""
+    path = Path(folder, LOCK)
+    if fcntl is None or not path.is_file():
+        return False
+    with open(path, 'r+') as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def is_fresh(work_dir) -> bool:

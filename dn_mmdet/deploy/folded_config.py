@@ -10,7 +10,7 @@ from ..checks import preflight
 from ..config_tree import add_imports, remove_imports
 from ..experiments.controls import PartlyConverted
 from ..fold import PartlyFolded, foldable
-from ..layers import _DynamicNorm
+from ..layers import DynamicNorm
 from ..messages import ConfigError, some
 from ..registered import is_of, resolve
 from ..scaled_bn import RewrittenBN
@@ -31,7 +31,7 @@ def with_batch_norm(node):
         return node
     if resolve(MODELS, node.get('type')) in (PartlyConverted, PartlyFolded):
         return with_batch_norm(node['part'])
-    if is_of(MODELS, node, (_DynamicNorm, RewrittenBN)):
+    if is_of(MODELS, node, (DynamicNorm, RewrittenBN)):
         cls = resolve(MODELS, node['type'])
         kept = {
             key: node[key] for key in ('eps', 'momentum', 'track_running_stats') if key in node

@@ -9,9 +9,9 @@ from mmengine.config import Config
 
 from ..checkpoint import meta_of
 from ..checks import preflight
-from ..experiments.report import markdown_table
 from ..files import replacing, write_text
 from ..messages import ConfigError
+from ..tables import markdown_table
 from .folded_config import built, folded_config, from_text
 from .folding import Result, Row
 

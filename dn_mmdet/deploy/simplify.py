@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..convert import DNBAct, DNCAct, batch_norms, dn_layers, is_frozen_batch_norm
 from ..fold import affine_of, batch_norm_of, constant, foldable, put
 from ..inner_norm import has_registered, is_torch_batch_norm
-from ..layers import _DynamicNorm
+from ..layers import DynamicNorm
 from ..sc import SC
 from ..scaled_bn import RewrittenBN
 
@@ -74,13 +74,13 @@ def simplified(model: nn.Module, example: Tensor, target: str = 'portable') -> S
     _fold_constants(model)
     trace = _Trace(model, example)
     found = Simplified(model, [], [], [])
-    known = {*trace.norms, *(norm.bn for norm in trace.norms if isinstance(norm, _DynamicNorm))}
+    known = {*trace.norms, *(norm.bn for norm in trace.norms if isinstance(norm, DynamicNorm))}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module not in known:
             found.left.append(name)
     for norm, name in trace.norms.items():
         conv, place = trace.convolution_of(norm)
-        if isinstance(norm, _DynamicNorm):
+        if isinstance(norm, DynamicNorm):
             simple = _is_simplifiable(norm, trace.shapes[norm])
             new = _dynamic(norm, conv, trace.shapes[norm], target) if simple else None
         else:
@@ -92,13 +92,13 @@ def simplified(model: nn.Module, example: Tensor, target: str = 'portable') -> S
         _replace(model, norm, after)
         if conv is not None:
             _replace(place, conv, before)
-        getattr(found, 'dynamic' if isinstance(norm, _DynamicNorm) else 'folded').append(name)
+        getattr(found, 'dynamic' if isinstance(norm, DynamicNorm) else 'folded').append(name)
     return found
 
 
 def _fold_constants(model):
     """Makes BatchNorms of the layers whose g and h are the same for every input."""
-    if not any(isinstance(module, (_DynamicNorm, RewrittenBN)) for module in model.modules()):
+    if not any(isinstance(module, (DynamicNorm, RewrittenBN)) for module in model.modules()):
         return
     for layer, names in foldable(model).items():
         outputs = constant(layer)

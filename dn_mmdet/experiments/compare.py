@@ -7,7 +7,6 @@ grid goes on with what is there.
 
 import contextlib
 import copy
-import errno
 import hashlib
 import json
 import os
@@ -515,7 +514,9 @@ class _Grid:
     def start(self):
         """Fills the free slots."""
         for slot in sorted(set(range(self.jobs)) - {each.slot for each in self.running.values()}):
-            run = next((run for run in self.waiting if not is_reserved(run.folder)), None)
+            run = next(
+                (run for run in self.waiting if not preflight.is_reserved(run.folder)), None
+            )
             if run is None:
                 return
             self.waiting.remove(run)
@@ -556,19 +557,6 @@ class _Grid:
             self.ended += 1
             self.failures[run.name] = _failure(run.folder, task, process.returncode)
             self.progress.console.print(f'{run.name}: {task} failed')
-
-
-def is_reserved(folder) -> bool:
-    """Whether a training runs in a folder, as `preflight.reserved` marks it."""
-    path = Path(folder, preflight.LOCK)
-    if preflight.fcntl is None or not path.is_file():
-        return False
-    with open(path, 'r+') as lock:
-        try:
-            preflight.fcntl.lockf(lock, preflight.fcntl.LOCK_EX | preflight.fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
-    return False
 
 
 def _start(run, task, environment, trust):

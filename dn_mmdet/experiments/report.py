@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..messages import ConfigError
-from ..tables import csv_text
+from ..tables import csv_text, markdown_table
 from .compare import read_folded
 from .figures import draw, figures, interactive
 from .results import (
@@ -275,12 +275,6 @@ def markdown(table, baseline) -> str:
         text += markdown_table(*metric_table(rows, baseline)) + '\n'
         text += markdown_table(*_cost_table(rows)) + '\n'
     return text
-
-
-def markdown_table(header, rows) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
-    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
 
 
 def metric_table(rows, baseline) -> tuple[list, list[list]]:

@@ -12,7 +12,6 @@ refused.
 """
 
 import contextlib
-import functools
 import logging
 import re
 import struct
@@ -398,21 +397,14 @@ def _double_backward(dy, x, mu, sigma, parameters, needed, mode, eps, bound, gro
     )
 
 
-@functools.cache
-def configured() -> bool:
-    """Tells the compiled host what it needs of Python, once."""
-    _host.configure(
-        _kind_of_type,
-        _group_of,
-        _double_backward,
-        (
-            torch_modules._global_forward_hooks,
-            torch_modules._global_forward_pre_hooks,
-            torch_modules._global_backward_hooks,
-            torch_modules._global_backward_pre_hooks,
-        ),
-    )
-    return True
-
-
-configured()
+_host.configure(  # what it needs of Python
+    _kind_of_type,
+    _group_of,
+    _double_backward,
+    (
+        torch_modules._global_forward_hooks,
+        torch_modules._global_forward_pre_hooks,
+        torch_modules._global_backward_hooks,
+        torch_modules._global_backward_pre_hooks,
+    ),
+)

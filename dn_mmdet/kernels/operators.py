@@ -139,7 +139,6 @@ def _run(x, parameters, state, step, eps, bound, batch, batch_shared, standardiz
     return y, kept if keep else x.new_empty(0, dtype=_wide(x))
 
 
-@functools.cache
 def _host_for(kernels, device):
     """The module that launches the kernels from C++, or None."""
     if kernels != 'triton' or device != 'cuda':

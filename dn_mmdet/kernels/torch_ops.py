@@ -180,7 +180,7 @@ class Coefficients:
         self.c = torch.addcmul(h, self.a, centred)
         self.m = m
         if keep:
-            self.size, self.bound, self.eps = size, bound, eps
+            self.size, self.bound = size, bound
             self.batch_shared, self.standardized = batch_shared, standardized
             self.kept = mu, sigma, inputs, hidden, out
 
