@@ -41,6 +41,7 @@ from .layers import (
 from .messages import some
 from .registered import resolve
 from .sc import SC
+from .scaled_bn import RewrittenBN
 
 # A BatchNorm's class says what inputs it takes through this method. Synchronised
 # ones, and those that a reverted SyncBatchNorm becomes, take any.
@@ -142,7 +143,7 @@ def convert_norm(
     layers = dn_layers(model)
     chosen = _choose(found, layers, only, skip)
     if not chosen:
-        if found:
+        if found and not _choose(layers, found, only, skip):
             raise ValueError(
                 f'only, skip: expected patterns that leave a BatchNorm to convert, and these '
                 f'leave none of {len(found)}: {some(found)}'
@@ -197,8 +198,12 @@ def _warn_of_folding(model, converted):
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The BatchNorms of a model by name, except those inside DN layers."""
-    inside = set(dn_layers(model))
+    """The BatchNorms of a model by name, except those inside DN layers and rewritten norms."""
+    inside = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, (DynamicNorm, RewrittenBN))
+    }
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,13 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` at the end, if there is no error.
 
-    After an error there is nothing of it. Each process writes to a path of its own.
+    After an error there is nothing of it. It has the same name, which torch writes into
+    checkpoints, in a folder of its own.
     """
     path = Path(path)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.part-') as folder:
+        yield Path(folder, path.name)
+        os.replace(Path(folder, path.name), path)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -47,6 +47,7 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
     named = FOLDING.search(name) and any(map(_reads_more, frames))
     computes = any(map(_computes_batch_norm, frames))
     folds = computes or any(map(_seems_to_fold, frames))
+    is_sure = named and (folds or any(map(_could_fold, frames)))
     if not (named or folds) or layer.sc.is_identity():
         return
     kind = type(layer).__name__
@@ -54,7 +55,7 @@ def refuse_to_be_folded(layer: Any, frame: FrameType) -> None:
         'turn the layers into BatchNorms first, with dn_mmdet.fold.fold_norm, or do not '
         'fold this one. Code that only reads the norm can use the inner BatchNorm, .bn'
     )
-    if named and folds:
+    if is_sure:
         raise TypeError(
             f'{name}: expected a BatchNorm to fold, got {kind}. Its scale and shift '
             f'follow the input and would be lost: {remedy}'
@@ -74,8 +75,24 @@ def _is_part_of_a_function(code):
 
 def _reads_more(frame):
     """Whether code also reads what folding needs beside the running variance."""
+    names = _names(frame)
+    return not {'eps', 'running_mean'}.isdisjoint(names) or (
+        'weight' in names and not names.isdisjoint(ROOTS)
+    )
+
+
+def _could_fold(frame):
+    """Whether code whose name says that it folds does more than to read or to average.
+
+    It takes a root, or passes the statistics on together with eps.
+    """
+    names = _names(frame)
+    return not names.isdisjoint(ROOTS) or {'running_mean', 'eps'} <= names
+
+
+def _names(frame):
     called, constants = _words(frame.f_code)
-    return not {'eps', 'running_mean'}.isdisjoint(called | constants)
+    return called | constants
 
 
 def _seems_to_fold(frame):

@@ -27,17 +27,24 @@ BATCH_NORM_KEYS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches
 def dn_layers_in(keys: Iterable[str]) -> set[str]:
     """Names of the DN layers whose weights have these keys, whatever their SC is.
 
-    A layer holds ``bn`` and ``sc``. A block that calls its shortcut so has convolutions too.
+    A layer holds ``bn`` and ``sc``. A block that calls its shortcut so has convolutions too, or
+    the shortcut is one.
     """
     parts: dict = defaultdict(set)
-    known = set()
     for key in keys:
-        *path, leaf = key.split('.')
-        for depth, part in enumerate((*path, leaf)):
+        path = key.split('.')
+        for depth, part in enumerate(path):
             parts['.'.join(path[:depth])].add(part)
-        if path[-1:] == ['sc'] and leaf == 'w_in':
-            known.add('.'.join(path[:-1]))
-    return known | {name for name, found in parts.items() if found == {'bn', 'sc'}}
+
+    def of_sc(name):
+        return parts[f'{name}.sc' if name else 'sc']
+
+    return {
+        name
+        for name, found in list(parts.items())
+        if 'sc' in found
+        and ('w_in' in of_sc(name) or found == {'bn', 'sc'} and of_sc(name) - {'weight', 'bias'})
+    }
 
 
 def _build_sc(cfg, arguments):

@@ -1,6 +1,7 @@
 """BatchNorms whose scale and shift are written in another way than as weight and bias."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .inner_norm import check_eps, check_momentum
 from .layers import BATCH_NORM_KEYS
 
 
@@ -59,12 +61,16 @@ class ScaledBN(RewrittenBN):
     Shape: (N, C, H, W) -> the same.
 
     Raises:
-        ValueError: rate is not above 0.
+        ValueError: rate or eps is not above 0, or momentum is no number.
 
     Example:
         >>> ScaledBN(16, rate=30)(torch.randn(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
     """
+
+    k: float
+    u: nn.Parameter
+    v: nn.Parameter
 
     def __init__(
         self,
@@ -76,7 +82,9 @@ class ScaledBN(RewrittenBN):
         rate: float,
     ):
         super().__init__()
-        if not rate > 0:
+        check_eps(eps)
+        check_momentum(momentum)
+        if not isinstance(rate, Real) or not 0 < rate < math.inf:
             raise ValueError(f'rate: expected a number above 0, got {rate!r}')
         self.k = math.sqrt(rate)
         self.bn = nn.BatchNorm2d(num_features, eps, momentum, False, track_running_stats)

@@ -341,6 +341,8 @@ def test_an_sc_of_another_kind_is_one_too(whole, caplog):
 def test_a_shortcut_of_that_name_is_no_sc():
     block = nn.Sequential()
     block.conv, block.bn, block.sc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1)
+    assert dn_layers_in(block.state_dict()) == dn_layers_in([]) == set()
+    del block.conv  # the shortcut is the convolution
     assert dn_layers_in(block.state_dict()) == set()
     layer = DNB(4, affine=False, track_running_stats=False)
     assert dn_layers_in(layer.state_dict()) == {''}

@@ -115,10 +115,26 @@ def test_periods_stay_in_their_order_and_what_begins_on_the_way_at_its_share(epo
     restarts, exponential, steps = cfg.param_scheduler
     assert restarts.periods == periods
     assert exponential.gamma**epochs == pytest.approx(0.9**10) and steps.gamma == 0.1
+    assert max(cfg.custom_hooks[0].switch_epoch, cfg.train_cfg.dynamic_intervals[0][0]) < epochs
     share = epochs / 10
-    assert cfg.custom_hooks[0].switch_epoch == pytest.approx(8 * share, abs=0.5)
+    assert cfg.custom_hooks[0].switch_epoch == pytest.approx(8 * share, abs=0.6)
     assert cfg.custom_hooks[1].num_last_epochs == pytest.approx(4 * share, abs=0.5)
     assert cfg.train_cfg.dynamic_intervals[0][0] == pytest.approx(6 * share, abs=0.5)
+
+
+def test_exponential_decay_in_iterations_follows_their_number_and_none_is_none():
+    given = config(
+        param_scheduler=[
+            dict(type='ExponentialLR', gamma=0.9, by_epoch=True, convert_to_iter_based=True),
+            dict(type='LinearLR', begin=None, end=None, by_epoch=True),
+            dict(type='CosineRestartLR', periods=None, restart_weights=[1]),
+        ]
+    )
+    cfg, _ = configured(Point(NamedConfig('a', 'a.py', given), 0, batch=4))
+    assert cfg.param_scheduler[0].gamma == pytest.approx(0.9**0.5)  # twice the iterations
+    assert cfg.param_scheduler[1].end is None
+    same, _ = configured(Point(NamedConfig('a', 'a.py', given), 0))
+    assert same.param_scheduler[0].gamma == pytest.approx(0.9)
 
 
 def test_an_automatic_learning_rate_is_the_real_one_in_the_table():

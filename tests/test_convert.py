@@ -364,11 +364,16 @@ def test_a_model_without_batch_norm_says_what_it_holds():
 
 @pytest.mark.parametrize('patterns', [dict(only=[]), dict(skip='*'), dict(only='1', skip='1')])
 def test_patterns_that_leave_nothing_are_named(patterns):
-    for model in (small_net(), convert_norm(small_net(), 'DNB', skip='1')):
-        if patterns.get('only') == '1' and dn_layers(model):
-            continue
-        with pytest.raises(ValueError, match='only, skip: .* leave none of [12]: '):
-            convert_norm(model, 'DNB', **patterns)
+    with pytest.raises(ValueError, match='only, skip: .* leave none of 2: '):
+        convert_norm(small_net(), 'DNB', **patterns)
+
+
+def test_converting_the_same_part_twice_changes_nothing():
+    model = convert_norm(small_net(), 'DNB', skip='1')
+    before = list(model.modules())
+    with pytest.warns(UserWarning, match='already converted: it holds 1 DN layers'):
+        convert_norm(model, 'DNB', skip='1')
+    assert list(model.modules()) == before
 
 
 def test_a_converted_model_is_left_and_says_so():

@@ -31,6 +31,34 @@ def fuse_by_names(conv, bn):
     return conv.weight * (weight / torch.sqrt(var + eps))[:, None, None, None]
 
 
+def fuse(conv, bn, eps=1e-5):
+    return conv.weight * (bn.weight / (bn.running_var + eps).sqrt())[:, None, None, None]
+
+
+def fuse_conv(conv, bn):
+    return conv.weight * (bn.weight / torch.sqrt(bn.running_var + 1e-5))[:, None, None, None]
+
+
+def merge_bn(conv, bn):
+    return scaled(conv, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+
+
+def scaled(conv, mean, var, eps, weight, bias):
+    return conv.weight * (weight / torch.sqrt(var + eps))[:, None, None, None]
+
+
+class Rep(nn.Module):
+    """A block whose shortcut is called as SC is."""
+
+    def __init__(self, conv, bn):
+        super().__init__()
+        self.conv, self.bn, self.sc = conv, bn, nn.Identity()
+
+    def fuse(self):
+        std = (self.bn.running_var + self.bn.eps).sqrt()
+        return self.sc(self.conv.weight * (self.bn.weight / std)[:, None, None, None])
+
+
 class Block(nn.Sequential):
     def switch_to_deploy(self):
         conv, bn = self
@@ -63,9 +91,13 @@ def by_a_call(conv, bn):
         fuse_conv_and_bn,
         to_bn_fold,
         fuse_by_names,
+        fuse,
+        fuse_conv,
+        merge_bn,
+        lambda conv, bn: Rep(conv, bn).fuse(),
         lambda conv, bn: Block(conv, bn).switch_to_deploy(),
     ],
-    ids=['torch', 'yolo', 'nested', 'names', 'method'],
+    ids=['torch', 'yolo', 'nested', 'names', 'own eps', 'number', 'helper', 'sc', 'method'],
 )
 @pytest.mark.parametrize('cls', [DNB, DNC])
 def test_code_that_folds_by_attributes_is_refused(cls, fold):

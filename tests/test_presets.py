@@ -45,6 +45,11 @@ def test_a_config_without_batch_norm_is_refused(preset, bn):
         dn = NamedConfig('tiny', 'tiny.py', swap_norm(bn.cfg, norm))
         with pytest.raises(ConfigError, match=f'--preset {preset}: .* builds 66 DN layers'):
             points_of(preset, dn, [0], None, None, None)
+    rewritten = copy.deepcopy(bn.cfg)
+    for part in ('backbone', 'neck', 'bbox_head'):
+        rewritten.model[part].norm_cfg = dict(type='ScaledBN', rate=3)
+    with pytest.raises(ConfigError, match='tiny.py builds none'):
+        points_of(preset, NamedConfig('tiny', 'tiny.py', rewritten), [0], None, None, None)
     gn = copy.deepcopy(bn.cfg)
     for part in ('backbone', 'neck', 'bbox_head'):
         gn.model[part].norm_cfg = dict(type='GN', num_groups=2)

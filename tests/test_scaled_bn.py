@@ -8,7 +8,8 @@ from mmengine.registry import MODELS, init_default_scope
 from test_convert import used
 from torch import nn
 
-from dn_mmdet import ScaledBN
+from dn_mmdet import DNB, ScaledBN
+from dn_mmdet.convert import convert_norm
 from dn_mmdet.fold import fold_norm
 
 
@@ -83,6 +84,33 @@ def test_a_batch_norm_checkpoint_loads_and_is_the_same(strict, close):
     fold_norm(again)
     assert type(again[1]) is nn.BatchNorm2d
     close(again(x), source(x))
+
+
+def test_its_inner_norm_is_not_converted():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), ScaledBN(6, rate=30), nn.BatchNorm2d(6))
+    convert_norm(model, 'DNB')
+    assert type(model[1].bn) is nn.BatchNorm2d and type(model[2]) is DNB
+    with pytest.raises(ValueError, match='no BatchNorm to convert'):
+        convert_norm(nn.Sequential(ScaledBN(6, rate=30)), 'DNB')
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (dict(rate=0), 'rate: expected a number above 0, got 0'),
+        (dict(rate='3'), "got '3'"),
+        (dict(rate=float('inf')), 'got inf'),
+        (dict(rate=3, eps='1e-5'), 'eps must be positive'),
+        (dict(rate=3, momentum='0.1'), 'momentum: expected a number or None'),
+    ],
+)
+def test_arguments_out_of_range_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        ScaledBN(6, **args)
+
+
+def test_a_config_may_name_it_where_it_was():
+    assert MODELS.get('dn_mmdet.experiments.controls.ScaledBN') is ScaledBN
 
 
 def test_a_detector_is_built_with_it_and_trained():

@@ -65,7 +65,26 @@ def test_what_is_right_passes_and_counts_as_mmdet_counts(tmp_path):
     assert len(checked(tmp_path, training=False)) == 4
     every = dict(filter_empty_gt=False, min_size=0)
     assert len(checked(tmp_path, filter_cfg=every)) == 4
-    assert checked(tmp_path, filter_cfg=dict(every, min_size=50)) == ['000003']
+    assert checked(tmp_path, filter_cfg=dict(every, min_size=50)) == []
+    assert checked(tmp_path, indices=2) == ['000000', '000001']
+    assert checked(tmp_path, indices=[-1], training=False) == ['000003']
+
+
+def test_what_mmdet_does_not_look_at_is_not_looked_at(tmp_path):
+    write(tmp_path, 0)
+    write(tmp_path, 1, name='owl', difficult='Unspecified', size=SIZE)
+    change(tmp_path, 'Annotations/000001.xml', 'bndbox', 'box')
+    write(tmp_path, 2, (10, 10, 10, 40), ext='png')
+    assert checked(tmp_path, indices=1) == ['000000']
+    change(tmp_path, 'Annotations/000002.xml', '<width>64', '<width>4')
+    assert checked(tmp_path, filter_cfg=dict(min_size=40, filter_empty_gt=True)) == ['000000']
+
+
+def test_a_folder_without_a_prefix_is_the_current_one(tmp_path, monkeypatch):
+    write(tmp_path, 0)
+    monkeypatch.chdir(tmp_path / 'VOC2007')
+    layout = dict(type='XMLDataset', data_prefix=dict(), data_root='', ann_file='train.txt')
+    assert checked(tmp_path, **layout) == ['000000']
 
 
 def change(root, path, old, new):
@@ -94,7 +113,7 @@ def change(root, path, old, new):
         (lambda root: change(root, 'Annotations/000000.xml', 'bndbox', 'box'), 'name and bndbox'),
         (
             lambda root: change(root, 'Annotations/000000.xml', '<width>64', '<width>99'),
-            'the width 99 and the height 48, .*has 64 and 48',
+            r'000000.xml: id .* the width 99 and the height 48, .*has 64 and 48',
         ),
         (lambda root: (root / 'VOC2007/train.txt').write_text(''), 'expected ids of images'),
     ],
@@ -116,6 +135,10 @@ def test_thin_boxes_that_the_pipeline_drops_are_none(tmp_path):
     write(tmp_path, 0)
     write(tmp_path, 1, (10, 10, 10, 40))
     drops = dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1))
+    masks = dict(drops, by_box=False, by_mask=True)
+    with pytest.raises(ConfigError, match='with a width and a height'):
+        checked(tmp_path, pipeline=[masks])
+    assert voc.drops_thin_boxes(drops) and not voc.drops_thin_boxes(masks)
     assert len(checked(tmp_path, pipeline=[drops])) == 2
     assert len(checked(tmp_path, filter_cfg=dict(bbox_min_size=2))) == 2
     assert len(checked(tmp_path, training=False)) == 2

@@ -32,7 +32,7 @@ from .pipelines import (
     loads_masks,
     sample_of,
 )
-from .voc import check_voc, reads_voc
+from .voc import check_voc, drops_thin_boxes, reads_voc
 
 
 def check_data(cfg: Config, split: str, model: nn.Module) -> None:
@@ -51,7 +51,7 @@ def check_data(cfg: Config, split: str, model: nn.Module) -> None:
     """
     files = JsonFiles()
     checked = [
-        _check_dataset(option, dataset, split, model, files)
+        _check_dataset(option, dataset, split, model, files, cfg)
         for option, dataset in _datasets(cfg, split)
     ]
     if split == 'train':
@@ -243,7 +243,7 @@ def _length(node, option, known):
     return None
 
 
-def _check_dataset(option, dataset, split, model, files):
+def _check_dataset(option, dataset, split, model, files, cfg):
     data = _Data(option, dataset)
     _check_classes(option, dataset)
     _check_num_classes(option, dataset, model)
@@ -264,7 +264,7 @@ def _check_dataset(option, dataset, split, model, files):
     if _reads_coco(dataset):
         _check_coco(data, split, files)
     elif reads_voc(dataset):
-        _check_voc(data, split)
+        _check_voc(data, split, cfg)
     elif dataset.ann_file.endswith('.json'):
         files.read(f'{option}.ann_file', dataset.ann_file)
     return data
@@ -397,15 +397,25 @@ def _check_coco(data, split, files):
     data.sample = sample_of(dataset, content, data.image_ids[0])
 
 
-def _check_voc(data, split):
-    ids = check_voc(data.option, data.dataset, split == 'train')
-    if data.dataset._indices is None:
-        data.image_ids = ids
-    if not ids and not is_remote(data.dataset.sub_data_root):
+def _check_voc(data, split, cfg):
+    if is_remote(data.dataset.sub_data_root):
+        return
+    dropped = any(drops_thin_boxes(step) for step in _steps_around(cfg, data.option))
+    data.image_ids = check_voc(data.option, data.dataset, split == 'train', dropped)
+    if not data.image_ids:
         raise ConfigError(
             f'{data.dataset.ann_file}: {data.option}.filter_cfg leaves out all images '
             f'(filter_cfg={data.dataset.filter_cfg})'
         )
+
+
+def _steps_around(cfg, option):
+    """The steps of the pipelines of the wrappers around the data set that an option sets."""
+    node = cfg
+    for name in option.split('.'):
+        node = node[int(name)] if isinstance(node, (list, tuple)) else node[name]
+        if isinstance(node, dict) and ('dataset' in node or 'datasets' in node):
+            yield from node.get('pipeline') or []
 
 
 @contextlib.contextmanager

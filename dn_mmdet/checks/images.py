@@ -75,8 +75,9 @@ def _check_size(dataset, image, name):
     if 'height' not in image:
         return
     size, written = loaded['ori_shape'], (image['height'], image['width'])
+    source = image.get('path') or f'{dataset.ann_file}: images'
     text = (
-        f'{dataset.ann_file}: images: id {image["id"]!r} has the width {written[1]} and '
+        f'{source}: id {image["id"]!r} has the width {written[1]} and '
         f'the height {written[0]}, {name} has {size[1]} and {size[0]}'
     )
     if tuple(size) == written:

@@ -53,7 +53,8 @@ DIVERGED = re.compile(
 # Of a param_scheduler: what counts epochs or iterations, and what is a learning rate.
 DURATIONS = ('begin', 'end', 'T_max', 'total_steps', 'step_size', 'total_iters')
 DURATION_LISTS = ('milestones', 'restarts')  # increasing
-HOOK_EPOCHS = ('switch_epoch', 'num_last_epochs')  # of hooks that change something on the way
+# Of hooks that change something on the way: before the last epoch at the latest.
+HOOK_EPOCHS = ('switch_epoch', 'begin_epoch', 'num_last_epochs')
 RATES = ('eta_max', 'eta_min')
 FOLD = 'dn_mmdet.deploy.fold_run'  # the module that evaluates a finished run folded
 # The metric with all or most DN layers folded, and with all folded and new running statistics.
@@ -205,9 +206,9 @@ def configured(point: Point) -> tuple[Config, dict]:
     optimizer.lr *= _usual_rate(cfg, usual_batch)
     optimizer.lr *= rate
     _scale_schedules(cfg, rate, epochs / usual_epochs, usual_batch / batch)
-    _scale_switches(cfg, epochs / usual_epochs)
     loader.batch_size = batch
     cfg.train_cfg.max_epochs = epochs
+    _scale_switches(cfg, epochs / usual_epochs)
     if 'val_interval' in cfg.train_cfg:
         cfg.train_cfg.val_interval = min(cfg.train_cfg.val_interval, epochs)
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': point.seed}
@@ -271,6 +272,9 @@ def _scale_schedules(cfg, rate, epochs, iterations):
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         by_epoch = scheduler.get('by_epoch', True)
         _scale_schedule(scheduler, rate, epochs if by_epoch else epochs * iterations)
+        if is_of(PARAM_SCHEDULERS, scheduler, ExponentialParamScheduler):
+            stepped_by_epoch = by_epoch and not scheduler.get('convert_to_iter_based')
+            scheduler['gamma'] **= 1 / (epochs if stepped_by_epoch else epochs * iterations)
 
 
 def _scale_schedule(scheduler, rate, ratio):
@@ -285,23 +289,24 @@ def _scale_schedule(scheduler, rate, ratio):
     for key in DURATION_LISTS:
         if scheduler.get(key) is not None:
             scheduler[key] = sorted({max(1, round(value * ratio)) for value in scheduler[key]})
-    if 'periods' in scheduler:  # each has a weight of its own
+    if scheduler.get('periods'):  # each has a weight of its own
         scheduler['periods'] = [max(1, round(value * ratio)) for value in scheduler['periods']]
-    if is_of(PARAM_SCHEDULERS, scheduler, ExponentialParamScheduler):
-        scheduler['gamma'] **= 1 / ratio
-    if scheduler.get('end', float('inf')) <= scheduler.get('begin', 0):
+    if (scheduler.get('end') or float('inf')) <= (scheduler.get('begin') or 0):
         scheduler['end'] = scheduler['begin'] + 1
 
 
 def _scale_switches(cfg, ratio):
     """Has hooks and evaluations that begin at an epoch do so at the same share of the training."""
+    if ratio == 1:
+        return
+    last = max(1, cfg.train_cfg.max_epochs - 1)
     for hook in cfg.get('custom_hooks') or []:
         for key in HOOK_EPOCHS:
-            if hook.get(key) and ratio != 1:
-                hook[key] = max(1, round(hook[key] * ratio))
-    if cfg.train_cfg.get('dynamic_intervals') and ratio != 1:
+            if hook.get(key):
+                hook[key] = min(last, max(1, round(hook[key] * ratio)))
+    if cfg.train_cfg.get('dynamic_intervals'):
         cfg.train_cfg.dynamic_intervals = [
-            (max(1, round(begin * ratio)), interval)
+            (min(last, max(1, round(begin * ratio))), interval)
             for begin, interval in cfg.train_cfg.dynamic_intervals
         ]
 

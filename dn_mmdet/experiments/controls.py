@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..convert import convert_norm
 from ..scaled_bn import RewrittenBN
+from ..scaled_bn import ScaledBN as ScaledBN  # configs may name it here
 
 
 @MODELS.register_module()

@@ -111,7 +111,7 @@ def notes(runs) -> list[str]:
         _not_folded,
         _resumed,
     )
-    return [note for part in parts for note in part(runs)]
+    return list(dict.fromkeys(note for part in parts for note in part(runs)))
 
 
 def _ends(runs):
