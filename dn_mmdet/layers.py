@@ -174,18 +174,19 @@ class DynamicNorm(nn.Module):
     def _accept_batch_norm_checkpoint(self, state_dict, prefix, assign):
         """Lets the keys of a BatchNorm of this layer's name stand for those of `bn`.
 
-        With them comes an SC that does nothing, but not with a part of them, such as the running
-        statistics alone: that leaves SC as it is.
+        With them comes an SC that does nothing, but not with running statistics alone: these
+        leave SC as it is.
         """
         found = [key for key in BATCH_NORM_KEYS if prefix + key in state_dict]
         if not found:
             return
         device = state_dict[prefix + found[0]].device if assign else None
         of_a_layer = any(key.startswith((f'{prefix}sc.', f'{prefix}bn.')) for key in state_dict)
-        is_whole = 'weight' in found or getattr(self.bn, 'weight', None) is None
+        has_affine = getattr(self.bn, 'weight', None) is not None
+        statistics_alone = has_affine and {'weight', 'bias'}.isdisjoint(found)
         for key in found:
             state_dict.setdefault(f'{prefix}bn.{key}', state_dict.pop(prefix + key))
-        if is_whole and not of_a_layer:
+        if not (of_a_layer or statistics_alone):
             state_dict.update(self.sc.identity_state_dict(f'{prefix}sc.', device))
 
     def __prepare_scriptable__(self):
