@@ -76,7 +76,7 @@ def test_runs_and_images_of_an_earlier_demo_are_removed_and_nothing_else(tmp_pat
 @pytest.mark.slow
 def test_a_failing_training_shows_the_end_of_its_output(configs, tmp_path):
     cfg = Config.fromfile(configs[1])
-    cfg.model.backbone.norm_cfg.momentum = 'fast'
+    cfg.model.backbone.norm_cfg.type = 'DNB3d'  # which only a map shows to be wrong
     cfg.dump(configs[1])
     with pytest.raises(DEMO['ChildFailed'], match='tiny_dnb.*exit code'):
         DEMO['train'](configs, tmp_path / 'demo', 0, Console(file=sys.stderr))
