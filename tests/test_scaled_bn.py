@@ -19,22 +19,39 @@ def exact(layer):
     return layer
 
 
+def trained_beside_batch_norm(rate, optimizer, factor, **options):
+    """ScaledBN, and a BatchNorm whose learning rate is ``factor`` times as high, after 3 steps."""
+    scaled, bn = exact(ScaledBN(6, rate=rate)), nn.BatchNorm2d(6).double()
+    steps = [
+        (scaled, optimizer(scaled.parameters(), lr=0.01, **options)),
+        (bn, optimizer(bn.parameters(), lr=0.01 * factor, **options)),
+    ]
+    for _ in range(3):
+        x, dy = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
+        for layer, each in steps:
+            each.zero_grad()
+            layer(x).backward(dy)
+            each.step()
+    assert (bn.weight - 1).abs().max() > 0.01
+    return scaled, bn
+
+
 @pytest.mark.parametrize('momentum', [0.0, 0.9])
 @pytest.mark.parametrize('rate', [3, 10, 30])
 def test_scaled_bn_moves_as_batch_norm_at_that_rate_does(rate, momentum, close):
-    scaled, bn = exact(ScaledBN(6, rate=rate)), nn.BatchNorm2d(6).double()
-    slow = torch.optim.SGD(scaled.parameters(), lr=0.01, momentum=momentum)
-    fast = torch.optim.SGD(bn.parameters(), lr=0.01 * rate, momentum=momentum)
-    for _ in range(3):
-        x, dy = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
-        for layer, optimizer in ((scaled, slow), (bn, fast)):
-            optimizer.zero_grad()
-            layer(x).backward(dy)
-            optimizer.step()
-        weight, bias = scaled.scale_and_shift()
-        close(weight, bn.weight)
-        close(bias, bn.bias)
-    assert (bn.weight - 1).abs().max() > 0.01
+    scaled, bn = trained_beside_batch_norm(rate, torch.optim.SGD, rate, momentum=momentum)
+    weight, bias = scaled.scale_and_shift()
+    close(weight, bn.weight)
+    close(bias, bn.bias)
+
+
+@pytest.mark.parametrize('optimizer', [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize('rate', [3, 10, 30])
+def test_with_adam_it_is_the_root_of_the_rate(rate, optimizer, close):
+    scaled, bn = trained_beside_batch_norm(rate, optimizer, rate**0.5, eps=1e-30, weight_decay=0)
+    weight, bias = scaled.scale_and_shift()
+    close(weight, bn.weight)
+    close(bias, bn.bias)
 
 
 def test_weight_decay_of_scaled_bn_is_that_of_the_usual_rate(close):
@@ -51,24 +68,6 @@ def test_lr_mult_does_nothing_under_one_cycle_and_so_is_written_into_the_layer()
     optimizer = torch.optim.SGD(groups, lr=0.1)
     OneCycleLR(optimizer, eta_max=0.1, total_steps=10)
     assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([0.1 / 25] * 2)
-
-
-@pytest.mark.parametrize('optimizer', [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize('rate', [3, 10, 30])
-def test_with_adam_it_is_the_root_of_the_rate(rate, optimizer, close):
-    scaled, bn = exact(ScaledBN(6, rate=rate)), nn.BatchNorm2d(6).double()
-    options = dict(eps=1e-30, weight_decay=0)
-    slow = optimizer(scaled.parameters(), lr=0.01, **options)
-    fast = optimizer(bn.parameters(), lr=0.01 * rate**0.5, **options)
-    for _ in range(3):
-        x, dy = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
-        for layer, each in ((scaled, slow), (bn, fast)):
-            each.zero_grad()
-            layer(x).backward(dy)
-            each.step()
-        weight, bias = scaled.scale_and_shift()
-        close(weight, bn.weight)
-        close(bias, bn.bias)
 
 
 @pytest.mark.parametrize('strict', [True, False])
